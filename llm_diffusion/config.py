@@ -1,0 +1,259 @@
+"""The settings of the main job: one flat schema for JSON, YAML and presets.
+
+Precedence: defaults < preset < `--config` file < `--hyper-parameters-json`. Every field of `DiffusionSFTConfig` (and so of TRL's
+and transformers' arguments) is a key too. An unknown key or a wrong type is one clear error.
+Trade-off: a dataclass and a short checker. Alternative: HfArgumentParser, whose YAML reader turns 2e-5 into a string, or pydantic,
+which accepts misspelt keys of a TrainingArguments subclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .trainers.sft import DiffusionSFTConfig
+
+PRESETS = Path(__file__).parent / "presets"
+SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class HyperParameters:
+    """Settings of the main job. Names and defaults of the first block are promises.
+
+    Keys beyond these are fields of `DiffusionSFTConfig` and go into `training`; `pretrain_config` and `sft_config` hold such
+    fields for one phase alone.
+    """
+
+    model: str = "Qwen/Qwen3-4B-Instruct-2507"
+    dataset: str = "allenai/tulu-3-sft-mixture-0225"
+    epochs: float = 1
+    batch_size: int = 16
+    learning_rate: float = 2e-4
+    gradient_accumulation_steps: int = 4
+    use_qlora: bool = False
+    max_length: int = 768
+    debug: bool = False
+    seed: int = 42
+    test_size: float = 0.01
+    dataloader_num_workers: int = 0
+    output_dir: str = "/tmp/output"
+    diffusion_steps: int = 10
+    lora_config: dict[str, Any] = field(
+        default_factory=lambda: {
+            "r": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.05,
+            "target_modules": list(SEED_LORA_TARGETS),
+            "bias": "none",
+        }
+    )
+    qlora_config: dict[str, Any] = field(
+        default_factory=lambda: {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+    )
+    wandb_config: dict[str, Any] = field(
+        default_factory=lambda: {"project": "llm-diffusion", "entity": None, "wandb_log_path": "/tmp/wandb"}
+    )
+    use_wandb: bool = False
+
+    phases: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
+    max_examples: int | None = None
+    eval_examples: int = 0
+    generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 128, "block_length": 32})
+    device: str | None = None
+    num_threads: int | None = None
+    trust_remote_code: bool = False
+    pretrain_config: dict[str, Any] = field(default_factory=dict)
+    sft_config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+OWN_KEYS = {f.name for f in dataclasses.fields(HyperParameters)} - {"training"}
+TRAINING_KEYS = {f.name for f in dataclasses.fields(DiffusionSFTConfig)}
+PHASES = ("pretrain", "sft")
+# Set by the main job itself from keys of its own.
+_RENAMED = {
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "use_cpu": "device",
+}
+
+
+def read_mapping(source: str, what: str) -> dict[str, Any]:
+    """A mapping from inline JSON or from a JSON or YAML file; ValueError says where it is malformed."""
+    text, name = source, "the inline JSON"
+    if not source.lstrip().startswith("{"):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"`{what}`: {source!r} is neither inline JSON nor an existing file.")
+        text, name = path.read_text(), str(path)
+    try:
+        loaded = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        place = (
+            f"line {error.lineno}, column {error.colno}: {error.msg}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
+        raise ValueError(f"`{what}`: {name} is malformed, {' '.join(place.split())}.") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ValueError(f"`{what}`: {name} must hold a mapping of settings, found {type(loaded).__name__}.")
+    return loaded
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*/*.yaml"))
+
+
+def read_preset(names: str) -> dict[str, Any]:
+    """The settings of a preset, or of several joined by "+", later ones winning: `qwen3-4b+rtx4080`."""
+    merged: dict[str, Any] = {}
+    for name in names.split("+"):
+        found = sorted(PRESETS.glob(f"*/{name}.yaml")) if name.strip() else []
+        if not found:
+            close = difflib.get_close_matches(name, preset_names(), n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"preset {name!r} is unknown{hint} There are: {', '.join(preset_names())}.")
+        merged = merge(merged, read_mapping(str(found[0]), "preset"))
+    return merged
+
+
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; nested mappings are merged key by key."""
+    merged = dict(low)
+    for key, value in high.items():
+        merged[key] = merge(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value
+    return merged
+
+
+def resolve(preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None) -> HyperParameters:
+    """All layers merged and checked.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the key, what was found and what was expected.
+    """
+    given: dict[str, Any] = {}
+    for layer in (
+        read_preset(preset) if preset else {},
+        read_mapping(config, "--config") if config else {},
+        read_mapping(hyper_parameters, "--hyper-parameters-json") if hyper_parameters else {},
+    ):
+        given = merge(given, layer)
+    return build(given)
+
+
+def build(given: dict[str, Any]) -> HyperParameters:
+    """Checks a mapping of settings and fills in the defaults."""
+    hp = HyperParameters()
+    hints = typing.get_type_hints(HyperParameters)
+    for key, value in given.items():
+        if key in OWN_KEYS:
+            value = check_type(key, value, hints[key])
+            setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
+        else:
+            hp.training[check_training_key(key)] = check_training_value(key, value)
+    for name in ("pretrain_config", "sft_config"):
+        setattr(hp, name, {check_training_key(k, name): check_training_value(k, v) for k, v in getattr(hp, name).items()})
+    check_ranges(hp)
+    return hp
+
+
+def check_training_key(key: str, where: str = "") -> str:
+    inside = f" in `{where}`" if where else ""
+    if key in _RENAMED and not where:
+        raise ValueError(f"`{key}` is called `{_RENAMED[key]}` here.")
+    if key not in TRAINING_KEYS:
+        close = difflib.get_close_matches(key, sorted(OWN_KEYS | TRAINING_KEYS), n=1)
+        raise ValueError(f"unknown key `{key}`{inside}" + (f"; did you mean `{close[0]}`?" if close else "; see config.yaml."))
+    return key
+
+
+def check_training_value(key: str, value: Any) -> Any:
+    return check_type(key, value, typing.get_type_hints(DiffusionSFTConfig)[key])
+
+
+def check_type(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` wants it; numbers written as text (YAML's 2e-4) are read as numbers.
+
+    Raises:
+        ValueError: wrong type.
+    """
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    origins = [typing.get_origin(option) or option for option in options]
+    if value is None and type(None) in origins:
+        return None
+    if any(origin is Any for origin in origins):
+        return value
+    for option, origin in zip(options, origins, strict=True):
+        if origin is Literal and value in typing.get_args(option):
+            return value
+        if origin is bool and isinstance(value, bool):
+            return value
+        if origin is int and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if origin is float and (number := _as_float(value)) is not None:
+            return number
+        if isinstance(origin, type) and origin not in (bool, int, float) and isinstance(value, origin):
+            return value
+    if not any(origin in (bool, int, float, str, list, dict, tuple) for origin in origins):
+        return value  # an enum or object of the host, which checks it itself
+    expected = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in origins)
+    raise ValueError(f"`{key}` must be {expected}, got {value!r} ({type(value).__name__}).")
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return None
+
+
+def check_ranges(hp: HyperParameters) -> None:
+    at_least = {
+        "batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "max_length": 2,
+        "diffusion_steps": 1,
+        "dataloader_num_workers": 0,
+        "max_examples": 2,
+        "eval_examples": 0,
+        "num_threads": 1,
+    }
+    for name, least in at_least.items():
+        value = getattr(hp, name)
+        if value is not None and value < least:
+            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    for name in ("epochs", "learning_rate", "test_size"):
+        if getattr(hp, name) <= 0:
+            raise ValueError(f"`{name}` must be above 0, got {getattr(hp, name)}.")
+    if not hp.phases or set(hp.phases) - set(PHASES):
+        raise ValueError(f"`phases` must be a non-empty list of {list(PHASES)}, got {hp.phases}.")
+    if hp.device is not None and hp.device.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"`device` must be cuda, mps or cpu, got {hp.device!r}.")
+
+
+def as_dict(hp: HyperParameters) -> dict[str, Any]:
+    """Flat mapping in the schema that `build` reads."""
+    flat = dataclasses.asdict(hp)
+    return {**flat, **flat.pop("training")}

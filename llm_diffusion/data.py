@@ -1,0 +1,111 @@
+"""Datasets by name, folder or file, in the shapes that TRL's trainers take.
+
+Purpose: one string in, a train and a test split out, with one clear error where the data cannot be trained on.
+Trade-off: everything else (tokenising, chat templates, truncation, label masks) is left to TRL.
+Alternative: `datasets.load_dataset` called by hand, whose result can be given to the trainers as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from .tiny import tiny_dataset
+
+COLUMNS = ("messages", "prompt", "text")
+DEBUG_EXAMPLES = 100
+TINY_EXAMPLES = 100_000
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | None = None) -> tuple[Dataset, Dataset]:
+    """Train and test split of a dataset.
+
+    Args:
+        name: "tiny" (generated), a saved dataset, a folder or file of txt, JSONL or Parquet, or a hub name.
+        test_size: share (below 1) or number of examples held out, where the data has no test split of its own.
+        seed: of the split.
+        limit: use this many training examples at most.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, no usable column, no example.
+    """
+    if name == "tiny":
+        n_test = test_size if test_size >= 1 else 500
+        splits = DatasetDict(train=tiny_dataset(limit or TINY_EXAMPLES, seed), test=tiny_dataset(int(n_test), seed, "test"))
+    else:
+        splits = _load(name)
+    if "train" not in splits:
+        raise ValueError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
+    train = splits["train"]
+    if len(train) == 0:
+        raise ValueError(f"`dataset`: {name!r} is empty.")
+    check_columns(train, name)
+    test = splits.get("test") or splits.get("validation")
+    if test is None:
+        if len(train) < 2:
+            raise ValueError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")
+        held_out = test_size if test_size < 1 else min(int(test_size), len(train) - 1)
+        parts = train.train_test_split(test_size=held_out, seed=seed)
+        train, test = parts["train"], parts["test"]
+    if limit is not None:
+        train = train.select(range(min(limit, len(train))))
+        test = test.select(range(min(limit, len(test))))
+    return train, test
+
+
+def check_columns(dataset: Dataset, name: str) -> None:
+    if not set(COLUMNS) & set(dataset.column_names):
+        raise ValueError(
+            f"`dataset`: {name!r} has the columns {dataset.column_names}; one of `messages`, `prompt` with `completion`, or `text` "
+            "is needed."
+        )
+
+
+def _load(name: str) -> DatasetDict:
+    path = Path(name).expanduser()
+    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
+        loaded = load_from_disk(str(path))
+        return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+    if path.exists():
+        files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)
+        formats = {_FORMATS[f.suffix] for f in files}
+        if len(formats) != 1:
+            raise ValueError(
+                f"`dataset`: {name!r} must hold files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}."
+            )
+        if not any(f.stat().st_size for f in files):
+            raise ValueError(f"`dataset`: {name!r} is empty.")
+        return _quietly(name, formats.pop(), data_files=[str(f) for f in files])
+    if name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
+        raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
+    return _quietly(name, name)
+
+
+def _quietly(name: str, *args: str, **options: object) -> DatasetDict:
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
+
+
+def as_prompt_completion(dataset: Dataset) -> Dataset:
+    """`messages` -> `prompt` (all turns but the last) and `completion` (the last): the prompt stays clean in training.
+
+    Raises:
+        ValueError: a conversation does not end with an assistant turn that says something.
+    """
+    if "messages" not in dataset.column_names:
+        return dataset
+
+    def split(example: dict, row: int) -> dict:
+        *prompt, last = example["messages"]
+        if last["role"] != "assistant" or not last["content"].strip() or not prompt:
+            raise ValueError(
+                f"`dataset`: row {row} must be a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}."
+            )
+        return {"prompt": prompt, "completion": [last]}
+
+    return dataset.map(split, with_indices=True, remove_columns="messages", desc="Splitting prompts from answers")

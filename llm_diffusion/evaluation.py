@@ -1,0 +1,105 @@
+"""Measures answers: exact match by kind of task, tokens per forward, seconds; AR base and converted model side by side.
+
+Trade-off: exact match against the one reference, the plainest figure there is. Alternative: a harness, for tasks whose answers
+need extracting.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .attention import base_of
+from .generation import generate, generate_autoregressive
+
+Decode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+BATCH_SIZE = 50
+
+
+@dataclass
+class AnswerReport:
+    """Answers of one model to a list of examples.
+
+    Args:
+        answers: texts, in the order of the examples.
+        exact_match: percent by kind of task.
+        tokens_per_forward: answer tokens, end token included, over forward passes, mean over examples.
+        seconds: for all examples.
+    """
+
+    answers: list[str] = field(default_factory=list)
+    exact_match: dict[str, float] = field(default_factory=dict)
+    tokens_per_forward: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Mean exact match over the kinds, percent."""
+        return sum(self.exact_match.values()) / len(self.exact_match)
+
+
+def prompt_and_reference(example: dict) -> tuple[str | list[dict], str]:
+    """The prompt (messages or text) and the reference answer of an example of any trainable shape."""
+    if "messages" in example:
+        return example["messages"][:-1], example["messages"][-1]["content"]
+    if isinstance(example.get("prompt"), list):
+        return example["prompt"], example["completion"][-1]["content"]
+    if "prompt" in example:
+        return example["prompt"], example["completion"]
+    half = len(example["text"]) // 2
+    return example["text"][:half], example["text"][half:]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]]) -> dict[str, torch.Tensor]:
+    """Left-padded batch of prompts; conversations through the chat template."""
+    ids = [
+        tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        for prompt in prompts
+    ]
+    return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+
+
+def evaluate_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    *,
+    autoregressive: bool = False,
+    **settings: object,
+) -> AnswerReport:
+    """Answers the prompts of `examples` and compares with their references, blanks around them ignored.
+
+    Args:
+        examples: dicts of a trainable shape, with an optional `kind`.
+        autoregressive: decode greedily as the AR base (adapter off, causal) instead of by unmasking.
+        settings: decoding settings.
+    """
+    device, report, right, forwards = base_of(model).device, AnswerReport(), defaultdict(list), 0.0
+    started = time.perf_counter()
+    # Answers of like length side by side: finished rows leave, but a batch is as long as its longest.
+    for start in range(0, len(examples), BATCH_SIZE):
+        batch = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in examples[start : start + BATCH_SIZE]]).to(
+            device
+        )
+        if autoregressive:
+            limit = settings.get("max_new_tokens", 128)
+            ids = generate_autoregressive(model, **batch, max_new_tokens=limit, do_sample=False)
+            forwards += len(ids)  # one token a forward
+        else:
+            output = generate(model, **batch, **{**settings, "return_dict_in_generate": True})
+            ids = output.sequences
+            forwards += output.tokens_per_forward.sum().item()
+        report.answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    report.seconds = time.perf_counter() - started
+    report.tokens_per_forward = forwards / len(examples)
+    for example, answer in zip(examples, report.answers, strict=True):
+        right[example.get("kind", "all")].append(answer.strip() == prompt_and_reference(example)[1].strip())
+    report.exact_match = {kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()}
+    return report

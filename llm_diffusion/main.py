@@ -1,0 +1,421 @@
+"""The command line: train, and use what was trained.
+
+    python -m llm_diffusion.main --hyper-parameters-json '{"model": "tiny", "dataset": "tiny"}'
+    llm-diffusion --preset tiny
+    llm-diffusion chat output/sft_model "Sort the letters: k d e a"
+
+The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters, save,
+reload from disk, answer held-out prompts beside their references.
+Trade-off: one file of plain steps, read from top to bottom. Alternative: a pipeline framework.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from loguru import logger
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from .config import HyperParameters
+    from .evaluation import AnswerReport
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+@contextmanager
+def one_line_errors() -> Any:
+    """What the user got wrong is one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if os.environ.get("LLM_DIFFUSION_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        click.echo(f"error: {message}", err=True)
+        sys.exit(2)
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 110})
+@click.option(
+    "--hyper-parameters-json",
+    metavar="JSON|FILE",
+    help="Settings as inline JSON, or a JSON or YAML file; win over all others.",
+)
+@click.option("--config", metavar="FILE", help="Settings from a YAML or JSON file, config.yaml for one.")
+@click.option("--preset", metavar="NAME[+NAME]", help="Shipped settings, joined by '+'; see --list-presets.")
+@click.option("--list-presets", is_flag=True, help="Print the names of the presets and exit.")
+@click.pass_context
+def cli(
+    context: click.Context, hyper_parameters_json: str | None, config: str | None, preset: str | None, list_presets: bool
+) -> None:
+    """Turns an autoregressive language model into a diffusion language model. Without a command: the main job."""
+    start_logging()
+    if context.invoked_subcommand is not None:
+        return
+    with one_line_errors():
+        from .config import preset_names, resolve
+
+        if list_presets:
+            click.echo("\n".join(preset_names()))
+            return
+        run(resolve(preset, config, hyper_parameters_json))
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("prompts", nargs=-1, required=True)
+@click.option("--settings", metavar="JSON", default="{}", help="Decoding settings, e.g. '{\"max_new_tokens\": 64}'.")
+def generate(model: str, prompts: tuple[str, ...], settings: str) -> None:
+    """Continue plain texts with a converted MODEL."""
+    with one_line_errors():
+        for answer in load_inference(model, settings).generate(list(prompts)):
+            click.echo(answer)
+
+
+@cli.command()
+@click.argument("model")
+@click.argument("question", required=False)
+@click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON.")
+def chat(model: str, question: str | None, settings: str) -> None:
+    """Ask a converted MODEL one QUESTION, or talk to it line by line."""
+    with one_line_errors():
+        inference = load_inference(model, settings)
+        if question is not None:
+            click.echo(inference.chat([{"role": "user", "content": question}]))
+            return
+        messages: list[dict[str, str]] = []
+        for line in sys.stdin:
+            messages.append({"role": "user", "content": line.rstrip("\n")})
+            messages.append({"role": "assistant", "content": inference.chat(messages)})
+            click.echo(messages[-1]["content"])
+
+
+def load_inference(model: str, settings: str) -> Any:
+    from .config import read_mapping
+    from .inference import DiffusionInference
+
+    quiet_hosts()
+    chosen = {"max_new_tokens": 128, "block_length": 16, "grow_canvas": True, "threshold": 0.9}
+    return DiffusionInference.from_pretrained(model, **{**chosen, **read_mapping(settings, "--settings")})
+
+
+def start_logging() -> None:
+    logger.remove()
+    terminal = sys.stderr.isatty()
+    logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> {message}", colorize=terminal, level="INFO")
+
+
+def quiet_hosts() -> None:
+    """The hosts' progress bars are for terminals; a log gets lines instead."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
+def run(hp: HyperParameters) -> None:
+    """The main job."""
+    quiet_hosts()
+    import torch
+
+    from .data import DEBUG_EXAMPLES, load_splits
+    from .modeling import best_device, load_diffusion_model, quantization_config
+
+    started = time.perf_counter()
+    device = hp.device or best_device()
+    if hp.num_threads:
+        torch.set_num_threads(hp.num_threads)
+    output = writable(hp.output_dir)
+    report_settings(hp, output, device)
+    quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
+    limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
+    train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
+    logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
+    model, tokenizer = load_diffusion_model(
+        hp.model,
+        attention=hp.training.get("attention"),
+        right_shift_logits=hp.training.get("right_shift_logits"),
+        quantization_config=quantized,
+        device=device,
+        trust_remote_code=hp.trust_remote_code,
+    )
+    logger.info(f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}")
+    reports = {}
+    examples = list(test.select(range(min(hp.eval_examples, len(test)))))
+    if examples:
+        reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
+    histories = train_phases(hp, model, tokenizer, train, test, output, device)
+    final = output / "sft_model"
+    del model
+    model, tokenizer = load_diffusion_model(str(final), device=device, quantization_config=quantized)
+    if examples:
+        reports["converted"] = measure(model, tokenizer, examples, hp)
+        (output / "results.json").write_text(
+            json.dumps({name: vars(r) | {"mean": r.mean} for name, r in reports.items()}, indent=1)
+        )
+    from .callbacks import plot_loss
+
+    plot_loss(histories, output / "loss.png")
+    show(hp, model, tokenizer, list(test.select(range(min(6, len(test))))), reports, final, time.perf_counter() - started)
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict],
+    hp: HyperParameters,
+    autoregressive: bool = False,
+) -> AnswerReport:
+    from .evaluation import evaluate_answers
+
+    name = "AR base" if autoregressive else "converted model"
+    logger.info(f"{name}: answering {len(examples)} held-out prompts")
+    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp))
+
+
+def decoding(hp: HyperParameters) -> dict[str, Any]:
+    """Decoding settings; `diffusion_steps` are the steps of a block unless a threshold decides."""
+    settings = dict(hp.generation)
+    if settings.get("threshold") is None and "steps" not in settings:
+        block = settings.get("block_length") or settings["max_new_tokens"]
+        settings["steps"] = hp.diffusion_steps * -(-settings["max_new_tokens"] // block)
+    return settings
+
+
+def writable(folder: str) -> Path:
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"`output_dir`: {folder!r} cannot be written ({error.strerror}); choose another folder.") from error
+    return path
+
+
+def report_settings(hp: HyperParameters, output: Path, device: str) -> None:
+    from .config import as_dict
+
+    settings = as_dict(hp)
+    (output / "hyper_parameters.json").write_text(json.dumps(settings, indent=2) + "\n")
+    logger.info(f"settings, resolved (saved to {output / 'hyper_parameters.json'}):")
+    for key, value in settings.items():
+        if value not in (None, {}, ""):
+            logger.info(f"  {key}: {json.dumps(value)}")
+    low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
+    if (low, high) != (0.0, 1.0):
+        logger.warning(f"mask probability from {low} to {high}: the loss is a reweighted objective, not the ELBO")
+
+
+def train_phases(
+    hp: HyperParameters,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset,
+    test: Dataset,
+    output: Path,
+    device: str,
+) -> dict[str, list[dict]]:
+    """Phase after phase with the same adapters; returns their log histories. The last one is saved as `sft_model`."""
+    from .callbacks import LogLinesCallback
+    from .trainers.sft import DiffusionSFTTrainer
+
+    histories, peft_config = {}, lora(hp, model)
+    report_to = start_wandb(hp)
+    for phase in hp.phases:
+        args = training_arguments(hp, phase, output, device, report_to)
+        trainer = DiffusionSFTTrainer(
+            model,
+            args,
+            train_dataset=train,
+            eval_dataset=test.select(range(min(len(test), 200))),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=[LogLinesCallback(logger.info, phase)],
+        )
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model(str(output / ("sft_model" if phase == hp.phases[-1] else f"{phase}_model")))
+        histories[phase], model, peft_config = trainer.state.log_history, trainer.model, None
+    return histories
+
+
+def training_arguments(hp: HyperParameters, phase: str, output: Path, device: str, report_to: str) -> Any:
+    from .trainers.sft import DiffusionSFTConfig
+
+    prefix = "debug-" if hp.debug else ""
+    settings: dict[str, Any] = {
+        "num_train_epochs": hp.epochs,
+        "per_device_train_batch_size": hp.batch_size,
+        "per_device_eval_batch_size": hp.batch_size,
+        "learning_rate": hp.learning_rate,
+        "gradient_accumulation_steps": hp.gradient_accumulation_steps,
+        "max_length": hp.max_length,
+        "seed": hp.seed,
+        "dataloader_num_workers": hp.dataloader_num_workers,
+        "dataloader_pin_memory": device.startswith("cuda"),
+        "use_cpu": device == "cpu",
+        "report_to": report_to,
+        "run_name": f"{prefix}{Path(hp.model).name}-{phase}",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "disable_tqdm": not sys.stderr.isatty(),
+        **hp.training,
+        **(hp.pretrain_config if phase == "pretrain" else hp.sft_config),
+    }
+    if phase == "pretrain":
+        settings["completion_only_loss"] = False  # every token may be masked, prompts too
+    return DiffusionSFTConfig(str(output / phase), **settings)
+
+
+def lora(hp: HyperParameters, model: torch.nn.Module) -> Any:
+    """LoRA settings with target modules that this architecture has.
+
+    The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
+    user chose are never replaced: unmatched ones are an error.
+    """
+    import torch
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    from .config import SEED_LORA_TARGETS
+
+    settings = dict(hp.lora_config)
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    names = {layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"}
+    targets = settings.get("target_modules")
+    if isinstance(targets, list):
+        missing = [
+            target for target in targets if not any(layer == target or layer.endswith(f".{target}") for layer in layers)
+        ]
+        if missing and targets == SEED_LORA_TARGETS:
+            logger.info(f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {sorted(names)}")
+            settings["target_modules"] = "all-linear"
+        elif missing:
+            raise ValueError(
+                f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {sorted(names)}."
+            )
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
+    except TypeError as error:
+        raise ValueError(f"`lora_config`: {error}") from error
+
+
+def start_wandb(hp: HyperParameters) -> str:
+    """What to report to; without a login Weights & Biases goes on offline."""
+    if not hp.use_wandb:
+        return str(hp.training.get("report_to", "none"))
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("`use_wandb`: wandb is not installed; run `pip install 'llm-diffusion[wandb]'`.") from error
+    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (hp.wandb_config.get("project") or "llm-diffusion")
+    if hp.wandb_config.get("entity"):
+        os.environ["WANDB_ENTITY"] = hp.wandb_config["entity"]
+    if hp.wandb_config.get("wandb_log_path"):
+        os.environ["WANDB_DIR"] = str(writable(hp.wandb_config["wandb_log_path"]))
+    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
+        logger.warning(
+            "wandb: not logged in; going on offline. Run `wandb login` or set WANDB_API_KEY, and `wandb sync` to upload."
+        )
+        os.environ["WANDB_MODE"] = "offline"
+    return "wandb"
+
+
+def show(
+    hp: HyperParameters,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[dict],
+    reports: dict[str, AnswerReport],
+    final: Path,
+    seconds: float,
+) -> None:
+    """The end of the job: table, sample answers, one answer as it forms, and how to load the result."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .evaluation import evaluate_answers, prompt_and_reference
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    if reports:
+        base, converted = reports["AR base"], reports["converted"]
+        table = Table(title=f"Exact match on {len(base.answers)} held-out prompts, %")
+        for column in ("kind of task", "AR base", "converted", "kept"):
+            table.add_column(column, justify="left" if column == "kind of task" else "right")
+        for kind in base.exact_match:
+            add_row(table, kind, base.exact_match[kind], converted.exact_match[kind])
+        table.add_section()
+        add_row(table, "mean", base.mean, converted.mean)
+        table.add_section()
+        table.add_row("tokens per forward", f"{base.tokens_per_forward:.2f}", f"{converted.tokens_per_forward:.2f}", "")
+        table.add_row("seconds", f"{base.seconds:.1f}", f"{converted.seconds:.1f}", "")
+        console.print(table)
+    report = evaluate_answers(model, tokenizer, samples, **decoding(hp))
+    for example, answer in zip(samples, report.answers, strict=True):
+        prompt, reference = prompt_and_reference(example)
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        for label, text in (("prompt", question), ("answer", answer), ("reference", reference)):
+            console.print(f"{label:>9}  ", end="", style="bold")
+            console.print(" / ".join(text.strip().splitlines()) or "(empty)", markup=False)
+        console.print()
+    show_denoising(console, model, tokenizer, samples[0], decoding(hp))
+    console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
+    console.print(f'    inference = llm_diffusion.DiffusionInference.from_pretrained("{final}")', markup=False, soft_wrap=True)
+    console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
+
+
+def add_row(table: Any, name: str, base: float, converted: float) -> None:
+    kept = f"{100 * converted / base:.0f} %" if base else "-"
+    table.add_row(name, f"{base:.1f}", f"{converted:.1f}", kept)
+
+
+def show_denoising(
+    console: Any, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example: dict, settings: dict
+) -> None:
+    """One answer after every step: masks grey, tokens committed in this step green."""
+    from rich.text import Text
+
+    from .attention import base_of
+    from .evaluation import encode_prompts, prompt_and_reference
+    from .generation import generate as decode
+
+    batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
+    start, mask = batch["input_ids"].shape[1], tokenizer.mask_token_id
+    output = decode(model, **batch, **{**settings, "output_history": True, "return_dict_in_generate": True})
+    end = output.sequences.shape[1]
+    console.print("one answer as it is denoised, step by step:", style="bold")
+    before = None
+    for step, canvas in enumerate(output.history, start=1):
+        line = Text(f"{step:>4}  ")
+        for place in range(start, end):
+            token = int(canvas[0, place])
+            new = before is not None and int(before[0, place]) != token or before is None and token != mask
+            word = "_" if token == mask else tokenizer.decode([token]).replace("\n", " / ")
+            line.append(word, style="bright_black" if token == mask else "bold green" if new else "")
+        console.print(line, soft_wrap=True)
+        before = canvas
+    console.print()
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,266 @@
+"""Loads, converts and reloads: from any causal language model to a diffusion model and back from disk.
+
+A converted model stays the host's own class. What makes it a diffusion model is a record, `config.diffusion`, the attention
+switch, a mask token, and a bound `generate`. Full checkpoints carry the record in config.json; adapters, which have no model
+config of their own, in a `diffusion_config.json` beside them.
+Trade-off: a plain loader gives the causal model of an adapter directory; `load_diffusion_model` is the one that is always right.
+Alternative: own model classes with `auto_map`, which every host tool would have to be taught.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .attention import base_of, bind, patch_causal_attention
+from .generation import generate
+from .noise_schedules import get_noise_schedule
+from .tiny import TINY_MODEL_PATH
+
+SIDECAR = "diffusion_config.json"
+MASK_TOKEN = "<|mask|>"
+ATTENTIONS = ("bidirectional",)
+QUANTIZATIONS = ("nf4", "int8")
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu", whichever is there first."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
+
+    Raises:
+        ValueError: unknown kind, or a device without bitsandbytes kernels.
+        ImportError: bitsandbytes is not installed.
+    """
+    if kind is None:
+        return None
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
+    if device.startswith("mps"):
+        raise ValueError("`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`quantization`: bitsandbytes is not installed; run `pip install 'llm-diffusion[qlora]'` or set `use_qlora` to false."
+        ) from error
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    defaults = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+    return BitsAndBytesConfig(**{**defaults, **options})
+
+
+def _resolve(name_or_path: str) -> str:
+    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is asked for it."""
+    if name_or_path == "tiny":
+        return str(TINY_MODEL_PATH)
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    path = Path(name_or_path).expanduser()
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name.")
+    return str(path) if path.exists() else name_or_path
+
+
+def _from_hub(loader: Any, name: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(name, **options)
+    except OSError as error:
+        if Path(name).exists():
+            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {str(error).splitlines()[0]}") from error
+        raise OSError(
+            f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
+            "log in with `hf auth login`, or give a local folder."
+        ) from error
+
+
+def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the mask token: the tokenizer's own, or a new one in the first free row of the embedding."""
+    embedding = model.get_input_embeddings()
+    new = tokenizer.mask_token is None
+    if new:
+        known = len(tokenizer)
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    mask_id = tokenizer.mask_token_id
+    if mask_id >= embedding.weight.shape[0]:
+        # Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one.
+        model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+        embedding = model.get_input_embeddings()
+    if new:
+        with torch.no_grad():
+            embedding.weight[mask_id] = embedding.weight[:known].float().mean(0).to(embedding.weight.dtype)
+    return mask_id
+
+
+def convert_to_diffusion(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attention: str | None = None,
+    right_shift_logits: bool | None = None,
+    noise_schedule: str | None = None,
+) -> torch.nn.Module:
+    """Turns a causal language model into a masked-diffusion model, in place. Idempotent.
+
+    Args:
+        model: any `AutoModelForCausalLM`, bare or under PEFT.
+        tokenizer: its tokenizer; gets a mask token when it has none.
+        attention: "bidirectional" (default).
+        right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True: the read-out that the
+            model was trained with is kept.
+        noise_schedule: recorded for training and likelihood, "linear" by default.
+
+    Returns:
+        The same `model`, with `config.diffusion`, and `generate` bound to it.
+
+    Raises:
+        ValueError: the model cannot be made bidirectional, or is already converted with other options.
+    """
+    base = base_of(model)
+    asked = {"attention": attention, "right_shift_logits": right_shift_logits, "noise_schedule": noise_schedule}
+    record = getattr(base.config, "diffusion", None)
+    if record is None:
+        if attention not in (None, *ATTENTIONS):
+            raise ValueError(f"`attention` must be one of {ATTENTIONS}, got {attention!r}.")
+        get_noise_schedule(noise_schedule or "linear")
+        defaults = {"attention": "bidirectional", "right_shift_logits": True, "noise_schedule": "linear"}
+        record = {name: default if asked[name] is None else asked[name] for name, default in defaults.items()}
+        patch_causal_attention(base)
+        record |= {
+            "mask_token_id": _add_mask_token(base, tokenizer),
+            "base_model": base.config._name_or_path,
+            "conversion_steps": 0,
+            "training_tokens": 0,
+            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "version": version("llm_diffusion"),
+        }
+    else:
+        for name, value in asked.items():
+            if value is not None and value != record[name]:
+                raise ValueError(
+                    f"`{name}`: the checkpoint was converted with {record[name]!r}, asked for {value!r}; leave it out."
+                )
+        patch_causal_attention(base)
+        if tokenizer.mask_token_id != record["mask_token_id"]:
+            raise ValueError(
+                f"`tokenizer`: its mask token id is {tokenizer.mask_token_id}, the checkpoint's is {record['mask_token_id']}; "
+                "load the tokenizer that was saved with the model."
+            )
+    base.config.diffusion = record
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights at the first evaluation and train with wrong gradients afterwards.
+            module.support_avx512bf16_for_cpu = False
+    bind(base, "generate", generate)
+    return model
+
+
+def load_diffusion_model(
+    name_or_path: str,
+    *,
+    attention: str | None = None,
+    right_shift_logits: bool | None = None,
+    quantization: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Loads an AR model and converts it, or reloads a converted model or adapter with the attention it was saved with.
+
+    Args:
+        name_or_path: hub name, folder, or "tiny" for the embedded base.
+        attention, right_shift_logits: see `convert_to_diffusion`; None means as saved, else the default.
+        quantization: None, "nf4" or "int8" (bitsandbytes).
+        dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
+        device: "cuda", "mps" or "cpu"; None picks the best.
+        options: further keywords of `from_pretrained` (`device_map`, `max_memory`, `revision`, …).
+
+    Returns:
+        `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
+    """
+    path, device = _resolve(name_or_path), device or best_device()
+    if dtype == "auto" and device == "cpu":
+        dtype = torch.float32
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
+    if quantized is not None:
+        options["quantization_config"] = quantized
+    if quantized is not None or device == "cuda":
+        options.setdefault("device_map", {"": device})
+    adapter = (Path(path) / "adapter_config.json").exists()
+    base_path = _adapter_base(path) if adapter else path
+    _check_config(base_path, trust_remote_code)
+    model = _from_hub(AutoModelForCausalLM, base_path, **options)
+    tokenizer = _from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    if base_path == str(TINY_MODEL_PATH):
+        model.config._name_or_path = "tiny"
+    if "device_map" not in options:
+        model = model.to(device)
+    if adapter:
+        record = json.loads((Path(path) / SIDECAR).read_text())
+        base_of(model).config.diffusion = record
+        _grow_for(model, record["mask_token_id"])
+    convert_to_diffusion(model, tokenizer, attention=attention, right_shift_logits=right_shift_logits)
+    if adapter:
+        model = PeftModel.from_pretrained(model, path, is_trainable=True)
+    return model.eval(), tokenizer
+
+
+def _check_config(path: str, trust_remote_code: bool) -> None:
+    config = _from_hub(AutoConfig, path, trust_remote_code=trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"`model`: {path!r} is an encoder-decoder ({config.model_type}); a decoder-only causal LM is needed.")
+
+
+def _grow_for(model: PreTrainedModel, mask_id: int) -> None:
+    if mask_id >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+
+
+def _adapter_base(path: str) -> str:
+    """Path or name of the base under an adapter directory."""
+    sidecar = Path(path) / SIDECAR
+    if not sidecar.exists():
+        raise ValueError(
+            f"`model`: {path!r} holds an adapter without {SIDECAR}; it was not saved by llm_diffusion's trainers."
+        )
+    record = json.loads(sidecar.read_text())
+    base = record["base_model"] if record["base_model"] == "tiny" else PeftConfig.from_pretrained(path).base_model_name_or_path
+    try:
+        return _resolve(base)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
+        ) from error
+
+
+def save_record(model: torch.nn.Module, folder: str | Path) -> None:
+    """Writes `config.diffusion` beside an adapter, whose own files cannot carry it."""
+    (Path(folder) / SIDECAR).write_text(json.dumps(base_of(model).config.diffusion, indent=2) + "\n")

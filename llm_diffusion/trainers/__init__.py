@@ -1,0 +1,1 @@
+"""Trainers: TRL's own, with the masked-diffusion objective in place of next-token prediction."""

@@ -1,0 +1,292 @@
+"""Mask-and-denoise training on TRL's `SFTTrainer`: pretraining on all tokens, and fine-tuning with the prompt left clean.
+
+1. `text` data, or `completion_only_loss=False`: every token may be masked (mask-and-denoise pretraining).
+2. `messages`, or `prompt` with `completion`: the prompt stays clean, the answer is masked (prefix-masked fine-tuning).
+3. Objective: the NELBO of LLaDA / MDLM on masked positions only; denominator: the maskable tokens of the whole optimiser step,
+   over processes and accumulation, so that 1 x 8 and 8 x 1 rows give the same gradient.
+4. Noise: hashed from (seed, optimiser step, row of the global batch, position); in evaluation from the row's content.
+
+Trade-off: the least override of the host that can express this: conversion, collator, loss, saving. Alternative: an own
+training loop, which would lose packing, PEFT, accelerate, hub and callbacks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from ..attention import base_of
+from ..collators import DataCollatorForMaskedDiffusion
+from ..data import as_prompt_completion
+from ..losses import WEIGHTS, weighted_nll
+from ..masking import IGNORE_INDEX
+from ..modeling import convert_to_diffusion, load_diffusion_model, save_record
+from ..noise_schedules import get_noise_schedule
+
+
+@dataclass
+class DiffusionSFTConfig(SFTConfig):
+    """Settings of `DiffusionSFTTrainer`: every keyword of `trl.SFTConfig`, and these.
+
+    > Parameters that control the conversion (of a model that is not converted yet)
+
+        attention: "bidirectional".
+        right_shift_logits: whether hidden state i - 1 predicts token i; None is the recommended read-out.
+
+    > Parameters that control the objective
+
+        noise_schedule: "linear" or "cosine"; None is the one the model was converted with.
+        loss_weight: "elbo" (w(t), an unbiased bound) or "uniform" (1).
+        min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
+        eos_tail: longest tail of end tokens after an answer.
+        random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
+
+    > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
+    """
+
+    attention: str | None = field(default=None, metadata={"help": "Attention of the converted model: bidirectional."})
+    right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
+    noise_schedule: str | None = field(default=None, metadata={"help": "linear or cosine; None: as converted."})
+    loss_weight: str = field(default="elbo", metadata={"help": "elbo or uniform."})
+    min_mask_probability: float = field(default=0.0, metadata={"help": "Lowest mask probability; above 0 is not the ELBO."})
+    max_mask_probability: float = field(default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."})
+    eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
+    random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False
+        super().__post_init__()
+        if self.noise_schedule is not None:
+            get_noise_schedule(self.noise_schedule)
+        if self.loss_weight not in WEIGHTS:
+            raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
+        if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
+            raise ValueError(
+                "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
+                f"{self.min_mask_probability} and {self.max_mask_probability}."
+            )
+        if self.eos_tail < 0:
+            raise ValueError(f"`eos_tail` must not be negative, got {self.eos_tail}.")
+        if not 0 <= self.random_canvas <= 1:
+            raise ValueError(f"`random_canvas` must be in [0, 1], got {self.random_canvas}.")
+        if self.packing or self.padding_free:
+            raise ValueError("`packing` and `padding_free` would let packed documents see each other; leave them off.")
+        if self.loss_type != "nll":
+            raise ValueError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
+
+
+class DiffusionSFTTrainer(SFTTrainer):
+    """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
+
+    `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
+    model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
+
+    Logged beside the host's metrics: `nelbo` (nats a token), `perplexity_bound`, `masked_accuracy`, `mask_ratio`.
+
+    References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
+
+    Example:
+
+        trainer = DiffusionSFTTrainer("tiny", DiffusionSFTConfig("out"), train_dataset=dataset, peft_config=LoraConfig())
+        trainer.train()
+    """
+
+    _tag_names = ["trl", "sft", "masked-diffusion", "llm-diffusion"]
+    _name = "Diffusion SFT"
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
+
+    def __init__(
+        self,
+        model: torch.nn.Module | str,
+        args: DiffusionSFTConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or DiffusionSFTConfig("diffusion-sft")
+        if not isinstance(args, DiffusionSFTConfig):
+            raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
+        if isinstance(model, str):
+            options = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
+            model, tokenizer = load_diffusion_model(
+                model, attention=args.attention, right_shift_logits=args.right_shift_logits, **options
+            )
+            processing_class, args.model_init_kwargs = processing_class or tokenizer, None
+        if processing_class is None:
+            raise ValueError("`processing_class`: pass the tokenizer of the model.")
+        convert_to_diffusion(model, processing_class, attention=args.attention, right_shift_logits=args.right_shift_logits)
+        record = base_of(model).config.diffusion
+        if peft_config is not None:
+            model, peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"], args)
+        self.diffusion_collator = DataCollatorForMaskedDiffusion(
+            pad_token_id=processing_class.pad_token_id,
+            mask_token_id=record["mask_token_id"],
+            eos_token_id=processing_class.eos_token_id,
+            eos_tail=args.eos_tail,
+            random_canvas=args.random_canvas,
+            noise_schedule=args.noise_schedule or record["noise_schedule"],
+            loss_weight=args.loss_weight,
+            right_shift_logits=record["right_shift_logits"],
+            min_mask_probability=args.min_mask_probability,
+            max_mask_probability=args.max_mask_probability,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+        )
+        split = args.completion_only_loss is not False and not args.assistant_only_loss
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_clean_prompts(train_dataset, split),
+            eval_dataset=_clean_prompts(eval_dataset, split),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            data_collator=self.diffusion_collator,
+            **kwargs,
+        )
+        if len(self.train_dataset) == 0:
+            raise ValueError(
+                f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
+                "raise it, or shorten the prompts."
+            )
+        self._start = {name: record[name] for name in ("conversion_steps", "training_tokens")}
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._tokens_seen = torch.zeros((), dtype=torch.long)
+        head = self.model.get_output_embeddings()
+        if not hasattr(head, "bias"):
+            head.register_parameter("bias", None)  # the host's fused head reads it, PEFT's wrapper of a tied head has none
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The micro-batches of one optimiser step, told their rows' places in the global batch; and its maskable tokens."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        processes, index, seen = self.accelerator.num_processes, self.accelerator.process_index, 0
+        for batch in batches:
+            size = len(batch["input_ids"])
+            # Loaders deal whole micro-batches to the processes in turn.
+            batch["noise_rows"] = torch.arange(size) + seen * processes + index * size
+            seen += size
+        maskable = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            batch["n_noise_rows"] = seen * processes
+            maskable += (batch["labels"] != IGNORE_INDEX).sum().to(device)
+        return batches, self.accelerator.gather(maskable).sum()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """NELBO of the batch in nats a maskable token (training: its share of the whole step's)."""
+        rows = inputs.get("noise_rows")
+        noisy = self.diffusion_collator.corrupt(
+            inputs,
+            seed=self.args.seed,
+            step=0 if rows is None else self.state.global_step,
+            rows=rows,
+            n_rows=inputs.get("n_noise_rows"),
+        )
+        nll, terms, right = self._score(model, noisy)
+        maskable = (inputs["labels"] != IGNORE_INDEX).sum()
+        self._add("train" if self.model.training else "eval", nll=nll, terms=terms, right=right, maskable=maskable)
+        if rows is None:
+            return nll / maskable.clamp(min=1)
+        self._tokens_seen = self._tokens_seen.to(maskable.device) + inputs["attention_mask"].sum()
+        # Distributed training averages gradients over processes; the denominator already counts all of them.
+        return nll / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+
+    def _score(
+        self, model: torch.nn.Module, noisy: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weighted sum of the masked tokens' NLL; their detached NLL (n,); whether the best guess was right (n,)."""
+        targets, weights = noisy["targets"], noisy["weights"]
+        keep = targets != IGNORE_INDEX
+        inputs = {"input_ids": noisy["input_ids"], "attention_mask": noisy["attention_mask"], "use_cache": False}
+        if targets.device.type == "cuda":
+            # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
+            output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
+            return -(output.log_probs * weights).sum(), -output.log_probs.detach()[keep], output.is_top1[keep]
+        logits = model(**inputs, logits_to_keep=keep).logits
+        nll, terms = weighted_nll(logits, targets[keep], weights[keep])
+        return nll, terms, logits.detach().argmax(-1) == targets[keep]
+
+    def _add(self, mode: str, *, nll: torch.Tensor, terms: torch.Tensor, right: torch.Tensor, maskable: torch.Tensor) -> None:
+        """Adds to the running sums, on the device: nothing is read back before it is logged."""
+        new = {"nll": nll.detach(), "terms": terms.sum(), "right": right.sum(), "maskable": maskable}
+        new["masked"] = torch.full_like(maskable, terms.numel())
+        sums = self._sums[mode]
+        for name, value in new.items():
+            sums[name] = sums[name] + value if name in sums else value
+
+    def _metric_values(self, mode: str) -> dict[str, float]:
+        sums = {name: self.accelerator.gather(value).sum().item() for name, value in self._sums[mode].items()}
+        self._sums[mode] = {}
+        if not sums or not sums["maskable"]:
+            return {}
+        nelbo, masked = sums["nll"] / sums["maskable"], max(sums["masked"], 1)
+        return {
+            "nelbo": nelbo,
+            "perplexity_bound": float(torch.tensor(nelbo).exp()),
+            "masked_accuracy": sums["right"] / masked,
+            "masked_nll": sums["terms"] / masked,
+            "mask_ratio": sums["masked"] / sums["maskable"],
+        }
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
+        prefix = "eval_" if mode == "eval" else ""
+        values = {prefix + name: value for name, value in self._metric_values(mode).items()}
+        if mode == "eval" and "eval_nelbo" in values:
+            logs["eval_loss"] = values["eval_nelbo"]  # over all tokens, so the same whatever the batch size
+        super().log({**logs, **values}, start_time)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        record = base_of(self.model).config.diffusion
+        record["conversion_steps"] = self._start["conversion_steps"] + self.state.global_step
+        record["training_tokens"] = self._start["training_tokens"] + int(self.accelerator.gather(self._tokens_seen).sum())
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and isinstance(self.model, PeftModel):
+            save_record(self.model, output_dir or self.args.output_dir)
+
+
+def _prepare_adapter(
+    model: torch.nn.Module, peft_config: PeftConfig, mask_token_id: int, args: DiffusionSFTConfig
+) -> tuple[torch.nn.Module, PeftConfig]:
+    """Trains the mask token's row beside the adapters, and readies a quantised base for training."""
+    peft_config = copy.deepcopy(peft_config)
+    if getattr(peft_config, "trainable_token_indices", None) is None:
+        peft_config.trainable_token_indices = [mask_token_id]
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=args.gradient_checkpointing,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        )
+    return model, peft_config
+
+
+def _clean_prompts(dataset: Any, split: bool) -> Any:
+    """`messages` -> prompt and completion, for one dataset or a dict of them."""
+    if isinstance(dataset, dict):
+        return {name: _clean_prompts(part, split) for name, part in dataset.items()}
+    return as_prompt_completion(dataset) if split and isinstance(dataset, Dataset) else dataset
