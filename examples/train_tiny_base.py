@@ -170,7 +170,9 @@ def main() -> None:
     print("greedy exact match on 500 held-out examples, %")
     for kind, score in scores.items():
         print(f"  {kind:<11} {score:5.1f}")
-    print(f"  mean of the left-to-right kinds {sum(scores[k] for k in LEFT_TO_RIGHT_KINDS) / len(LEFT_TO_RIGHT_KINDS):.1f}")
+    print(
+        f"  mean of the left-to-right kinds {sum(scores[k] for k in LEFT_TO_RIGHT_KINDS) / len(LEFT_TO_RIGHT_KINDS):.1f}"
+    )
 
 
 if __name__ == "__main__":

@@ -19,11 +19,18 @@ class LogLinesCallback(TrainerCallback):
     def __init__(self, write: Callable[[str], None], phase: str) -> None:
         self.write, self.phase, self.started = write, phase, 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.started = time.perf_counter()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: object,
     ) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -36,7 +43,9 @@ class LogLinesCallback(TrainerCallback):
         figures = "  ".join(f"{label} {float(logs[name]):.3g}" for name, label in names.items() if name in logs)
         took = time.perf_counter() - self.started
         left = took / max(state.global_step, 1) * (state.max_steps - state.global_step)
-        self.write(f"{self.phase}  step {state.global_step}/{state.max_steps}  {figures}  {took:.0f} s, {left:.0f} s left")
+        self.write(
+            f"{self.phase}  step {state.global_step}/{state.max_steps}  {figures}  {took:.0f} s, {left:.0f} s left"
+        )
 
 
 def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:

@@ -82,7 +82,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     def _canvas(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         trained = [i for i, label in enumerate(labels) if label != masking.IGNORE_INDEX]
-        ends = [i for i in trained[-3:] if labels[i] == self.eos_token_id]  # the template may add a newline after the EOS
+        ends = [
+            i for i in trained[-3:] if labels[i] == self.eos_token_id
+        ]  # the template may add a newline after the EOS
         if not ends or labels[0] != masking.IGNORE_INDEX:
             return ids, labels
         ids, labels, first = ids[: ends[-1] + 1], labels[: ends[-1] + 1], trained[0]

@@ -141,7 +141,9 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def resolve(preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None) -> HyperParameters:
+def resolve(
+    preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None
+) -> HyperParameters:
     """All layers merged and checked.
 
     Raises:
@@ -168,7 +170,9 @@ def build(given: dict[str, Any]) -> HyperParameters:
         else:
             hp.training[check_training_key(key)] = check_training_value(key, value)
     for name in ("pretrain_config", "sft_config"):
-        setattr(hp, name, {check_training_key(k, name): check_training_value(k, v) for k, v in getattr(hp, name).items()})
+        setattr(
+            hp, name, {check_training_key(k, name): check_training_value(k, v) for k, v in getattr(hp, name).items()}
+        )
     check_ranges(hp)
     return hp
 
@@ -179,7 +183,9 @@ def check_training_key(key: str, where: str = "") -> str:
         raise ValueError(f"`{key}` is called `{_RENAMED[key]}` here.")
     if key not in TRAINING_KEYS:
         close = difflib.get_close_matches(key, sorted(OWN_KEYS | TRAINING_KEYS), n=1)
-        raise ValueError(f"unknown key `{key}`{inside}" + (f"; did you mean `{close[0]}`?" if close else "; see config.yaml."))
+        raise ValueError(
+            f"unknown key `{key}`{inside}" + (f"; did you mean `{close[0]}`?" if close else "; see config.yaml.")
+        )
     return key
 
 

@@ -33,7 +33,9 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
     """
     if name == "tiny":
         n_test = test_size if test_size >= 1 else 500
-        splits = DatasetDict(train=tiny_dataset(limit or TINY_EXAMPLES, seed), test=tiny_dataset(int(n_test), seed, "test"))
+        splits = DatasetDict(
+            train=tiny_dataset(limit or TINY_EXAMPLES, seed), test=tiny_dataset(int(n_test), seed, "test")
+        )
     else:
         splits = _load(name)
     if "train" not in splits:

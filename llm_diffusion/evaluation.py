@@ -85,9 +85,9 @@ def evaluate_answers(
     started = time.perf_counter()
     # Answers of like length side by side: finished rows leave, but a batch is as long as its longest.
     for start in range(0, len(examples), BATCH_SIZE):
-        batch = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in examples[start : start + BATCH_SIZE]]).to(
-            device
-        )
+        batch = encode_prompts(
+            tokenizer, [prompt_and_reference(e)[0] for e in examples[start : start + BATCH_SIZE]]
+        ).to(device)
         if autoregressive:
             limit = settings.get("max_new_tokens", 128)
             ids = generate_autoregressive(model, **batch, max_new_tokens=limit, do_sample=False)

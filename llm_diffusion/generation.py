@@ -97,7 +97,9 @@ class DiffusionOutput(ModelOutput):
     history: list[torch.Tensor] | None = None
 
 
-def _settings(model: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any]) -> DiffusionGenerationConfig:
+def _settings(
+    model: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any]
+) -> DiffusionGenerationConfig:
     """The model's record and end tokens < the given config < keywords."""
     record = getattr(model.config, "diffusion", None) or {}
     chosen = (
@@ -120,7 +122,9 @@ def _settings(model: PreTrainedModel, given: GenerationConfig | None, kwargs: di
 
 def _eos_ids(settings: DiffusionGenerationConfig, device: torch.device) -> torch.Tensor:
     eos = settings.eos_token_id
-    return torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long, device=device)
+    return torch.tensor(
+        [] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long, device=device
+    )
 
 
 @dataclass
@@ -258,7 +262,9 @@ def _step(
     if settings.threshold is not None:
         chosen = unmasking.commit_threshold(score, eligible, settings.threshold)
     else:
-        quota = unmasking.step_quota(eligible.sum(-1), rows.steps_left) if settings.steps else torch.ones_like(rows.index)
+        quota = (
+            unmasking.step_quota(eligible.sum(-1), rows.steps_left) if settings.steps else torch.ones_like(rows.index)
+        )
         chosen = unmasking.commit_quota(score, eligible, quota)
     return torch.zeros_like(pending).scatter(-1, positions, chosen), rows.ids.scatter(-1, positions, tokens)
 

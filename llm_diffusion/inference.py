@@ -98,7 +98,9 @@ class DiffusionInference:
             raise ValueError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
         # Text follows the gap: it cannot end there.
         chosen = {**self.settings, "eos_token_id": None, "suppress_tokens": [self.tokenizer.eos_token_id], **settings}
-        filled = fill_masks(self.model, encoded["input_ids"], encoded["attention_mask"], DiffusionGenerationConfig(**chosen))
+        filled = fill_masks(
+            self.model, encoded["input_ids"], encoded["attention_mask"], DiffusionGenerationConfig(**chosen)
+        )
         return self.tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:

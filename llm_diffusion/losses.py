@@ -16,7 +16,9 @@ import torch
 from torch.nn import functional as F
 
 
-def weighted_nll(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def weighted_nll(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of weighted cross-entropies, in nats and fp32, and the unweighted terms.
 
     Args:

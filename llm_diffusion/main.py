@@ -57,7 +57,11 @@ def one_line_errors() -> Any:
 @click.option("--list-presets", is_flag=True, help="Print the names of the presets and exit.")
 @click.pass_context
 def cli(
-    context: click.Context, hyper_parameters_json: str | None, config: str | None, preset: str | None, list_presets: bool
+    context: click.Context,
+    hyper_parameters_json: str | None,
+    config: str | None,
+    preset: str | None,
+    list_presets: bool,
 ) -> None:
     """Turns an autoregressive language model into a diffusion language model. Without a command: the main job."""
     start_logging()
@@ -154,7 +158,9 @@ def run(hp: HyperParameters) -> None:
         device=device,
         trust_remote_code=hp.trust_remote_code,
     )
-    logger.info(f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}")
+    logger.info(
+        f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
+    )
     reports = {}
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
     if examples:
@@ -171,7 +177,9 @@ def run(hp: HyperParameters) -> None:
     from .callbacks import plot_loss
 
     plot_loss(histories, output / "loss.png")
-    show(hp, model, tokenizer, list(test.select(range(min(6, len(test))))), reports, final, time.perf_counter() - started)
+    show(
+        hp, model, tokenizer, list(test.select(range(min(6, len(test))))), reports, final, time.perf_counter() - started
+    )
 
 
 def measure(
@@ -205,7 +213,9 @@ def writable(folder: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"`output_dir`: {folder!r} cannot be written ({error.strerror}); choose another folder.") from error
+        raise OSError(
+            f"`output_dir`: {folder!r} cannot be written ({error.strerror}); choose another folder."
+        ) from error
     return path
 
 
@@ -308,7 +318,9 @@ def lora(hp: HyperParameters, model: torch.nn.Module) -> Any:
             target for target in targets if not any(layer == target or layer.endswith(f".{target}") for layer in layers)
         ]
         if missing and targets == SEED_LORA_TARGETS:
-            logger.info(f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {sorted(names)}")
+            logger.info(
+                f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {sorted(names)}"
+            )
             settings["target_modules"] = "all-linear"
         elif missing:
             raise ValueError(
@@ -380,7 +392,9 @@ def show(
         console.print()
     show_denoising(console, model, tokenizer, samples[0], decoding(hp))
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
-    console.print(f'    inference = llm_diffusion.DiffusionInference.from_pretrained("{final}")', markup=False, soft_wrap=True)
+    console.print(
+        f'    inference = llm_diffusion.DiffusionInference.from_pretrained("{final}")', markup=False, soft_wrap=True
+    )
     console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
 
 

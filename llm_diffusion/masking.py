@@ -73,7 +73,9 @@ def stratified_times(seed: int, step: int, rows: torch.Tensor, n_rows: int, low:
     return low + (high - low) * ((stratum + offset) / n_rows).clamp(max=1.0)
 
 
-def draw_mask(seed: int, step: int, rows: torch.Tensor, probability: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+def draw_mask(
+    seed: int, step: int, rows: torch.Tensor, probability: torch.Tensor, maskable: torch.Tensor
+) -> torch.Tensor:
     """Masks every maskable token independently: m_i ~ Bernoulli(p).
 
     Args:

@@ -56,7 +56,9 @@ def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAn
     if kind not in QUANTIZATIONS:
         raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
     if device.startswith("mps"):
-        raise ValueError("`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon.")
+        raise ValueError(
+            "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -82,7 +84,9 @@ def _resolve(name_or_path: str) -> str:
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     path = Path(name_or_path).expanduser()
     if looks_local and not path.exists():
-        raise FileNotFoundError(f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name.")
+        raise FileNotFoundError(
+            f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name."
+        )
     return str(path) if path.exists() else name_or_path
 
 
@@ -236,7 +240,9 @@ def load_diffusion_model(
 def _check_config(path: str, trust_remote_code: bool) -> None:
     config = _from_hub(AutoConfig, path, trust_remote_code=trust_remote_code)
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"`model`: {path!r} is an encoder-decoder ({config.model_type}); a decoder-only causal LM is needed.")
+        raise ValueError(
+            f"`model`: {path!r} is an encoder-decoder ({config.model_type}); a decoder-only causal LM is needed."
+        )
 
 
 def _grow_for(model: PreTrainedModel, mask_id: int) -> None:
@@ -252,7 +258,11 @@ def _adapter_base(path: str) -> str:
             f"`model`: {path!r} holds an adapter without {SIDECAR}; it was not saved by llm_diffusion's trainers."
         )
     record = json.loads(sidecar.read_text())
-    base = record["base_model"] if record["base_model"] == "tiny" else PeftConfig.from_pretrained(path).base_model_name_or_path
+    base = (
+        record["base_model"]
+        if record["base_model"] == "tiny"
+        else PeftConfig.from_pretrained(path).base_model_name_or_path
+    )
     try:
         return _resolve(base)
     except FileNotFoundError as error:

@@ -14,7 +14,9 @@ import torch
 CONFIDENCES = ("low_confidence", "random", "entropy", "margin")
 
 
-def confidence(logits: torch.Tensor, tokens: torch.Tensor, kind: str, random: torch.Tensor | None = None) -> torch.Tensor:
+def confidence(
+    logits: torch.Tensor, tokens: torch.Tensor, kind: str, random: torch.Tensor | None = None
+) -> torch.Tensor:
     """How sure the model is of the proposed tokens; higher is committed earlier.
 
     Args:

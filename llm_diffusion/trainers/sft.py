@@ -56,8 +56,12 @@ class DiffusionSFTConfig(SFTConfig):
     right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
     noise_schedule: str | None = field(default=None, metadata={"help": "linear or cosine; None: as converted."})
     loss_weight: str = field(default="elbo", metadata={"help": "elbo or uniform."})
-    min_mask_probability: float = field(default=0.0, metadata={"help": "Lowest mask probability; above 0 is not the ELBO."})
-    max_mask_probability: float = field(default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."})
+    min_mask_probability: float = field(
+        default=0.0, metadata={"help": "Lowest mask probability; above 0 is not the ELBO."}
+    )
+    max_mask_probability: float = field(
+        default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."}
+    )
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
 
@@ -127,7 +131,9 @@ class DiffusionSFTTrainer(SFTTrainer):
             processing_class, args.model_init_kwargs = processing_class or tokenizer, None
         if processing_class is None:
             raise ValueError("`processing_class`: pass the tokenizer of the model.")
-        convert_to_diffusion(model, processing_class, attention=args.attention, right_shift_logits=args.right_shift_logits)
+        convert_to_diffusion(
+            model, processing_class, attention=args.attention, right_shift_logits=args.right_shift_logits
+        )
         record = base_of(model).config.diffusion
         if peft_config is not None:
             model, peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"], args)
@@ -165,7 +171,9 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._tokens_seen = torch.zeros((), dtype=torch.long)
         head = self.model.get_output_embeddings()
         if not hasattr(head, "bias"):
-            head.register_parameter("bias", None)  # the host's fused head reads it, PEFT's wrapper of a tied head has none
+            head.register_parameter(
+                "bias", None
+            )  # the host's fused head reads it, PEFT's wrapper of a tied head has none
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -224,7 +232,9 @@ class DiffusionSFTTrainer(SFTTrainer):
         nll, terms = weighted_nll(logits, targets[keep], weights[keep])
         return nll, terms, logits.detach().argmax(-1) == targets[keep]
 
-    def _add(self, mode: str, *, nll: torch.Tensor, terms: torch.Tensor, right: torch.Tensor, maskable: torch.Tensor) -> None:
+    def _add(
+        self, mode: str, *, nll: torch.Tensor, terms: torch.Tensor, right: torch.Tensor, maskable: torch.Tensor
+    ) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
         new = {"nll": nll.detach(), "terms": terms.sum(), "right": right.sum(), "maskable": maskable}
         new["masked"] = torch.full_like(maskable, terms.numel())
@@ -255,7 +265,11 @@ class DiffusionSFTTrainer(SFTTrainer):
         super().log({**logs, **values}, start_time)
 
     def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
@@ -263,7 +277,9 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         record = base_of(self.model).config.diffusion
         record["conversion_steps"] = self._start["conversion_steps"] + self.state.global_step
-        record["training_tokens"] = self._start["training_tokens"] + int(self.accelerator.gather(self._tokens_seen).sum())
+        record["training_tokens"] = self._start["training_tokens"] + int(
+            self.accelerator.gather(self._tokens_seen).sum()
+        )
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, PeftModel):
             save_record(self.model, output_dir or self.args.output_dir)
