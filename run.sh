@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The two commands:
+#   ./run.sh                 sets up what is missing, then turns the embedded tiny model into a diffusion model
+#   ./run.sh test            sets up what is missing, then runs every check
+# Further:
+#   ./run.sh PRESET [--hyper-parameters-json '{…}']      another configuration; ./run.sh --list-presets names them
+#   nohup ./run.sh PRESET > training_nohup.log 2>&1 &    in the background; follow it with: tail -f training_nohup.log
+set -euo pipefail
+cd "$(dirname "$0")"
+./setup.sh
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+
+case "${1:-tiny}" in
+test)
+    shift
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/lint-imports
+    exec .venv/bin/python -m pytest -q "$@"
+    ;;
+-*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
+*)
+    preset="${1:-tiny}"
+    [ $# -gt 0 ] && shift
+    exec .venv/bin/python -m llm_diffusion.main --preset "$preset" "$@"
+    ;;
+esac

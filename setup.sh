@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Makes .venv from pinned versions and installs the package into it; does nothing where it is up to date.
+#   ./setup.sh             install what is missing
+#   ./setup.sh --update    build .venv anew
+set -euo pipefail
+cd "$(dirname "$0")"
+
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: Python 3.11 or newer is needed, found $("$python" --version 2>&1); set PYTHON to one" >&2
+    exit 2
+}
+[ "${1:-}" = "--update" ] && rm -rf .venv
+wanted="$(cat requirements.txt pyproject.toml | cksum)"
+if [ -x .venv/bin/python ] && [ "$(cat .venv/.installed 2>/dev/null)" = "$wanted" ]; then
+    exit 0
+fi
+echo "setting up .venv (once, a few minutes)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+echo "$wanted" > .venv/.installed
