@@ -168,16 +168,17 @@ def build(given: dict[str, Any]) -> HyperParameters:
             value = check_type(key, value, hints[key])
             setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
         else:
-            hp.training[check_training_key(key)] = check_training_value(key, value)
+            check_training_key(key)
+            hp.training[key] = check_training_value(key, value)
     for name in ("pretrain_config", "sft_config"):
-        setattr(
-            hp, name, {check_training_key(k, name): check_training_value(k, v) for k, v in getattr(hp, name).items()}
-        )
+        for key in (nested := getattr(hp, name)):
+            check_training_key(key, name)
+            nested[key] = check_training_value(key, nested[key])
     check_ranges(hp)
     return hp
 
 
-def check_training_key(key: str, where: str = "") -> str:
+def check_training_key(key: str, where: str = "") -> None:
     inside = f" in `{where}`" if where else ""
     if key in _RENAMED and not where:
         raise ValueError(f"`{key}` is called `{_RENAMED[key]}` here.")

@@ -16,6 +16,12 @@ from .tiny import tiny_dataset
 COLUMNS = ("messages", "prompt", "text")
 DEBUG_EXAMPLES = 100
 TINY_EXAMPLES = 100_000
+# For tokenizers without a chat template of their own (Phi-2, GPT-2); ends an answer with the end token.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 

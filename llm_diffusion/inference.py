@@ -5,6 +5,7 @@ Trade-off: a thin object that holds no state of its own. Alternative: `model.gen
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from .attention import base_of
 from .generation import DiffusionGenerationConfig, fill_masks, generate
 from .modeling import load_diffusion_model
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionInference:
@@ -51,6 +54,10 @@ class DiffusionInference:
     ) -> DiffusionInference:
         """Loads a converted model, full or adapter; `settings` are decoding settings."""
         model, tokenizer = load_diffusion_model(name_or_path, device=device)
+        if base_of(model).config.diffusion["conversion_steps"] == 0:
+            logger.warning(
+                "%r is converted but not trained as a diffusion model yet: its answers mean nothing", name_or_path
+            )
         return cls(model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps, tokenizer, **settings)
 
     @property

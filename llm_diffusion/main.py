@@ -137,15 +137,18 @@ def run(hp: HyperParameters) -> None:
     quiet_hosts()
     import torch
 
-    from .data import DEBUG_EXAMPLES, load_splits
+    from .callbacks import plot_loss
+    from .config import as_dict
+    from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
     from .modeling import best_device, load_diffusion_model, quantization_config
 
     started = time.perf_counter()
     device = hp.device or best_device()
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
-    output = writable(hp.output_dir)
-    report_settings(hp, output, device)
+    output = Path(hp.output_dir).expanduser()
+    check_writable(output, "output_dir")
+    print_settings(hp)
     quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
     train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
@@ -161,25 +164,29 @@ def run(hp: HyperParameters) -> None:
     logger.info(
         f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
     )
+    if tokenizer.chat_template is None:
+        logger.info(
+            "the tokenizer has no chat template: using a plain one (User: … Assistant: …), saved with the model"
+        )
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    peft_config = lora(hp, model)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "hyper_parameters.json").write_text(json.dumps(as_dict(hp), indent=2) + "\n")
     reports = {}
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
     if examples:
         reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
-    histories = train_phases(hp, model, tokenizer, train, test, output, device)
+    histories = train_phases(hp, model, tokenizer, peft_config, train, test, output, device)
     final = output / "sft_model"
     del model
     model, tokenizer = load_diffusion_model(str(final), device=device, quantization_config=quantized)
     if examples:
         reports["converted"] = measure(model, tokenizer, examples, hp)
-        (output / "results.json").write_text(
-            json.dumps({name: vars(r) | {"mean": r.mean} for name, r in reports.items()}, indent=1)
-        )
-    from .callbacks import plot_loss
-
+        results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
+        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot_loss(histories, output / "loss.png")
-    show(
-        hp, model, tokenizer, list(test.select(range(min(6, len(test))))), reports, final, time.perf_counter() - started
-    )
+    samples = list(test.select(range(min(6, len(test)))))
+    show(hp, model, tokenizer, samples, reports, final, time.perf_counter() - started)
 
 
 def measure(
@@ -205,27 +212,20 @@ def decoding(hp: HyperParameters) -> dict[str, Any]:
     return settings
 
 
-def writable(folder: str) -> Path:
-    path = Path(folder).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".write_test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"`output_dir`: {folder!r} cannot be written ({error.strerror}); choose another folder."
-        ) from error
-    return path
+def check_writable(folder: Path, key: str) -> None:
+    """Refuses a folder that cannot be written, without making it: nothing is left behind when the run fails to start."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
 
 
-def report_settings(hp: HyperParameters, output: Path, device: str) -> None:
+def print_settings(hp: HyperParameters) -> None:
     from .config import as_dict
 
-    settings = as_dict(hp)
-    (output / "hyper_parameters.json").write_text(json.dumps(settings, indent=2) + "\n")
-    logger.info(f"settings, resolved (saved to {output / 'hyper_parameters.json'}):")
-    for key, value in settings.items():
+    logger.info("settings, resolved:")
+    for key, value in as_dict(hp).items():
         if value not in (None, {}, ""):
             logger.info(f"  {key}: {json.dumps(value)}")
     low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
@@ -237,17 +237,19 @@ def train_phases(
     hp: HyperParameters,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    peft_config: Any,
     train: Dataset,
     test: Dataset,
     output: Path,
     device: str,
 ) -> dict[str, list[dict]]:
     """Phase after phase with the same adapters; returns their log histories. The last one is saved as `sft_model`."""
+    from transformers.trainer_callback import PrinterCallback
+
     from .callbacks import LogLinesCallback
     from .trainers.sft import DiffusionSFTTrainer
 
-    histories, peft_config = {}, lora(hp, model)
-    report_to = start_wandb(hp)
+    histories, report_to = {}, start_wandb(hp)
     for phase in hp.phases:
         args = training_arguments(hp, phase, output, device, report_to)
         trainer = DiffusionSFTTrainer(
@@ -259,8 +261,6 @@ def train_phases(
             peft_config=peft_config,
             callbacks=[LogLinesCallback(logger.info, phase)],
         )
-        from transformers.trainer_callback import PrinterCallback
-
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.evaluate()
@@ -344,7 +344,10 @@ def start_wandb(hp: HyperParameters) -> str:
     if hp.wandb_config.get("entity"):
         os.environ["WANDB_ENTITY"] = hp.wandb_config["entity"]
     if hp.wandb_config.get("wandb_log_path"):
-        os.environ["WANDB_DIR"] = str(writable(hp.wandb_config["wandb_log_path"]))
+        folder = Path(hp.wandb_config["wandb_log_path"]).expanduser()
+        check_writable(folder, "wandb_config.wandb_log_path")
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["WANDB_DIR"] = str(folder)
     if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
         logger.warning(
             "wandb: not logged in; going on offline. Run `wandb login` or set WANDB_API_KEY, and `wandb sync` to upload."

@@ -10,7 +10,7 @@ Alternative: own model classes with `auto_map`, which every host tool would have
 from __future__ import annotations
 
 import json
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def convert_to_diffusion(
             "base_model": base.config._name_or_path,
             "conversion_steps": 0,
             "training_tokens": 0,
-            "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "version": version("llm_diffusion"),
         }
     else:

@@ -13,6 +13,7 @@ training loop, which would lose packing, PEFT, accelerate, hub and callbacks.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ from ..losses import WEIGHTS, weighted_nll
 from ..masking import IGNORE_INDEX
 from ..modeling import convert_to_diffusion, load_diffusion_model, save_record
 from ..noise_schedules import get_noise_schedule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,6 +71,13 @@ class DiffusionSFTConfig(SFTConfig):
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.cuda.is_available():
             self.bf16 = False
+        # TRL still sets the old names, which transformers deprecates: handed over here, both names keep working.
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
         if self.noise_schedule is not None:
             get_noise_schedule(self.noise_schedule)
@@ -161,7 +171,8 @@ class DiffusionSFTTrainer(SFTTrainer):
             data_collator=self.diffusion_collator,
             **kwargs,
         )
-        if len(self.train_dataset) == 0:
+        _report_dropped(train_dataset, self.train_dataset, args)
+        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
             raise ValueError(
                 f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
                 "raise it, or shorten the prompts."
@@ -299,6 +310,16 @@ def _prepare_adapter(
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
     return model, peft_config
+
+
+def _report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:
+    if isinstance(given, Dataset) and isinstance(kept, Dataset) and 0 < len(kept) < len(given):
+        logger.warning(
+            "%d of %d rows have nothing left to train on after truncation to `max_length`=%s and are dropped",
+            len(given) - len(kept),
+            len(given),
+            args.max_length,
+        )
 
 
 def _clean_prompts(dataset: Any, split: bool) -> Any:

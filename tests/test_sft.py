@@ -1,0 +1,258 @@
+"""DiffusionSFTTrainer: the loss against a second formula, seeded noise, equal gradients, resuming, saving."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model, probe_attention
+from llm_diffusion.masking import IGNORE_INDEX
+from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+
+
+def tiny_model(tied=True, seed=0):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+        eos_token_id=2,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():  # the default initialisation is so small that every token is equally likely
+        model.model.embed_tokens.weight.mul_(10)
+    return model
+
+
+def make(tmp_path, tokenizer, model=None, peft_config=None, dataset=None, evaluation=None, **settings):
+    settings = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "gradient_checkpointing": False,
+        **settings,
+    }
+    return DiffusionSFTTrainer(
+        tiny_model() if model is None else model,
+        DiffusionSFTConfig(str(tmp_path), **settings),
+        train_dataset=tiny_dataset(16) if dataset is None else dataset,
+        eval_dataset=evaluation,
+        processing_class=copy.deepcopy(tokenizer),
+        peft_config=peft_config,
+    )
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_loss_is_the_nelbo_of_a_second_formula(tmp_path, tokenizer, shift):
+    trainer = make(tmp_path, tokenizer, right_shift_logits=shift, evaluation=tiny_dataset(6, split="test"))
+    batch = next(iter(trainer.get_eval_dataloader()))
+    trainer.model.eval()
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        noisy = trainer.diffusion_collator.corrupt(batch, seed=trainer.args.seed, step=0)
+        logits = trainer.model(input_ids=noisy["input_ids"], attention_mask=batch["attention_mask"]).logits
+    total, maskable = 0.0, 0
+    for row in range(len(logits)):  # token by token, full logits, no helper of the library
+        for place in range(logits.shape[1]):
+            if batch["labels"][row, place] == IGNORE_INDEX:
+                continue
+            maskable += 1
+            if noisy["input_ids"][row, place] == tokenizer_mask(trainer):
+                read = logits[row, place - 1 if shift else place].double()
+                total -= read.log_softmax(-1)[batch["input_ids"][row, place]] / noisy["times"][row]
+    assert maskable > 50
+    assert loss.item() == pytest.approx(float(total) / maskable, rel=1e-5)
+
+
+def tokenizer_mask(trainer):
+    return trainer.processing_class.mask_token_id
+
+
+def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
+    """On CUDA the loss goes through TRL's fused head; here both ways are computed on the CPU."""
+    trainer = make(tmp_path, tokenizer, peft_config=LORA)
+    batch = next(iter(trainer.get_train_dataloader()))
+    noisy = trainer.diffusion_collator.corrupt(batch, seed=1, step=3)
+    nll, terms, right = trainer._score(trainer.model, noisy)
+    fused = trainer.model(
+        input_ids=noisy["input_ids"],
+        attention_mask=noisy["attention_mask"],
+        labels=noisy["targets"],
+        shift_labels=noisy["targets"],
+        fused_lm_head=True,
+    )
+    keep = noisy["targets"] != IGNORE_INDEX
+    torch.testing.assert_close(-(fused.log_probs * noisy["weights"]).sum(), nll, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(-fused.log_probs[keep], terms, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fused.is_top1[keep], right)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_one_batch_of_8_and_eight_of_1_give_the_same_gradient(tmp_path, tokenizer, peft_config):
+    after = []
+    for batch_size, accumulation in ((8, 1), (1, 8)):
+        trainer = make(
+            tmp_path,
+            tokenizer,
+            peft_config=peft_config,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            weight_decay=0.0,
+        )
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+        trainer.train()
+        now = dict(trainer.model.named_parameters())
+        after.append(torch.cat([(now[name].detach() - before[name]).flatten() for name in before]))
+    assert after[0].norm() > 1e-3
+    assert (after[0] - after[1]).norm() / after[0].norm() < 1e-5
+
+
+def test_resumed_run_has_the_same_losses(tmp_path, tokenizer):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    straight = make(tmp_path / "a", tokenizer, peft_config=LORA, **settings)
+    straight.train()
+    again = make(tmp_path / "b", tokenizer, peft_config=LORA, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(straight)[2:] == losses(again)[-2:]
+
+
+@pytest.mark.slow
+def test_noise_does_not_depend_on_loader_workers(tmp_path, tokenizer):
+    runs = []
+    for workers in (0, 2):
+        trainer = make(tmp_path, tokenizer, max_steps=3, dataloader_num_workers=workers)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
+
+
+def test_evaluation_is_fixed_whatever_the_batch_size(tmp_path, tokenizer):
+    found = []
+    for size in (2, 3, 8):
+        trainer = make(
+            tmp_path, tokenizer, evaluation=tiny_dataset(8, split="test"), per_device_eval_batch_size=size, seed=1
+        )
+        found += [trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]]
+    assert max(found) - min(found) < 1e-5
+    assert found[0] > 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_mask_row_trains_under_lora_and_other_rows_do_not(tmp_path, tokenizer, tied):
+    model = tiny_model(tied)
+    trainer = make(tmp_path, tokenizer, model=model, peft_config=LORA, learning_rate=1e-2, max_steps=2)
+    base = trainer.model.get_base_model()
+    probe = torch.arange(512)[None]
+    before = base.get_input_embeddings()(probe)[0].detach().clone()
+    trainer.train()
+    moved = (base.get_input_embeddings()(probe)[0] - before).abs().amax(-1) > 0
+    assert moved.nonzero().flatten().tolist() == [tokenizer_mask(trainer)]
+
+
+def test_prompt_stays_clean_and_pretraining_masks_everything(tmp_path, tokenizer):
+    tuned = make(tmp_path, tokenizer, random_canvas=0.0, eos_tail=0)
+    pretrained = make(tmp_path, tokenizer, completion_only_loss=False)
+    for trainer, share in ((tuned, 0.6), (pretrained, 1.0)):
+        batch = next(iter(trainer.get_train_dataloader()))
+        trained = batch["labels"] != IGNORE_INDEX
+        ratio = trained.sum() / batch["attention_mask"].sum()
+        assert (ratio > 0.9) if share == 1.0 else (0.1 < ratio < share)
+    row = next(iter(tuned.get_train_dataloader()))
+    answer = tokenizer.decode(row["labels"][0][row["labels"][0] != IGNORE_INDEX])
+    assert answer.endswith("<|im_end|>") and "assistant" not in answer and "user" not in answer
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_saved_model_reloads_bidirectional_with_the_same_logits(tmp_path, tokenizer, peft_config):
+    base = tmp_path / "base"
+    tiny_model().save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model, own_tokenizer = load_diffusion_model(str(base))
+    trainer = make(tmp_path, own_tokenizer, model=model, peft_config=peft_config, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    reloaded, _ = load_diffusion_model(str(tmp_path / "saved"))
+    ids = torch.randint(0, 400, (2, 9))
+    trainer.model.eval()
+    torch.testing.assert_close(reloaded(ids).logits, trainer.model(ids).logits, rtol=1e-5, atol=1e-5)
+    assert probe_attention(reloaded) == "bidirectional"
+    record = (reloaded.get_base_model() if peft_config else reloaded).config.diffusion
+    assert record["conversion_steps"] == 2
+    assert record["training_tokens"] > 100
+
+
+def test_a_name_and_defaults_are_enough(tmp_path):
+    trainer = DiffusionSFTTrainer(
+        "tiny",
+        DiffusionSFTConfig(str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True),
+        train_dataset=tiny_dataset(4),
+        peft_config=LORA,
+    )
+    trainer.train()
+    log = trainer.state.log_history[-1]
+    assert log["train_loss"] > 0
+
+
+def test_metrics_are_logged(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, max_steps=2)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["nelbo"] == pytest.approx(row["loss"], rel=1e-4)
+    assert row["perplexity_bound"] == pytest.approx(torch.tensor(row["nelbo"]).exp().item(), rel=1e-4)
+    assert 0.2 < row["mask_ratio"] < 0.8
+    assert 0 <= row["masked_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise_schedule": "sigmoid"}, "noise_schedule"),
+        ({"loss_weight": "snr"}, "loss_weight"),
+        ({"min_mask_probability": 0.9, "max_mask_probability": 0.1}, "min_mask_probability"),
+        ({"max_mask_probability": 1.5}, "max_mask_probability"),
+        ({"eos_tail": -1}, "eos_tail"),
+        ({"random_canvas": 2.0}, "random_canvas"),
+        ({"packing": True}, "packing"),
+        ({"loss_type": "dft"}, "loss_type"),
+    ],
+)
+def test_bad_settings_are_refused_at_construction(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionSFTConfig(str(tmp_path), **settings)
+
+
+def test_bad_data_is_refused_before_any_step(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="max_length"):
+        make(tmp_path, tokenizer, max_length=4)
+    empty = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}])
+    with pytest.raises(ValueError, match="row 0"):
+        make(tmp_path, tokenizer, dataset=empty)
+    with pytest.raises(TypeError, match="DiffusionSFTConfig"):
+        DiffusionSFTTrainer(tiny_model(), object(), train_dataset=tiny_dataset(2), processing_class=tokenizer)
