@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
+from .generation import DiffusionGenerationConfig
 from .trainers.sft import DiffusionSFTConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -256,6 +257,7 @@ def check_ranges(hp: HyperParameters) -> None:
             raise ValueError(f"`{name}` must be above 0, got {getattr(hp, name)}.")
     if not hp.phases or set(hp.phases) - set(PHASES):
         raise ValueError(f"`phases` must be a non-empty list of {list(PHASES)}, got {hp.phases}.")
+    DiffusionGenerationConfig(**hp.generation)
     if hp.device is not None and hp.device.split(":")[0] not in ("cuda", "mps", "cpu"):
         raise ValueError(f"`device` must be cuda, mps or cpu, got {hp.device!r}.")
 
@@ -263,4 +265,5 @@ def check_ranges(hp: HyperParameters) -> None:
 def as_dict(hp: HyperParameters) -> dict[str, Any]:
     """Flat mapping in the schema that `build` reads."""
     flat = dataclasses.asdict(hp)
-    return {**flat, **flat.pop("training")}
+    training = flat.pop("training")
+    return {**flat, **training}

@@ -136,9 +136,9 @@ def run(hp: HyperParameters) -> None:
     """The main job."""
     quiet_hosts()
     import torch
+    from peft import PeftModel
 
     from .callbacks import plot_loss
-    from .config import as_dict
     from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
     from .modeling import best_device, load_diffusion_model, quantization_config
 
@@ -169,9 +169,7 @@ def run(hp: HyperParameters) -> None:
             "the tokenizer has no chat template: using a plain one (User: … Assistant: …), saved with the model"
         )
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    peft_config = lora(hp, model)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "hyper_parameters.json").write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+    peft_config = None if isinstance(model, PeftModel) else lora(hp, model)  # an adapter is trained on
     reports = {}
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
     if examples:
@@ -247,26 +245,30 @@ def train_phases(
     from transformers.trainer_callback import PrinterCallback
 
     from .callbacks import LogLinesCallback
+    from .config import as_dict
     from .trainers.sft import DiffusionSFTTrainer
 
-    histories, report_to = {}, start_wandb(hp)
+    report_to, trainers = start_wandb(hp), {}
+    # All trainers are built before the first one runs, so that data that a later phase refuses stops the job at once.
     for phase in hp.phases:
-        args = training_arguments(hp, phase, output, device, report_to)
-        trainer = DiffusionSFTTrainer(
+        trainers[phase] = DiffusionSFTTrainer(
             model,
-            args,
+            training_arguments(hp, phase, output, device, report_to),
             train_dataset=train,
             eval_dataset=test.select(range(min(len(test), 200))),
             processing_class=tokenizer,
             peft_config=peft_config,
             callbacks=[LogLinesCallback(logger.info, phase)],
         )
-        trainer.remove_callback(PrinterCallback)
+        trainers[phase].remove_callback(PrinterCallback)
+        model, peft_config = trainers[phase].model, None
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "hyper_parameters.json").write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+    for phase, trainer in trainers.items():
         trainer.train()
         trainer.evaluate()
         trainer.save_model(str(output / ("sft_model" if phase == hp.phases[-1] else f"{phase}_model")))
-        histories[phase], model, peft_config = trainer.state.log_history, trainer.model, None
-    return histories
+    return {phase: trainer.state.log_history for phase, trainer in trainers.items()}
 
 
 def training_arguments(hp: HyperParameters, phase: str, output: Path, device: str, report_to: str) -> Any:

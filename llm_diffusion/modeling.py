@@ -93,7 +93,7 @@ def _resolve(name_or_path: str) -> str:
 def _from_hub(loader: Any, name: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         if Path(name).exists():
             raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {str(error).splitlines()[0]}") from error
         raise OSError(

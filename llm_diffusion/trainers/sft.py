@@ -177,7 +177,7 @@ class DiffusionSFTTrainer(SFTTrainer):
                 f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
                 "raise it, or shorten the prompts."
             )
-        self._start = {name: record[name] for name in ("conversion_steps", "training_tokens")}
+        self._start = {"conversion_steps": 0, "training_tokens": 0}
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._tokens_seen = torch.zeros((), dtype=torch.long)
         head = self.model.get_output_embeddings()
@@ -185,6 +185,11 @@ class DiffusionSFTTrainer(SFTTrainer):
             head.register_parameter(
                 "bias", None
             )  # the host's fused head reads it, PEFT's wrapper of a tied head has none
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        record = base_of(self.model).config.diffusion
+        self._start = {name: record[name] for name in self._start}  # what earlier runs and phases did
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

@@ -1,0 +1,87 @@
+"""Settings: defaults, layers, types, presets."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_diffusion.config import (
+    TRAINING_KEYS,
+    HyperParameters,
+    as_dict,
+    build,
+    check_type,
+    merge,
+    preset_names,
+    read_preset,
+    resolve,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_config_yaml_holds_exactly_the_defaults():
+    from_file = as_dict(resolve(config=str(ROOT / "config.yaml")))
+    assert from_file == as_dict(HyperParameters())
+
+
+def test_layers_win_in_order(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("batch_size: 7\nlearning_rate: 3e-4\nlora_config: {r: 8}\n")
+    hp = resolve("tiny", str(file), '{"learning_rate": 5e-5, "warmup_steps": 3}')
+    assert (hp.batch_size, hp.learning_rate, hp.training["warmup_steps"]) == (7, 5e-5, 3)  # file, JSON, JSON
+    assert hp.model == "tiny"  # preset
+    assert (hp.lora_config["r"], hp.lora_config["lora_alpha"]) == (8, 64)  # merged key by key
+    assert hp.gradient_accumulation_steps == 1 and HyperParameters().gradient_accumulation_steps == 4
+
+
+def test_json_may_be_a_file(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"epochs": 2}))
+    assert resolve(hyper_parameters=str(file)).epochs == 2
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid(name):
+    hp = resolve(name)
+    assert hp.model and hp.dataset
+    assert build(as_dict(hp)) == hp  # what is saved can be read again
+
+
+def test_presets_are_joined_from_left_to_right():
+    joined = read_preset("qwen3-0.6b+tiny")
+    assert joined["model"] == "tiny" and joined["lora_config"]["r"] == read_preset("tiny")["lora_config"]["r"]
+
+
+def test_every_field_of_the_trainer_is_a_key():
+    assert {"warmup_steps", "lr_scheduler_type", "max_grad_norm", "weight_decay", "save_total_limit"} <= TRAINING_KEYS
+    assert build({"max_grad_norm": 0.5}).training == {"max_grad_norm": 0.5}
+    assert build({"sft_config": {"max_steps": 3}}).sft_config == {"max_steps": 3}
+
+
+def test_yaml_numbers_written_as_text_are_numbers():
+    assert yaml.safe_load("2e-4") == "2e-4"  # YAML 1.1; the reason for this rule
+    assert check_type("learning_rate", "2e-4", float) == 2e-4
+    assert check_type("learning_rate", 1, float) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"), [("x", int), (1.5, int), (True, int), ("1", bool), (1, str), ([1], dict), ("many", float)]
+)
+def test_wrong_types_are_refused(value, hint):
+    with pytest.raises(ValueError, match="`key` must be"):
+        check_type("key", value, hint)
+
+
+def test_merge_leaves_its_arguments_alone():
+    low, high = {"a": {"b": 1}}, {"a": {"c": 2}}
+    assert merge(low, high) == {"a": {"b": 1, "c": 2}}
+    assert (low, high) == ({"a": {"b": 1}}, {"a": {"c": 2}})
+
+
+def test_defaults_are_not_shared_between_objects():
+    assert dataclasses.asdict(HyperParameters()) == dataclasses.asdict(HyperParameters())
+    HyperParameters().lora_config["r"] = 1
+    assert HyperParameters().lora_config["r"] == 16

@@ -1,0 +1,226 @@
+"""The command line: the whole job at toy size, and one clear line with exit code 2 for everything that can be wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+
+from llm_diffusion import load_diffusion_model
+from llm_diffusion.config import build
+from llm_diffusion.main import cli, lora
+from llm_diffusion.modeling import save_record
+
+FAST = {
+    "model": "tiny",
+    "dataset": "tiny",
+    "max_examples": 16,
+    "test_size": 6,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_length": 128,
+    "device": "cpu",
+    "pretrain_config": {"max_steps": 1},
+    "sft_config": {"max_steps": 2},
+    "generation": {"max_new_tokens": 16, "block_length": 8},
+    "lora_config": {"r": 4},
+    "eval_examples": 6,
+}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli, list(arguments), catch_exceptions=False)
+
+
+def with_settings(**settings):
+    return invoke("--hyper-parameters-json", json.dumps({**FAST, **settings}))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "out"
+    result = with_settings(output_dir=str(output))
+    assert result.exit_code == 0, result.output
+    return output, result.stdout
+
+
+def test_main_job_end_to_end(trained):
+    output, text = trained
+    for line in ("Exact match", "sudoku", "tokens per forward", "one answer as it is denoised", "from_pretrained"):
+        assert line in text
+    assert "\x1b" not in text and "\r" not in text  # a log that can be followed
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "hyper_parameters.json").read_text())["max_examples"] == 16
+    results = json.loads((output / "results.json").read_text())
+    assert results["AR base"]["tokens_per_forward"] == 1.0
+    record = json.loads((output / "sft_model" / "diffusion_config.json").read_text())
+    assert record["conversion_steps"] == 3 and record["base_model"] == "tiny"  # both phases
+
+
+def test_result_is_loaded_by_chat_and_generate(trained):
+    model = str(trained[0] / "sft_model")
+    settings = ("--settings", '{"max_new_tokens": 8}')
+    for command, text in (("chat", "Sort the letters: k d"), ("generate", "Tom has")):
+        result = invoke(command, model, text, *settings)
+        assert result.exit_code == 0 and result.stdout.endswith("\n")
+
+
+def test_debug_limits_the_data_and_marks_the_run(tmp_path):
+    from llm_diffusion.main import training_arguments
+
+    hp = build({**FAST, "debug": True})
+    assert training_arguments(hp, "sft", tmp_path, "cpu", "none").run_name == "debug-tiny-sft"
+
+
+def test_settings_reach_the_trainer(tmp_path):
+    from llm_diffusion.main import training_arguments
+
+    hp = build({**FAST, "warmup_steps": 7, "max_grad_norm": 0.5, "sft_config": {"learning_rate": 1e-5}})
+    pretrain, sft = (training_arguments(hp, phase, tmp_path, "cpu", "none") for phase in ("pretrain", "sft"))
+    assert (pretrain.warmup_steps, pretrain.max_grad_norm) == (7, 0.5)
+    assert (pretrain.learning_rate, sft.learning_rate) == (2e-4, 1e-5)
+    assert pretrain.completion_only_loss is False and sft.completion_only_loss is None
+
+
+def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    from llm_diffusion.main import start_wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    hp = build({**FAST, "use_wandb": True, "debug": True, "wandb_config": {"wandb_log_path": str(tmp_path / "w")}})
+    assert start_wandb(hp) == "wandb"
+    assert os.environ["WANDB_MODE"] == "offline" and os.environ["WANDB_PROJECT"] == "debug-llm-diffusion"
+
+
+TINY_SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def test_lora_targets_are_resolved_for_other_architectures():
+    phi = PhiForCausalLM(PhiConfig(**TINY_SIZES, intermediate_size=32))
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    for model in (phi, gpt2):
+        adapted = get_peft_model(model, lora(build({}), model))
+        assert adapted.get_nb_trainable_parameters()[0] > 0
+    with pytest.raises(ValueError, match="query_proj"):
+        lora(build({"lora_config": {"target_modules": ["query_proj"]}}), phi)
+    with pytest.raises(ValueError, match="lora_config"):
+        lora(build({"lora_config": {"rank": 4}}), phi)
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def chat_row(question: str, answer: str) -> str:
+    return json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
+
+
+def orphan_adapter(path: Path) -> str:
+    """An adapter whose base model is gone."""
+    model, tokenizer = load_diffusion_model("tiny", device="cpu")
+    model.config.diffusion["base_model"] = str(path / "gone")
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = str(path / "gone")
+    adapter.save_pretrained(path / "adapter")
+    tokenizer.save_pretrained(path / "adapter")
+    save_record(adapter, path / "adapter")
+    return str(path / "adapter")
+
+
+def encoder_only(path: Path) -> str:
+    BertConfig(**TINY_SIZES).save_pretrained(path / "bert")
+    return str(path / "bert")
+
+
+# name -> (settings made from a temporary folder, what the line must say)
+BAD_INPUT = {
+    "unknown key": (lambda p: {"modle": "tiny"}, "unknown key `modle`; did you mean `model`"),
+    "unknown nested key": (lambda p: {"sft_config": {"max_step": 1}}, "`max_step` in `sft_config`"),
+    "host's name of a key": (lambda p: {"num_train_epochs": 1}, "called `epochs`"),
+    "wrong type": (lambda p: {"batch_size": "many"}, "`batch_size` must be int, got 'many'"),
+    "wrong type of a trainer key": (lambda p: {"warmup_steps": "soon"}, "`warmup_steps` must be"),
+    "negative batch size": (lambda p: {"batch_size": -1}, "`batch_size` must be at least 1, got -1"),
+    "zero epochs": (lambda p: {"epochs": 0}, "`epochs` must be above 0"),
+    "unknown phase": (lambda p: {"phases": ["warm"]}, "`phases` must be"),
+    "unknown device": (lambda p: {"device": "tpu"}, "`device` must be"),
+    "mask range reversed": (
+        lambda p: {"min_mask_probability": 0.9, "max_mask_probability": 0.1},
+        "`min_mask_probability`",
+    ),
+    "unknown decoding key": (lambda p: {"generation": {"block_len": 4}}, "block_len"),
+    "model path missing": (lambda p: {"model": str(p / "none")}, "`model`: the folder"),
+    "model folder empty": (lambda p: {"model": str(p)}, "`model`:"),
+    "hub unreachable": (lambda p: {"model": "Qwen/Qwen3-0.6B"}, "`model`: 'Qwen/Qwen3-0.6B' is neither"),
+    "encoder only": (lambda p: {"model": encoder_only(p)}, "`model`:"),
+    "adapter without base": (lambda p: {"model": orphan_adapter(p)}, "of the adapter"),
+    "dataset missing": (lambda p: {"dataset": str(p / "no.jsonl")}, "`dataset`:"),
+    "dataset not on the hub": (lambda p: {"dataset": "nobody/nothing"}, "`dataset`: 'nobody/nothing'"),
+    "no usable column": (lambda p: {"dataset": write(p / "a.jsonl", '{"a": 1}\n{"a": 2}\n')}, "`messages`, `prompt`"),
+    "empty dataset": (lambda p: {"dataset": write(p / "a.jsonl", "")}, "is empty"),
+    "malformed data": (lambda p: {"dataset": write(p / "a.jsonl", '{"text": \n')}, "could not be loaded"),
+    "empty answer": (lambda p: {"dataset": write(p / "a.jsonl", "\n".join([chat_row("hi", " ")] * 3))}, "row 0"),
+    "answers cut off by max_length": (lambda p: {"max_length": 4}, "`max_length`=4"),
+    "qlora on MPS": (lambda p: {"use_qlora": True, "device": "mps"}, "`quantization`"),
+    "output under a file": (lambda p: {"output_dir": write(p / "file", "") + "/out"}, "`output_dir`"),
+    "unmatched LoRA target": (lambda p: {"lora_config": {"target_modules": ["wq"]}}, "target_modules"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read at import; spares the retries
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    settings, expected = BAD_INPUT[case]
+    output = tmp_path / "output"
+    result = with_settings(**{"output_dir": str(output), **settings(tmp_path)})
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and result.stderr.splitlines()[-1] == errors[0]
+    assert expected in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not list(output.rglob("*.safetensors"))  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--hyper-parameters-json", '{"model": "tiny",}'), "malformed, line 1"),
+        (("--hyper-parameters-json", "[1]"), "neither inline JSON nor"),
+        (("--config", "{path}"), "malformed"),
+        (("--config", "none.yaml"), "`--config`"),
+        (("--preset", "tinny"), "did you mean 'tiny'"),
+        (("chat", "{folder}/none", "hi"), "`model`"),
+        (("chat", "tiny", "hi", "--settings", '{"step": 1}'), "step"),
+    ],
+)
+def test_bad_command_line(arguments, expected, tmp_path):
+    path = write(tmp_path / "bad.yaml", "a: [1\n")
+    result = invoke(*(argument.replace("{path}", path).replace("{folder}", str(tmp_path)) for argument in arguments))
+    assert result.exit_code == 2
+    assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
+
+
+def test_missing_bitsandbytes_is_one_line(tmp_path):
+    """In a process of its own, where the package really cannot be imported."""
+    hidden = write(tmp_path / "bitsandbytes.py", "raise ImportError('hidden')\n")
+    code = "from llm_diffusion.main import cli; cli()"
+    settings = json.dumps({**FAST, "use_qlora": True, "output_dir": str(tmp_path / "out")})
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--hyper-parameters-json", settings],
+        env={**os.environ, "PYTHONPATH": str(Path(hidden).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert "bitsandbytes is not installed" in result.stderr.splitlines()[-1]
