@@ -23,7 +23,7 @@ _PUBLIC = {
     "DataCollatorForMaskedDiffusion": "collators",
     "generate": "generation",
     "generate_autoregressive": "generation",
-    "DiffusionGenerationConfig": "generation",
+    "DiffusionGenerationConfig": "generation_config",
     "DiffusionInference": "inference",
 }
 __all__ = sorted(_PUBLIC)

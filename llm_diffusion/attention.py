@@ -18,6 +18,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .attention_masks import additive, block_causal
+
 _MISSING = object()
 PROBE_LENGTH = 8
 
@@ -72,7 +74,7 @@ def patch_causal_attention(model: torch.nn.Module) -> AttentionPatch:
     """Makes `model` attend in both directions, in place and for good, and checks that it does.
 
     The change is `config.is_causal = False`, which survives saving and reloading, with the attention modules' own flag beside
-    it. Safe to call twice, right under PEFT and gradient checkpointing; two models in one process do not see each other.
+    it, which does not (StableLM alone needs it: reload it with `load_diffusion_model`). Safe to call twice, right under PEFT and gradient checkpointing; two models in one process do not see each other.
 
     Returns:
         The patch: a context manager, and undoable by `.undo()`.
@@ -81,19 +83,25 @@ def patch_causal_attention(model: torch.nn.Module) -> AttentionPatch:
         ValueError: the architecture stays (partly) causal; nothing is changed then.
     """
     model = base_of(model)
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window is not None and "sliding_attention" in layers:
+        # The probe is shorter than a window, so this is decided from the config.
+        raise ValueError(
+            f"`model`: {type(model).__name__} has a sliding window (sliding_window={window}), so distant tokens "
+            "would not see each other; use a checkpoint without one."
+        )
     patch = _switch(model, is_causal=False)
     try:
-        found = probe_attention(model)
-    except Exception:
+        found = f"attention is {probe_attention(model)!r}"
+    except Exception as error:  # an architecture may choke on the switch in any way
+        found = f"forward fails ({type(error).__name__}: {error})"
+    if found != "attention is 'bidirectional'":
         patch.undo()
-        raise
-    if found != "bidirectional":
-        patch.undo()
-        window = getattr(model.config.get_text_config(), "sliding_window", None)
         raise ValueError(
-            f"`model`: {type(model).__name__} cannot be made bidirectional: with `config.is_causal=False` its attention is "
-            f"{found!r}{f' (sliding_window={window})' if window else ''}. Use an architecture that honours the switch, for "
-            "example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
+            f"`model`: {type(model).__name__} cannot be made bidirectional: with `config.is_causal=False` its {found}. Use an "
+            "architecture that honours the switch, for example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
         )
     return patch
 
@@ -109,11 +117,13 @@ def causal_attention(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def attention_pattern(model: torch.nn.Module, left_padding: int = 0, length: int = PROBE_LENGTH) -> torch.Tensor:
+def attention_pattern(
+    model: torch.nn.Module, left_padding: int = 0, length: int = PROBE_LENGTH, block_length: int | None = None
+) -> torch.Tensor:
     """Who depends on whom: (length, length) bool, [i, j] = the output at position i changes when token j changes.
 
     One forward: row 0 is a text, row j + 1 the same text with token j replaced. With `left_padding` > 0 the text stands after
-    that many padding tokens.
+    that many padding tokens. With `block_length` the model is handed a block-causal 4-D mask, as block decoding does.
     """
     base = base_of(model)
     vocab = base.get_input_embeddings().weight.shape[0]
@@ -127,6 +137,9 @@ def attention_pattern(model: torch.nn.Module, left_padding: int = 0, length: int
         mask = torch.ones_like(ids)
         mask[:, :left_padding] = 0
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    if block_length:
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        inputs["attention_mask"] = additive(block_causal(mask, block_length), base.dtype)
     training = model.training
     model.eval()  # dropout would look like dependence
     try:
@@ -142,23 +155,45 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
     """Finds out by perturbation, with and without padding, who attends to whom.
 
     Args:
-        block_length: of a block-causal model; read from `config.diffusion` when left out.
+        block_length: of a block model, which is handed its mask; read from `config.diffusion` when left out.
 
     Returns:
         "causal", "bidirectional", "block" (block-causal) or "mixed" (none of these, or different with padding).
     """
     record = getattr(base_of(model).config, "diffusion", None) or {}
-    block_length = block_length or record.get("block_length")
+    block_length = block_length or record.get("block_length")  # set on block models alone
     length = max(PROBE_LENGTH, 2 * (block_length or 0))
     index = torch.arange(length)
     patterns = {"causal": index[:, None] >= index[None], "bidirectional": torch.ones(length, length, dtype=torch.bool)}
     if block_length:
         patterns["block"] = index[:, None] // block_length >= index[None] // block_length
-    found = [attention_pattern(model, left_padding, length).cpu() for left_padding in (0, 3)]
+    found = [attention_pattern(model, left_padding, length, block_length).cpu() for left_padding in (0, 3)]
     for name, pattern in patterns.items():
         if all(torch.equal(pattern, dependence) for dependence in found):
             return name
     return "mixed"
+
+
+def check_block_attention(model: torch.nn.Module, block_length: int) -> None:
+    """Refuses a model that does not attend as a block-causal 4-D mask says.
+
+    Block models keep their causal config, because their clean context is causal: masks are handed to them by training and
+    decoding.
+
+    Raises:
+        ValueError: the architecture ignores, changes or rejects 4-D masks.
+    """
+    name = type(base_of(model)).__name__
+    try:
+        found = probe_attention(model, block_length)
+    except Exception as error:  # rejected in as many ways as there are architectures
+        raise ValueError(
+            f"`model`: {name} rejects 4-D attention masks, which block attention needs: {error}"
+        ) from error
+    if found != "block":
+        raise ValueError(
+            f"`model`: {name} does not follow 4-D attention masks, which block attention needs: it attends {found!r}."
+        )
 
 
 def bind(model: torch.nn.Module, name: str, function: Any) -> None:

@@ -29,16 +29,28 @@ def additive(allowed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def blocks_of(length: int, block_length: int, device: torch.device | None = None) -> torch.Tensor:
-    """(L,) index of the block of every position; blocks start at position 0."""
-    return torch.arange(length, device=device) // block_length
-
-
 def block_causal(attention_mask: torch.Tensor, block_length: int) -> torch.Tensor:
     """Bidirectional inside a block, causal between blocks: (B, L) padding mask -> (B, L, L) bool."""
     # Blocks count real tokens, so that left padding does not move them.
     block = (attention_mask.cumsum(-1) - 1).clamp(min=0) // block_length
     return (block[:, :, None] >= block[:, None, :]) & attention_mask[:, None, :].bool()
+
+
+def block_decoding(
+    attention_mask: torch.Tensor, block_length: int, clean_context: str, active: torch.Tensor
+) -> torch.Tensor:
+    """What block decoding sees at block `active` (B,) of every row, without a cache: (B, L) padding mask -> (B, L, L) bool.
+
+    Finished text before the active block attends as in training's clean half; the active block sees all of it and itself in
+    both directions; later blocks are seen by nobody before their turn.
+    """
+    position = attention_mask.cumsum(-1) - 1
+    block = position.clamp(min=0) // block_length
+    order = position if clean_context == "causal" else block
+    inside = order[:, :, None] >= order[:, None, :]
+    in_active = block[:, :, None] == active[:, None, None]
+    up_to_active = block[:, None, :] <= active[:, None, None]
+    return torch.where(in_active, up_to_active, inside) & attention_mask[:, None, :].bool()
 
 
 def block_diffusion(attention_mask: torch.Tensor, block_length: int, clean_context: str) -> torch.Tensor:

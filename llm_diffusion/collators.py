@@ -18,6 +18,7 @@ import torch
 from transformers.data.data_collator import DataCollatorMixin
 
 from . import masking
+from .attention_masks import additive, block_diffusion
 from .losses import loss_weights
 from .noise_schedules import get_noise_schedule
 
@@ -44,6 +45,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         noise_schedule: name, see `noise_schedules`.
         loss_weight: "elbo" or "uniform".
         right_shift_logits: whether hidden state i - 1 predicts token i.
+        attention: "bidirectional" or "block"; a block model's answers are filled up with EOS to the end of their block.
+        block_length, clean_context: of block attention, see `attention_masks.block_diffusion`.
+        ar_loss_weight: weight of next-token prediction on the clean half of block attention.
         min_mask_probability, max_mask_probability: range of the mask probability; anything but (0, 1) is no ELBO.
         pad_to_multiple_of: as in transformers.
     """
@@ -56,6 +60,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     noise_schedule: str = "linear"
     loss_weight: str = "elbo"
     right_shift_logits: bool = True
+    attention: str = "bidirectional"
+    block_length: int | None = None
+    clean_context: str = "causal"
+    ar_loss_weight: float = 0.0
     min_mask_probability: float = 0.0
     max_mask_probability: float = 1.0
     pad_to_multiple_of: int | None = None
@@ -63,7 +71,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `labels`, `attention_mask`, each (B, L)."""
-        rows = [self._canvas(list(e["input_ids"]), list(e.get("labels") or e["input_ids"])) for e in examples]
+        rows = [self._canvas(*_ids_and_labels(example)) for example in examples]
         longest = max(len(ids) for ids, _ in rows)
         if self.pad_to_multiple_of:
             longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -82,12 +90,15 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     def _canvas(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         trained = [i for i, label in enumerate(labels) if label != masking.IGNORE_INDEX]
-        ends = [
-            i for i in trained[-3:] if labels[i] == self.eos_token_id
-        ]  # the template may add a newline after the EOS
+        # The template may add a token or two (a newline) after the EOS of the last turn.
+        ends = [i for i in trained if i >= trained[-1] - 2 and labels[i] == self.eos_token_id]
         if not ends or labels[0] != masking.IGNORE_INDEX:
             return ids, labels
-        ids, labels, first = ids[: ends[-1] + 1], labels[: ends[-1] + 1], trained[0]
+        ids, labels = ids[: ends[-1] + 1], labels[: ends[-1] + 1]
+        if self.attention == "block":
+            tail = [self.eos_token_id] * (-len(ids) % self.block_length)
+            return ids + tail, labels + tail
+        first = max((i for i, label in enumerate(labels) if label == masking.IGNORE_INDEX), default=-1) + 1
         cut, length = zlib.crc32(repr(ids).encode()), zlib.crc32(repr(ids[::-1]).encode())
         if cut % 1000 < 1000 * self.random_canvas:
             end = first + 1 + length % (len(ids) - first)
@@ -114,28 +125,88 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             n_rows: rows of the global batch, for the strata of the times.
 
         Returns:
-            `input_ids`, `attention_mask` for the model, and, aligned with its hidden states, `targets` (B, L) (token that the
-            state must predict, -100 = none), `weights` (B, L) fp32; further `times` (B,).
+            Of the model's length M (L, or 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
+            masks); `targets` (B, M), the token that each hidden state must predict, -100 = none; `weights` (B, M) fp32 of
+            these terms in the objective, and `ar_weights` (B, M) in the AR co-loss. Further `masked` and `times` (B, L).
         """
-        ids, labels, attention_mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
-        maskable = labels != masking.IGNORE_INDEX
+        ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+        maskable = (batch["labels"] != masking.IGNORE_INDEX) & attention_mask.bool()
         if rows is None:
             rows = masking.content_keys(ids, attention_mask)
             times = masking.MIN_TIME + (1 - masking.MIN_TIME) * masking.uniform(seed, step, rows, masking.TIME_STREAM)
         else:
             times = masking.stratified_times(seed, step, rows, n_rows)
-        probability, weight = get_noise_schedule(self.noise_schedule)(times)
+        times = times[:, None].expand(ids.shape)
+        if self.attention == "block":
+            times = masking.times_of_blocks(times, attention_mask, self.block_length)
+        probability, weights = get_noise_schedule(self.noise_schedule)(times)
         if (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
             low, high = self.min_mask_probability, self.max_mask_probability
             probability = low + (high - low) * probability
-            weight = 1 / probability
-        masked = masking.draw_mask(seed, step, rows, probability[:, None], maskable)
+            weights = 1 / probability
+        masked = masking.draw_mask(seed, step, rows, probability, maskable)
+        weights = loss_weights(self.loss_weight, weights)
+        noisy = ids.masked_fill(masked, self.mask_token_id)
+        layout = self._blocks if self.attention == "block" else self._whole
+        return {**layout(noisy, ids, attention_mask, masked, maskable, weights), "masked": masked, "times": times}
+
+    def _whole(
+        self,
+        noisy: torch.Tensor,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        masked: torch.Tensor,
+        maskable: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Bidirectional attention: the noisy text, and its masked tokens as targets."""
         targets = ids.masked_fill(~masked, masking.IGNORE_INDEX)
-        weights = loss_weights(self.loss_weight, weight)[:, None].expand(ids.shape)
+        targets = masking.align_with_readout(targets, self.right_shift_logits, masking.IGNORE_INDEX)
+        weights = masking.align_with_readout(weights, self.right_shift_logits, 0.0)
+        # A hidden state of padding predicts nothing.
+        targets = targets.masked_fill(attention_mask == 0, masking.IGNORE_INDEX)
+        inputs = {"input_ids": noisy, "attention_mask": attention_mask}
+        return {"inputs": inputs, "targets": targets, "weights": weights, "ar_weights": torch.zeros_like(weights)}
+
+    def _blocks(
+        self,
+        noisy: torch.Tensor,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        masked: torch.Tensor,
+        maskable: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Block attention: [noisy ; clean] in one pass; with the right shift a block's first token is read from the clean half.
+
+        That read-out sees no noise, so the expectation over its mask, weight 1 whether masked or not, is taken exactly. The AR
+        co-loss adds `ar_loss_weight` times next-token prediction on the clean half.
+        """
+        position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        from_clean = torch.zeros_like(maskable)
+        if self.right_shift_logits:
+            from_clean = maskable & (position % self.block_length == 0)
+        none, wanted = masking.IGNORE_INDEX, from_clean | (maskable & (self.ar_loss_weight > 0))
+
+        def align(noisy_half: torch.Tensor, clean_half: torch.Tensor, fill: float) -> torch.Tensor:
+            # The clean half is an AR model: it always predicts the next token.
+            halves = masking.align_with_readout(noisy_half, self.right_shift_logits, fill)
+            return torch.cat([halves, masking.align_with_readout(clean_half, True, fill)], -1)
+
+        allowed = block_diffusion(attention_mask, self.block_length, self.clean_context)
         return {
-            "input_ids": ids.masked_fill(masked, self.mask_token_id),
-            "attention_mask": attention_mask,
-            "targets": masking.align_with_readout(targets, self.right_shift_logits, masking.IGNORE_INDEX),
-            "weights": masking.align_with_readout(weights, self.right_shift_logits, 0.0),
-            "times": times,
+            "inputs": {
+                "input_ids": torch.cat([noisy, ids], -1),
+                "attention_mask": additive(allowed),
+                "position_ids": torch.cat([position, position], -1),
+            },
+            "targets": align(ids.masked_fill(~masked | from_clean, none), ids.masked_fill(~wanted, none), none),
+            "weights": align(weights, from_clean.float(), 0.0),
+            "ar_weights": align(torch.zeros_like(weights), self.ar_loss_weight * maskable, 0.0),
         }
+
+
+def _ids_and_labels(example: dict[str, Any]) -> tuple[list[int], list[int]]:
+    ids = [int(token) for token in example["input_ids"]]
+    labels = example.get("labels")
+    return ids, list(ids) if labels is None else [int(token) for token in labels]

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .generation import DiffusionGenerationConfig
+from .generation_config import DiffusionGenerationConfig
 from .trainers.sft import DiffusionSFTConfig
 
 PRESETS = Path(__file__).parent / "presets"

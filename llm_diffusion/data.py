@@ -13,7 +13,6 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .tiny import tiny_dataset
 
-COLUMNS = ("messages", "prompt", "text")
 DEBUG_EXAMPLES = 100
 TINY_EXAMPLES = 100_000
 # For tokenizers without a chat template of their own (Phi-2, GPT-2); ends an answer with the end token.
@@ -64,7 +63,8 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
 
 
 def check_columns(dataset: Dataset, name: str) -> None:
-    if not set(COLUMNS) & set(dataset.column_names):
+    found = set(dataset.column_names)
+    if not found & {"messages", "text"} and not {"prompt", "completion"} <= found:
         raise ValueError(
             f"`dataset`: {name!r} has the columns {dataset.column_names}; one of `messages`, `prompt` with `completion`, or `text` "
             "is needed."
@@ -85,7 +85,11 @@ def _load(name: str) -> DatasetDict:
             )
         if not any(f.stat().st_size for f in files):
             raise ValueError(f"`dataset`: {name!r} is empty.")
-        return _quietly(name, formats.pop(), data_files=[str(f) for f in files])
+        kind = formats.pop()
+        if path.is_dir() and {"train", "test", "validation"} & {f.stem for f in files}:
+            splits = {f.stem: str(f) for f in files if f.stem in ("train", "test", "validation")}
+            return _quietly(name, kind, data_files=splits)
+        return _quietly(name, kind, data_files=[str(f) for f in files])
     if name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
         raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
     return _quietly(name, name)
@@ -93,7 +97,8 @@ def _load(name: str) -> DatasetDict:
 
 def _quietly(name: str, *args: str, **options: object) -> DatasetDict:
     try:
-        return load_dataset(*args, **options)
+        splits = load_dataset(*args, **options)
+        return splits.filter(lambda row: bool(row["text"].strip())) if args[0] == "text" else splits  # blank lines
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
@@ -109,8 +114,8 @@ def as_prompt_completion(dataset: Dataset) -> Dataset:
         return dataset
 
     def split(example: dict, row: int) -> dict:
-        *prompt, last = example["messages"]
-        if last["role"] != "assistant" or not last["content"].strip() or not prompt:
+        *prompt, last = example["messages"] or [{"role": "no turn", "content": ""}]
+        if last["role"] != "assistant" or not (last["content"] or "").strip() or not prompt:
             raise ValueError(
                 f"`dataset`: row {row} must be a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}."
             )

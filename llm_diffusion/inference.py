@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .attention import base_of
-from .generation import DiffusionGenerationConfig, fill_masks, generate
+from .denoising import fill_masks
+from .generation import generate
+from .generation_config import DiffusionGenerationConfig
 from .modeling import load_diffusion_model
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,11 @@ class DiffusionInference:
             )
         return cls(model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps, tokenizer, **settings)
 
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError("`tokenizer` is missing: pass it to DiffusionInference, or use `from_pretrained`.")
+        return self.tokenizer
+
     @property
     def device(self) -> torch.device:
         return base_of(self.model).device
@@ -85,14 +92,14 @@ class DiffusionInference:
     def generate(self, prompts: list[str] | str, **settings: Any) -> list[str]:
         """Continues plain texts; returns the answers alone."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        encoded = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        encoded = [self._tokenizer()(prompt)["input_ids"] for prompt in prompts]
         return self._answer(encoded, settings)
 
     def chat(self, messages: list[dict] | list[list[dict]], **settings: Any) -> str | list[str]:
         """Answers one conversation (a list of messages) or several."""
         several = bool(messages) and isinstance(messages[0], list)
         encoded = [
-            self.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+            self._tokenizer().apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
             for conversation in (messages if several else [messages])
         ]
         answers = self._answer(encoded, settings)
@@ -100,7 +107,7 @@ class DiffusionInference:
 
     def infill(self, text: str, **settings: Any) -> str:
         """Fills the mask tokens written into `text`, one token each."""
-        encoded = self.tokenizer([text], return_tensors="pt").to(self.device)
+        encoded = self._tokenizer()([text], return_tensors="pt").to(self.device)
         if not (encoded["input_ids"] == self.settings["mask_token_id"]).any():
             raise ValueError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
         # Text follows the gap: it cannot end there.
@@ -111,6 +118,8 @@ class DiffusionInference:
         return self.tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:
+        if not encoded:
+            return []
         batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
         sequences = generate(self.model, **batch, **{**self.settings, **settings, "return_dict_in_generate": False})
         return self.tokenizer.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -2,8 +2,8 @@
 
     NELBO(x) = E_t E_m [ w(t) * sum over masked i of -log p(x_i | visible) ]
 
-Only masked positions are ever scored, so the functions take gathered rows: (n, V) logits, (n,) targets and weights.
-Trade-off: sums are returned, never means, because the right denominator (maskable tokens of the whole accumulated, gathered
+Only masked positions are ever scored, so the functions take gathered rows: (n, V) logits and (n,) targets.
+Trade-off: terms are returned, never means, because the right denominator (maskable tokens of the whole accumulated, gathered
 batch) is known to the trainer alone. Alternative: a mean per micro-batch, which makes the gradient depend on how a batch is
 cut up.
 
@@ -16,21 +16,9 @@ import torch
 from torch.nn import functional as F
 
 
-def weighted_nll(
-    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of weighted cross-entropies, in nats and fp32, and the unweighted terms.
-
-    Args:
-        logits: (n, V), any float type.
-        targets: (n,) token ids.
-        weights: (n,) fp32.
-
-    Returns:
-        `(sum, terms)`: a scalar with gradient and the detached (n,) cross-entropies.
-    """
-    terms = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (terms * weights).sum(), terms.detach()
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every row in nats, fp32: (n, V) logits of any float type and (n,) token ids -> (n,)."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 WEIGHTS = ("elbo", "uniform")

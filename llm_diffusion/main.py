@@ -140,7 +140,7 @@ def run(hp: HyperParameters) -> None:
 
     from .callbacks import plot_loss
     from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
-    from .modeling import best_device, load_diffusion_model, quantization_config
+    from .modeling import CONVERSION_OPTIONS, best_device, load_diffusion_model, quantization_config
 
     started = time.perf_counter()
     device = hp.device or best_device()
@@ -155,8 +155,7 @@ def run(hp: HyperParameters) -> None:
     logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
     model, tokenizer = load_diffusion_model(
         hp.model,
-        attention=hp.training.get("attention"),
-        right_shift_logits=hp.training.get("right_shift_logits"),
+        **{name: hp.training.get(name) for name in CONVERSION_OPTIONS},
         quantization_config=quantized,
         device=device,
         trust_remote_code=hp.trust_remote_code,

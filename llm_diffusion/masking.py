@@ -43,7 +43,8 @@ def hash_keys(*parts: torch.Tensor | int) -> torch.Tensor:
 
 def uniform(*parts: torch.Tensor | int) -> torch.Tensor:
     """Uniform numbers in (0, 1), fp32, one for every element of the broadcast `parts`."""
-    return ((hash_keys(*parts) >> 8).float() + 0.5) * 2.0**-24
+    # 23 bits: with 24, the highest key would round up to exactly 1, and a Gumbel variable made of it to infinity.
+    return ((hash_keys(*parts) >> 9).float() + 0.5) * 2.0**-23
 
 
 def content_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -71,6 +72,18 @@ def stratified_times(seed: int, step: int, rows: torch.Tensor, n_rows: int, low:
     stratum = hash_keys(seed, step, everyone, ORDER_STREAM).argsort().argsort()[rows]
     offset = uniform(seed, step, torch.zeros_like(rows[:1]), TIME_STREAM)
     return low + (high - low) * ((stratum + offset) / n_rows).clamp(max=1.0)
+
+
+def times_of_blocks(times: torch.Tensor, attention_mask: torch.Tensor, block_length: int) -> torch.Tensor:
+    """One time for every block of a row, spread evenly: (B, L) row times and padding mask -> (B, L).
+
+    Block k takes the row's time plus k golden ratios, wrapped around: each alone is uniform, and neighbours differ widely.
+
+    References: BD3LM (arXiv 2503.09573, section 5.3) for one time a block.
+    """
+    block = (attention_mask.cumsum(-1) - 1).clamp(min=0) // block_length
+    unit = (times - MIN_TIME) / (1 - MIN_TIME) + block * 0.6180339887498949
+    return MIN_TIME + (1 - MIN_TIME) * (unit % 1.0)
 
 
 def draw_mask(

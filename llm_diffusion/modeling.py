@@ -26,14 +26,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import base_of, bind, patch_causal_attention
+from .attention import base_of, bind, check_block_attention, patch_causal_attention
 from .generation import generate
 from .noise_schedules import get_noise_schedule
 from .tiny import TINY_MODEL_PATH
 
 SIDECAR = "diffusion_config.json"
 MASK_TOKEN = "<|mask|>"
-ATTENTIONS = ("bidirectional",)
+ATTENTIONS = ("bidirectional", "block")
+CLEAN_CONTEXTS = ("causal", "block")
+CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits")
+DEFAULT_BLOCK_LENGTH = 4
 QUANTIZATIONS = ("nf4", "int8")
 
 
@@ -77,8 +80,9 @@ def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAn
     return BitsAndBytesConfig(**{**defaults, **options})
 
 
-def _resolve(name_or_path: str) -> str:
+def _resolve(name_or_path: str | Path) -> str:
     """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is asked for it."""
+    name_or_path = str(name_or_path)
     if name_or_path == "tiny":
         return str(TINY_MODEL_PATH)
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
@@ -90,9 +94,10 @@ def _resolve(name_or_path: str) -> str:
     return str(path) if path.exists() else name_or_path
 
 
-def _from_hub(loader: Any, name: str, **options: Any) -> Any:
+def _from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
+    name = arguments[-1]
     try:
-        return loader.from_pretrained(name, **options)
+        return loader.from_pretrained(*arguments, **options)
     except (OSError, ValueError) as error:
         if Path(name).exists():
             raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {str(error).splitlines()[0]}") from error
@@ -120,11 +125,47 @@ def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     return mask_id
 
 
+def _new_record(
+    attention: str | None,
+    block_length: int | None,
+    clean_context: str | None,
+    right_shift_logits: bool | None,
+    noise_schedule: str | None,
+) -> dict[str, Any]:
+    """Checked options with their defaults filled in."""
+    attention, noise_schedule = attention or "bidirectional", noise_schedule or "linear"
+    if attention not in ATTENTIONS:
+        raise ValueError(f"`attention` must be one of {ATTENTIONS}, got {attention!r}.")
+    get_noise_schedule(noise_schedule)
+    if attention == "block":
+        block_length = DEFAULT_BLOCK_LENGTH if block_length is None else block_length
+        clean_context = clean_context or "causal"
+        if block_length < 1:
+            raise ValueError(f"`block_length` must be at least 1, got {block_length}.")
+        if clean_context not in CLEAN_CONTEXTS:
+            raise ValueError(f"`clean_context` must be one of {CLEAN_CONTEXTS}, got {clean_context!r}.")
+    elif block_length is not None or clean_context is not None:
+        raise ValueError("`block_length` and `clean_context` belong to `attention`='block'; leave them out.")
+    if right_shift_logits is None:
+        right_shift_logits = (
+            clean_context != "block"
+        )  # a block-causal clean half reads every token in its own place, as SDAR
+    return {
+        "attention": attention,
+        "block_length": block_length,
+        "clean_context": clean_context,
+        "right_shift_logits": right_shift_logits,
+        "noise_schedule": noise_schedule,
+    }
+
+
 def convert_to_diffusion(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     *,
     attention: str | None = None,
+    block_length: int | None = None,
+    clean_context: str | None = None,
     right_shift_logits: bool | None = None,
     noise_schedule: str | None = None,
 ) -> torch.nn.Module:
@@ -133,27 +174,36 @@ def convert_to_diffusion(
     Args:
         model: any `AutoModelForCausalLM`, bare or under PEFT.
         tokenizer: its tokenizer; gets a mask token when it has none.
-        attention: "bidirectional" (default).
-        right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True: the read-out that the
-            model was trained with is kept.
+        attention: "bidirectional" (default), or "block": bidirectional inside a block, blocks from left to right.
+        block_length: tokens of a block (default 4).
+        clean_context: how finished blocks see themselves: "causal" (default; what the AR model did) or "block".
+        right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True, the read-out that the
+            model was trained with; False for `clean_context="block"`.
         noise_schedule: recorded for training and likelihood, "linear" by default.
 
     Returns:
         The same `model`, with `config.diffusion`, and `generate` bound to it.
 
     Raises:
-        ValueError: the model cannot be made bidirectional, or is already converted with other options.
+        ValueError: the model cannot attend as asked, or is already converted with other options.
     """
     base = base_of(model)
-    asked = {"attention": attention, "right_shift_logits": right_shift_logits, "noise_schedule": noise_schedule}
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights at the first evaluation, the probe below for one, and train with wrong
+            # gradients afterwards.
+            module.support_avx512bf16_for_cpu = False
+    asked = {
+        "attention": attention,
+        "block_length": block_length,
+        "clean_context": clean_context,
+        "right_shift_logits": right_shift_logits,
+        "noise_schedule": noise_schedule,
+    }
     record = getattr(base.config, "diffusion", None)
     if record is None:
-        if attention not in (None, *ATTENTIONS):
-            raise ValueError(f"`attention` must be one of {ATTENTIONS}, got {attention!r}.")
-        get_noise_schedule(noise_schedule or "linear")
-        defaults = {"attention": "bidirectional", "right_shift_logits": True, "noise_schedule": "linear"}
-        record = {name: default if asked[name] is None else asked[name] for name, default in defaults.items()}
-        patch_causal_attention(base)
+        record = _new_record(**asked)
+        _set_attention(base, record)
         record |= {
             "mask_token_id": _add_mask_token(base, tokenizer),
             "base_model": base.config._name_or_path,
@@ -168,7 +218,7 @@ def convert_to_diffusion(
                 raise ValueError(
                     f"`{name}`: the checkpoint was converted with {record[name]!r}, asked for {value!r}; leave it out."
                 )
-        patch_causal_attention(base)
+        _set_attention(base, record)
         if tokenizer.mask_token_id != record["mask_token_id"]:
             raise ValueError(
                 f"`tokenizer`: its mask token id is {tokenizer.mask_token_id}, the checkpoint's is {record['mask_token_id']}; "
@@ -177,18 +227,23 @@ def convert_to_diffusion(
     base.config.diffusion = record
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack 4-bit weights at the first evaluation and train with wrong gradients afterwards.
-            module.support_avx512bf16_for_cpu = False
     bind(base, "generate", generate)
     return model
+
+
+def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
+    if record["attention"] == "block":
+        check_block_attention(model, record["block_length"])
+    else:
+        patch_causal_attention(model)
 
 
 def load_diffusion_model(
     name_or_path: str,
     *,
     attention: str | None = None,
+    block_length: int | None = None,
+    clean_context: str | None = None,
     right_shift_logits: bool | None = None,
     quantization: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -200,7 +255,7 @@ def load_diffusion_model(
 
     Args:
         name_or_path: hub name, folder, or "tiny" for the embedded base.
-        attention, right_shift_logits: see `convert_to_diffusion`; None means as saved, else the default.
+        attention, block_length, clean_context, right_shift_logits: see `convert_to_diffusion`; None means as saved, else the default.
         quantization: None, "nf4" or "int8" (bitsandbytes).
         dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
         device: "cuda", "mps" or "cpu"; None picks the best.
@@ -210,6 +265,8 @@ def load_diffusion_model(
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
     path, device = _resolve(name_or_path), device or best_device()
+    if device.split(":")[0] not in ("cuda", "mps", "cpu"):
+        raise ValueError(f"`device` must be cuda, mps or cpu, got {device!r}.")
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -228,12 +285,19 @@ def load_diffusion_model(
     if "device_map" not in options:
         model = model.to(device)
     if adapter:
-        record = json.loads((Path(path) / SIDECAR).read_text())
+        record = _read_sidecar(path)
         base_of(model).config.diffusion = record
         _grow_for(model, record["mask_token_id"])
-    convert_to_diffusion(model, tokenizer, attention=attention, right_shift_logits=right_shift_logits)
+    convert_to_diffusion(
+        model,
+        tokenizer,
+        attention=attention,
+        block_length=block_length,
+        clean_context=clean_context,
+        right_shift_logits=right_shift_logits,
+    )
     if adapter:
-        model = PeftModel.from_pretrained(model, path, is_trainable=True)
+        model = _from_hub(PeftModel, model, path, is_trainable=True)
     return model.eval(), tokenizer
 
 
@@ -250,19 +314,27 @@ def _grow_for(model: PreTrainedModel, mask_id: int) -> None:
         model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=64, mean_resizing=False)
 
 
-def _adapter_base(path: str) -> str:
-    """Path or name of the base under an adapter directory."""
+def _read_sidecar(path: str) -> dict[str, Any]:
     sidecar = Path(path) / SIDECAR
     if not sidecar.exists():
         raise ValueError(
             f"`model`: {path!r} holds an adapter without {SIDECAR}; it was not saved by llm_diffusion's trainers."
         )
-    record = json.loads(sidecar.read_text())
-    base = (
-        record["base_model"]
-        if record["base_model"] == "tiny"
-        else PeftConfig.from_pretrained(path).base_model_name_or_path
-    )
+    try:
+        record = json.loads(sidecar.read_text())
+        missing = {"base_model", "mask_token_id", "attention"} - set(record)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(f"`model`: {str(sidecar)!r} is malformed: {error}.") from error
+    if missing:
+        raise ValueError(f"`model`: {str(sidecar)!r} lacks {sorted(missing)}.")
+    return record
+
+
+def _adapter_base(path: str) -> str:
+    """Path or name of the base under an adapter directory."""
+    base = _read_sidecar(path)["base_model"]
+    if base != "tiny":  # the embedded base may lie elsewhere on this machine
+        base = PeftConfig.from_pretrained(path).base_model_name_or_path
     try:
         return _resolve(base)
     except FileNotFoundError as error:

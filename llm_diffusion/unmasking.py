@@ -30,12 +30,14 @@ def confidence(
         (...) fp32.
     """
     if kind == "random":
+        if random is None:
+            raise ValueError("`random` confidence needs uniform numbers.")
         return random
     if kind not in CONFIDENCES:
         raise ValueError(f"`remasking` must be one of {CONFIDENCES}, got {kind!r}.")
     log_probs = logits.float().log_softmax(-1)
     if kind == "entropy":
-        return (log_probs.exp() * log_probs).sum(-1)
+        return torch.special.entr(log_probs.exp()).sum(-1).neg()
     if kind == "margin":
         best, second = log_probs.topk(2, dim=-1).values.exp().unbind(-1)
         return best - second
@@ -44,7 +46,9 @@ def confidence(
 
 def ranks(score: torch.Tensor, eligible: torch.Tensor) -> torch.Tensor:
     """(B, L) rank of every position among the eligible ones of its row, 0 = highest score; ineligible ones come last."""
-    order = score.masked_fill(~eligible, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    # Two stable sorts, the second by eligibility: even a score of -inf stands before the ineligible ones.
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, eligible.gather(-1, order).long().argsort(dim=-1, descending=True, stable=True))
     return order.argsort(dim=-1)
 
 

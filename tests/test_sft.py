@@ -73,16 +73,16 @@ def test_loss_is_the_nelbo_of_a_second_formula(tmp_path, tokenizer, shift):
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, dict(batch))
         noisy = trainer.diffusion_collator.corrupt(batch, seed=trainer.args.seed, step=0)
-        logits = trainer.model(input_ids=noisy["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits = trainer.model(input_ids=noisy["inputs"]["input_ids"], attention_mask=batch["attention_mask"]).logits
     total, maskable = 0.0, 0
     for row in range(len(logits)):  # token by token, full logits, no helper of the library
         for place in range(logits.shape[1]):
             if batch["labels"][row, place] == IGNORE_INDEX:
                 continue
             maskable += 1
-            if noisy["input_ids"][row, place] == tokenizer_mask(trainer):
+            if noisy["inputs"]["input_ids"][row, place] == tokenizer_mask(trainer):
                 read = logits[row, place - 1 if shift else place].double()
-                total -= read.log_softmax(-1)[batch["input_ids"][row, place]] / noisy["times"][row]
+                total -= read.log_softmax(-1)[batch["input_ids"][row, place]] / noisy["times"][row, place]
     assert maskable > 50
     assert loss.item() == pytest.approx(float(total) / maskable, rel=1e-5)
 
@@ -96,16 +96,14 @@ def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, peft_config=LORA)
     batch = next(iter(trainer.get_train_dataloader()))
     noisy = trainer.diffusion_collator.corrupt(batch, seed=1, step=3)
-    nll, terms, right = trainer._score(trainer.model, noisy)
+    terms, right, keep = trainer._score(trainer.model, noisy)
     fused = trainer.model(
-        input_ids=noisy["input_ids"],
-        attention_mask=noisy["attention_mask"],
+        input_ids=noisy["inputs"]["input_ids"],
+        attention_mask=noisy["inputs"]["attention_mask"],
         labels=noisy["targets"],
         shift_labels=noisy["targets"],
         fused_lm_head=True,
     )
-    keep = noisy["targets"] != IGNORE_INDEX
-    torch.testing.assert_close(-(fused.log_probs * noisy["weights"]).sum(), nll, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(-fused.log_probs[keep], terms, rtol=1e-4, atol=1e-5)
     assert torch.equal(fused.is_top1[keep], right)
 

@@ -27,9 +27,9 @@ from trl import SFTConfig, SFTTrainer
 from ..attention import base_of
 from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
-from ..losses import WEIGHTS, weighted_nll
+from ..losses import WEIGHTS, token_nll
 from ..masking import IGNORE_INDEX
-from ..modeling import convert_to_diffusion, load_diffusion_model, save_record
+from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model, save_record
 from ..noise_schedules import get_noise_schedule
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ class DiffusionSFTConfig(SFTConfig):
 
     > Parameters that control the conversion (of a model that is not converted yet)
 
-        attention: "bidirectional".
+        attention: "bidirectional" (the default) or "block".
+        block_length: tokens of a block (default 4).
+        clean_context: how finished blocks see themselves: "causal" (the default) or "block".
         right_shift_logits: whether hidden state i - 1 predicts token i; None is the recommended read-out.
 
     > Parameters that control the objective
@@ -49,13 +51,18 @@ class DiffusionSFTConfig(SFTConfig):
         noise_schedule: "linear" or "cosine"; None is the one the model was converted with.
         loss_weight: "elbo" (w(t), an unbiased bound) or "uniform" (1).
         min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
+        ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
 
     > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
     """
 
-    attention: str | None = field(default=None, metadata={"help": "Attention of the converted model: bidirectional."})
+    attention: str | None = field(default=None, metadata={"help": "bidirectional or block."})
+    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block."})
+    clean_context: str | None = field(
+        default=None, metadata={"help": "How finished blocks see themselves: causal or block."}
+    )
     right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
     noise_schedule: str | None = field(default=None, metadata={"help": "linear or cosine; None: as converted."})
     loss_weight: str = field(default="elbo", metadata={"help": "elbo or uniform."})
@@ -65,6 +72,7 @@ class DiffusionSFTConfig(SFTConfig):
     max_mask_probability: float = field(
         default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."}
     )
+    ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
 
@@ -88,6 +96,8 @@ class DiffusionSFTConfig(SFTConfig):
                 "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
                 f"{self.min_mask_probability} and {self.max_mask_probability}."
             )
+        if self.ar_loss_weight < 0:
+            raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
         if self.eos_tail < 0:
             raise ValueError(f"`eos_tail` must not be negative, got {self.eos_tail}.")
         if not 0 <= self.random_canvas <= 1:
@@ -133,18 +143,19 @@ class DiffusionSFTTrainer(SFTTrainer):
         args = args or DiffusionSFTConfig("diffusion-sft")
         if not isinstance(args, DiffusionSFTConfig):
             raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
+        conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
         if isinstance(model, str):
             options = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
-            model, tokenizer = load_diffusion_model(
-                model, attention=args.attention, right_shift_logits=args.right_shift_logits, **options
-            )
+            model, tokenizer = load_diffusion_model(model, **conversion, **options)
             processing_class, args.model_init_kwargs = processing_class or tokenizer, None
         if processing_class is None:
             raise ValueError("`processing_class`: pass the tokenizer of the model.")
-        convert_to_diffusion(
-            model, processing_class, attention=args.attention, right_shift_logits=args.right_shift_logits
-        )
+        convert_to_diffusion(model, processing_class, **conversion)
         record = base_of(model).config.diffusion
+        if args.ar_loss_weight and record["attention"] != "block":
+            raise ValueError(
+                "`ar_loss_weight` needs the clean half of block attention; set it to 0, or `attention` to 'block'."
+            )
         if peft_config is not None:
             model, peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"], args)
         self.diffusion_collator = DataCollatorForMaskedDiffusion(
@@ -156,6 +167,10 @@ class DiffusionSFTTrainer(SFTTrainer):
             noise_schedule=args.noise_schedule or record["noise_schedule"],
             loss_weight=args.loss_weight,
             right_shift_logits=record["right_shift_logits"],
+            attention=record["attention"],
+            block_length=record["block_length"],
+            clean_context=record["clean_context"],
+            ar_loss_weight=args.ar_loss_weight,
             min_mask_probability=args.min_mask_probability,
             max_mask_probability=args.max_mask_probability,
             pad_to_multiple_of=args.pad_to_multiple_of,
@@ -224,36 +239,40 @@ class DiffusionSFTTrainer(SFTTrainer):
             rows=rows,
             n_rows=inputs.get("n_noise_rows"),
         )
-        nll, terms, right = self._score(model, noisy)
-        maskable = (inputs["labels"] != IGNORE_INDEX).sum()
-        self._add("train" if self.model.training else "eval", nll=nll, terms=terms, right=right, maskable=maskable)
+        terms, right, keep = self._score(model, noisy)
+        weights, maskable = noisy["weights"][keep], (inputs["labels"] != IGNORE_INDEX).sum()
+        nll, bound = (terms * weights).sum(), weights > 0
+        self._add(
+            "train" if self.model.training else "eval",
+            nll=nll.detach(),
+            terms=(terms.detach() * bound).sum(),
+            right=(right & bound).sum(),
+            scored=bound.sum(),
+            masked=noisy["masked"].sum(),
+            maskable=maskable,
+        )
         if rows is None:
             return nll / maskable.clamp(min=1)
+        if self.args.ar_loss_weight:
+            nll = nll + (terms * noisy["ar_weights"][keep]).sum()
         self._tokens_seen = self._tokens_seen.to(maskable.device) + inputs["attention_mask"].sum()
         # Distributed training averages gradients over processes; the denominator already counts all of them.
         return nll / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
-    def _score(
-        self, model: torch.nn.Module, noisy: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weighted sum of the masked tokens' NLL; their detached NLL (n,); whether the best guess was right (n,)."""
-        targets, weights = noisy["targets"], noisy["weights"]
+    def _score(self, model: torch.nn.Module, noisy: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """NLL (n,) of the targets; whether the best guess was right (n,); which hidden states have one (B, M)."""
+        targets = noisy["targets"]
         keep = targets != IGNORE_INDEX
-        inputs = {"input_ids": noisy["input_ids"], "attention_mask": noisy["attention_mask"], "use_cache": False}
+        inputs = {**noisy["inputs"], "use_cache": False}
         if targets.device.type == "cuda":
             # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
             output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
-            return -(output.log_probs * weights).sum(), -output.log_probs.detach()[keep], output.is_top1[keep]
+            return -output.log_probs[keep], output.is_top1[keep], keep
         logits = model(**inputs, logits_to_keep=keep).logits
-        nll, terms = weighted_nll(logits, targets[keep], weights[keep])
-        return nll, terms, logits.detach().argmax(-1) == targets[keep]
+        return token_nll(logits, targets[keep]), logits.detach().argmax(-1) == targets[keep], keep
 
-    def _add(
-        self, mode: str, *, nll: torch.Tensor, terms: torch.Tensor, right: torch.Tensor, maskable: torch.Tensor
-    ) -> None:
+    def _add(self, mode: str, **new: torch.Tensor) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
-        new = {"nll": nll.detach(), "terms": terms.sum(), "right": right.sum(), "maskable": maskable}
-        new["masked"] = torch.full_like(maskable, terms.numel())
         sums = self._sums[mode]
         for name, value in new.items():
             sums[name] = sums[name] + value if name in sums else value
@@ -263,12 +282,12 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._sums[mode] = {}
         if not sums or not sums["maskable"]:
             return {}
-        nelbo, masked = sums["nll"] / sums["maskable"], max(sums["masked"], 1)
+        nelbo, scored = sums["nll"] / sums["maskable"], max(sums["scored"], 1)
         return {
             "nelbo": nelbo,
             "perplexity_bound": float(torch.tensor(nelbo).exp()),
-            "masked_accuracy": sums["right"] / masked,
-            "masked_nll": sums["terms"] / masked,
+            "masked_accuracy": sums["right"] / scored,
+            "masked_nll": sums["terms"] / scored,
             "mask_ratio": sums["masked"] / sums["maskable"],
         }
 

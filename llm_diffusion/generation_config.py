@@ -1,0 +1,112 @@
+"""Settings and result of decoding.
+
+Trade-off: a `GenerationConfig` subclass that refuses unknown keys, so that a misspelt setting is an error and the hosts' own
+settings files still load. Alternative: a dataclass of our own, which `pipeline` and TRL's callbacks could not pass through.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput
+
+from . import unmasking
+
+# Settings of the host that would be ignored: refused, never ignored.
+UNSUPPORTED = (
+    "num_beams",
+    "num_return_sequences",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "min_length",
+    "bad_words_ids",
+    "stop_strings",
+    "guidance_scale",
+    "typical_p",
+    "min_p",
+)
+
+
+class DiffusionGenerationConfig(GenerationConfig):
+    """Decoding settings; a `GenerationConfig` that refuses keys unknown to both.
+
+    Args:
+        max_new_tokens: longest answer (default 128).
+        steps: denoising steps over the whole canvas; None is one token a step. Ignored where `threshold` is set.
+        block_length: tokens of a block; None is the whole canvas at once.
+        grow_canvas: whether blocks after the active one do not exist yet, instead of standing there as masks.
+        remasking: what orders the commits: "low_confidence", "random", "entropy" or "margin".
+        threshold: commit every token at or above this confidence, in (0, 1]; at least one a step.
+        temperature: 0.0 is greedy; above, tokens are sampled (with `top_p`, `top_k`).
+        mask_token_id: defaults to `config.diffusion`.
+        eos_early_stop: stop a row when an EOS is committed and no mask is left before it.
+        seed: of sampling and of random order.
+        output_history: keep the canvas after every step.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.steps = kwargs.pop("steps", None)
+        self.block_length = kwargs.pop("block_length", None)
+        self.grow_canvas = kwargs.pop("grow_canvas", False)
+        self.remasking = kwargs.pop("remasking", "low_confidence")
+        self.threshold = kwargs.pop("threshold", None)
+        self.mask_token_id = kwargs.pop("mask_token_id", None)
+        self.eos_early_stop = kwargs.pop("eos_early_stop", True)
+        self.seed = kwargs.pop("seed", 0)
+        self.output_history = kwargs.pop("output_history", False)
+        # The host refuses a temperature of 0.0, which is our greedy; its `do_sample` keeps its meaning.
+        temperature = kwargs.pop("temperature", None)
+        if kwargs.get("do_sample") is False:
+            temperature = 0.0
+        temperature = (1.0 if kwargs.get("do_sample") else 0.0) if temperature is None else temperature
+        known = set(vars(GenerationConfig())) | {"_from_model_config", "_commit_hash", "generation_kwargs"}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(f"Unknown generation setting(s) {unknown}; see DiffusionGenerationConfig.")
+        kwargs.setdefault("max_new_tokens", 128)
+        super().__init__(**kwargs)
+        self.temperature = temperature
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError, naming the value, for settings outside their range."""
+        for name in ("steps", "block_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+        for name in UNSUPPORTED:
+            if getattr(self, name, None) not in (None, False, 0, 1):
+                raise ValueError(f"`{name}` is not supported when decoding by unmasking, got {getattr(self, name)!r}.")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"`seed` must be a whole number, got {self.seed!r}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
+        if self.threshold is not None and not 0 < self.threshold <= 1:
+            raise ValueError(f"`threshold` must be in (0, 1], got {self.threshold}.")
+        if self.temperature < 0:
+            raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
+        if self.remasking not in unmasking.CONFIDENCES:
+            raise ValueError(f"`remasking` must be one of {unmasking.CONFIDENCES}, got {self.remasking!r}.")
+
+
+@dataclass
+class DiffusionOutput(ModelOutput):
+    """What decoding returns.
+
+    Args:
+        sequences: (B, L) token ids, prompt included.
+        nfe: (B,) forward passes each row took part in.
+        tokens_per_forward: (B,) answer tokens, through the EOS, over `nfe`.
+        history: canvases (B, L) after every step, when asked for; not yet written blocks are masks.
+    """
+
+    sequences: torch.Tensor | None = None
+    nfe: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    history: list[torch.Tensor] | None = None

@@ -1,0 +1,169 @@
+"""Text in, text out: the contract of filling masks, and the verbs over it."""
+
+import pytest
+import torch
+
+import llm_diffusion as ld
+
+MASK = 31
+
+
+@pytest.fixture(scope="module")
+def inference(tiny):
+    model, tokenizer = tiny
+    return ld.DiffusionInference(
+        model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps=None, tokenizer=tokenizer, max_new_tokens=8
+    )
+
+
+@pytest.fixture(params=["left", "right"])
+def ragged(request):
+    """Rows of unlike length with masks at their end and in between; where their tokens are."""
+    rows = [
+        [14, 15, MASK, 16, MASK, MASK],
+        [17, MASK, MASK, MASK, MASK, MASK, MASK, MASK, MASK],
+        [18, 19, MASK],
+        [20, 21, 22, 23, MASK, 24, MASK, MASK, MASK, MASK],
+    ]
+    width = max(map(len, rows))
+    pads = [[0] * (width - len(row)) for row in rows]
+    if request.param == "left":
+        ids, real = (
+            [p + r for p, r in zip(pads, rows, strict=True)],
+            [[0] * len(p) + [1] * len(r) for p, r in zip(pads, rows, strict=True)],
+        )
+    else:
+        ids, real = (
+            [r + p for p, r in zip(pads, rows, strict=True)],
+            [[1] * len(r) + [0] * len(p) for p, r in zip(pads, rows, strict=True)],
+        )
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(real)}
+
+
+@pytest.mark.parametrize("right_shift", [True, False])
+@pytest.mark.parametrize("steps", [1, 3, 10, None])
+@pytest.mark.parametrize("end", [None, 5])
+def test_masks_are_filled_and_nothing_else_is_touched(random_diffuser, ragged, right_shift, steps, end):
+    ids, real = ragged["input_ids"], ragged["attention_mask"].bool()
+    before = ids.clone()
+    filled = ld.DiffusionInference(random_diffuser(right_shift), MASK, end, steps=steps)(ragged)
+    assert filled.shape == ids.shape
+    assert not (filled[real] == MASK).any()
+    assert torch.equal(filled[ids != MASK], ids[ids != MASK])
+    assert torch.equal(ids, before), "the batch given must stay as it was"
+
+
+@pytest.mark.parametrize("right_shift", [True, False])
+def test_a_row_does_not_depend_on_the_others(random_diffuser, ragged, right_shift):
+    inference = ld.DiffusionInference(random_diffuser(right_shift), MASK, None, steps=None)
+    together = inference(ragged)
+    for i in range(4):
+        keep = ragged["attention_mask"][i].bool()
+        alone = inference({"input_ids": ragged["input_ids"][i : i + 1, keep]})
+        assert torch.equal(together[i, keep], alone[0])
+
+
+def test_after_the_end_token_the_rest_is_end_tokens(random_diffuser):
+    """Masks right of a committed end token become that token; without an end token every mask gets its own."""
+    batch = {"input_ids": torch.tensor([[14 + i, 15, *[MASK] * 8] for i in range(12)])}
+    model, stopped = random_diffuser(True, seed=1), 0
+    free = ld.DiffusionInference(model, MASK, None, steps=None)(batch)
+    for end in free[:, 2:].unique().tolist():  # tokens that do come up
+        rows = ld.DiffusionInference(model, MASK, end, steps=None)(batch)[:, 2:].tolist()
+        for row, unstopped in zip(rows, free[:, 2:].tolist(), strict=True):
+            assert MASK not in row
+            if end not in unstopped:
+                assert row == unstopped
+                continue
+            first = row.index(end)
+            assert row[: first + 1] == unstopped[: first + 1]
+            # What was committed before the stop is kept, what was not is the end token.
+            assert all(a in (end, b) for a, b in zip(row[first:], unstopped[first:], strict=True))
+            stopped += row != unstopped
+    assert stopped, "no row was filled with end tokens"
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"input_ids": torch.tensor([[14, 15, 16]])},
+        {"input_ids": torch.tensor([[14, 15, MASK]]), "attention_mask": torch.tensor([[1, 1, 0]])},
+    ],
+    ids=["no mask", "mask under padding"],
+)
+def test_nothing_to_fill_is_an_error(random_diffuser, batch):
+    with pytest.raises(ValueError, match="`input_ids`.*31.*nothing to fill"):
+        ld.DiffusionInference(random_diffuser(True), MASK, None)(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"steps": 0}, "`steps`"),
+        ({"stepz": 4}, "stepz"),
+        ({"threshold": 2.0}, "`threshold`"),
+        ({"block_length": -1}, "`block_length`"),
+    ],
+)
+def test_a_wrong_setting_fails_at_construction(random_diffuser, settings, named):
+    with pytest.raises(ValueError, match=named):
+        ld.DiffusionInference(random_diffuser(True), MASK, None, **settings)
+
+
+# -- the verbs
+
+
+def test_generate_continues_texts(inference):
+    tokenizer = inference.tokenizer
+    prompts = ["Sort the letters: k d e a", "3 6"]
+    answers = inference.generate(prompts)
+    assert len(answers) == 2
+    for prompt, answer in zip(prompts, answers, strict=True):
+        encoded = tokenizer(prompt, return_tensors="pt")
+        ids = ld.generate(inference.model, **encoded, max_new_tokens=8)[0, encoded["input_ids"].shape[1] :]
+        assert answer == tokenizer.decode(ids, skip_special_tokens=True)
+        assert inference.generate(prompt) == [answer]
+
+
+def test_settings_of_a_call_win(inference):
+    assert len(inference.tokenizer(inference.generate("3 6", max_new_tokens=3, eos_token_id=None)[0])["input_ids"]) <= 3
+    with pytest.raises(ValueError, match="`steps`"):
+        inference.generate("3 6", steps=0)
+
+
+def test_chat_goes_through_the_template(inference):
+    tokenizer = inference.tokenizer
+    conversations = [
+        [{"role": "user", "content": "Reverse the letters: a b c d"}],
+        [{"role": "user", "content": "Which is greater, 45 or 37?"}],
+    ]
+    answers = inference.chat(conversations)
+    assert isinstance(answers, list)
+    for conversation, answer in zip(conversations, answers, strict=True):
+        single = inference.chat(conversation)
+        assert single == answer
+        text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        assert inference.generate(text) == [answer]
+        assert "<|" not in answer
+
+
+def test_infill_fills_the_gaps_of_a_text(inference):
+    tokenizer = inference.tokenizer
+    for text in ("3 6 <|mask|> 12 15", "12<|mask|>45=57", "a <|mask|> c <|mask|> e"):
+        filled = inference.infill(text)
+        given, ids = tokenizer(text)["input_ids"], tokenizer(filled)["input_ids"]
+        assert "<|" not in filled
+        left, right = text.split("<|mask|>")[0], text.split("<|mask|>")[-1]
+        assert filled.startswith(left)
+        assert filled.endswith(right)
+        assert ids != given
+    with pytest.raises(ValueError, match=r"`text`: no <\|mask\|>"):
+        inference.infill("3 6 9")
+
+
+def test_from_pretrained_brings_everything(inference):
+    fresh = ld.DiffusionInference.from_pretrained("tiny", device="cpu", max_new_tokens=8)
+    assert fresh.settings["mask_token_id"] == inference.settings["mask_token_id"]
+    assert fresh.generate("3 6 9") == inference.generate("3 6 9")
+    with pytest.raises(ValueError, match="stepz"):
+        ld.DiffusionInference.from_pretrained("tiny", device="cpu", stepz=1)

@@ -1,0 +1,164 @@
+"""The masked-diffusion loss: its formula, its precision, and that it estimates a known likelihood without bias."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from oracle import MarkovChain
+
+from llm_diffusion.collators import DataCollatorForMaskedDiffusion
+from llm_diffusion.losses import WEIGHTS, loss_weights, token_nll
+from llm_diffusion.masking import IGNORE_INDEX, stratified_times
+from llm_diffusion.noise_schedules import get_noise_schedule
+
+CHAIN = MarkovChain(n_states=8, length=32)
+N_ROWS = 4096
+
+
+def weighted_nll(logits, targets, weights):
+    """What the trainer does with the terms."""
+    terms = token_nll(logits, targets)
+    return (terms * weights).sum(), terms.detach()
+
+
+def random_rows(n: int, vocabulary: int = 13) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(n, V) logits, (n,) targets, (n,) weights."""
+    generator = torch.Generator().manual_seed(n)
+    logits = 4 * torch.randn(n, vocabulary, generator=generator)
+    return logits, torch.randint(vocabulary, (n,), generator=generator), torch.rand(n, generator=generator) * 9
+
+
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_loss_is_the_weighted_sum(n: int) -> None:
+    logits, targets, weights = random_rows(n)
+    logits.requires_grad_()
+    loss, terms = weighted_nll(logits, targets, weights)
+    log_probs = logits.double().log_softmax(-1)
+    expected = torch.stack([-log_probs[i, targets[i]] for i in range(n)])
+    torch.testing.assert_close(terms.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.double(), (expected * weights).sum(), rtol=1e-5, atol=1e-6)
+    loss.backward()
+    one_hot = torch.nn.functional.one_hot(targets, logits.shape[-1])
+    gradient = weights[:, None] * (log_probs.detach().exp() - one_hot)
+    torch.testing.assert_close(logits.grad.double(), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_of_a_batch_is_the_sum_of_its_parts() -> None:
+    rows = random_rows(50)
+    whole, _ = weighted_nll(*rows)
+    parts = sum(weighted_nll(*(value[cut] for value in rows))[0] for cut in (slice(0, 7), slice(7, 8), slice(8, 50)))
+    torch.testing.assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_scored_in_fp32(dtype: torch.dtype) -> None:
+    logits, targets, weights = random_rows(50)
+    logits = logits.to(dtype).requires_grad_()
+    loss, terms = weighted_nll(logits, targets, weights)
+    expected, expected_terms = weighted_nll(logits.float(), targets, weights)
+    assert loss.dtype == terms.dtype == torch.float32
+    assert torch.equal(loss, expected) and torch.equal(terms, expected_terms)
+    # The point of it: scored in their own type they would be off by more than rounding of the sum.
+    assert (torch.nn.functional.cross_entropy(logits, targets, reduction="none").float() - terms).abs().max() > 1e-4
+    loss.backward()
+    assert logits.grad.dtype == dtype
+
+
+def test_nothing_masked_is_a_zero_with_a_gradient() -> None:
+    weight = torch.ones(4, 13, requires_grad=True)
+    loss, terms = weighted_nll(torch.zeros(0, 4) @ weight, torch.zeros(0, dtype=torch.long), torch.zeros(0))
+    loss.backward()
+    assert loss.item() == 0 and terms.shape == (0,) and torch.equal(weight.grad, torch.zeros(4, 13))
+
+
+def test_loss_weights() -> None:
+    elbo = torch.tensor([1.0, 2.5, 1000.0])
+    assert torch.equal(loss_weights("elbo", elbo), elbo)
+    assert torch.equal(loss_weights("uniform", elbo), torch.ones(3))
+    assert set(WEIGHTS) == {"elbo", "uniform"}
+
+
+@pytest.mark.parametrize("kind", ["", "ELBO", "cart"])
+def test_unknown_weight_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="loss_weight"):
+        loss_weights(kind, torch.ones(1))
+
+
+def estimates(collator: DataCollatorForMaskedDiffusion, noisy: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B,) fp64: every row's own sum of w * nll, the oracle being the model."""
+    logits = CHAIN(noisy["inputs"]["input_ids"])
+    if collator.right_shift_logits:
+        logits = logits.roll(-1, dims=1)  # state i - 1 holds what is known of token i; nothing asks for token 0
+    keep = noisy["targets"] != IGNORE_INDEX
+    weights = noisy["weights"][keep]
+    loss, terms = weighted_nll(logits[keep], noisy["targets"][keep], weights)
+    rows = keep.nonzero()[:, 0]
+    own = torch.zeros(len(keep), dtype=torch.float64).index_add_(0, rows, (terms * weights).double())
+    assert own.sum().item() == pytest.approx(loss.item(), rel=1e-4)
+    return own
+
+
+def repeated(x: torch.Tensor, n_rows: int, prompt: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of the same row: `x` is (1, L), of which the first `prompt` tokens are not trained."""
+    ids = x.expand(n_rows, -1)
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < prompt, IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+
+
+def collator_for(schedule: str, right_shift: bool = False) -> DataCollatorForMaskedDiffusion:
+    return DataCollatorForMaskedDiffusion(
+        pad_token_id=0,
+        mask_token_id=CHAIN.mask_token_id,
+        noise_schedule=schedule,
+        right_shift_logits=right_shift,
+    )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("right_shift, prompt", [(False, 0), (False, 12), (True, 1), (True, 12)])
+def test_loss_estimates_the_exact_likelihood(schedule: str, right_shift: bool, prompt: int) -> None:
+    """Of the answer given the prompt; the chain makes the bound tight, so that only noise is left."""
+    collator, x = collator_for(schedule, right_shift), CHAIN.sample(1, seed=1)
+    noisy = collator.corrupt(repeated(x, N_ROWS, prompt), seed=0, step=0, rows=torch.arange(N_ROWS), n_rows=N_ROWS)
+    values = estimates(collator, noisy)
+    exact = -(CHAIN.log_prob(x) - (CHAIN.log_prob(x[:, :prompt]) if prompt else 0)).item()
+    error = (values.std() / N_ROWS**0.5).item()
+    assert error < 0.03 * exact
+    assert abs(values.mean().item() - exact) < 3 * error
+
+
+def test_uniform_weights_are_no_likelihood() -> None:
+    """Guards the test above: it can tell a wrong weight from the right one."""
+    collator, x = collator_for("linear"), CHAIN.sample(1, seed=1)
+    collator.loss_weight = "uniform"
+    values = estimates(collator, collator.corrupt(repeated(x, 512), seed=0, step=0, rows=torch.arange(512), n_rows=512))
+    exact = -CHAIN.log_prob(x).item()
+    assert abs(values.mean().item() - exact) > 10 * (values.std() / 512**0.5).item()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("size", [4, 16])
+def test_stratified_times_lower_the_variance(schedule: str, size: int) -> None:
+    """Of the loss of `size` rows given their times, its mean over masks taken exactly.
+
+    The masks' own share of the variance is the same for both, and its heavy tail in 1 / t would hide the rest.
+    """
+    chain, n_steps = MarkovChain(n_states=8, length=8), 300
+    x = chain.sample(1, seed=1).expand(2**chain.length, -1)
+    masked = torch.tensor(list(itertools.product([False, True], repeat=chain.length)))
+    ce = -chain.log_conditionals(x, ~masked).gather(-1, x[..., None]).squeeze(-1)
+    cost, n_masked = (ce * masked).sum(-1), masked.sum(-1)
+
+    def deviation(times: torch.Tensor) -> float:
+        probability, weight = get_noise_schedule(schedule)(times)
+        p = probability.double()[:, None]
+        expected = weight * ((p**n_masked * (1 - p) ** (chain.length - n_masked)) @ cost)
+        return expected.view(n_steps, size).mean(-1).std().item()
+
+    one_step = torch.arange(size)
+    stratified = torch.cat([stratified_times(0, step, one_step, size) for step in range(n_steps)])
+    # Strata are dealt out at random, so that a few rows of a very large batch have independent times.
+    independent = stratified_times(0, 0, torch.arange(n_steps * size), n_steps * size)
+    assert deviation(stratified) < 1.5 / size**0.5 * deviation(independent)

@@ -1,0 +1,190 @@
+"""Commit rules against slow references written row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_diffusion import unmasking
+
+few = settings(max_examples=40, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def ragged(seed: int, n_rows: int = 5, length: int = 12, ties: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) scores in [0, 1], all different in a row unless `ties`, and (B, L) eligibility, one row without any."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.stack([torch.randperm(length, generator=generator) for _ in range(n_rows)]) / (length - 1)
+    if ties:
+        scores = (scores * 3).round() / 3
+    share = torch.rand(n_rows, 1, generator=generator)
+    share[0] = 0.0
+    return scores, torch.rand(n_rows, length, generator=generator) < share
+
+
+def by_hand(scores: torch.Tensor, eligible: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    """Sorts every row in Python; of equal scores the leftmost comes first."""
+    chosen = torch.zeros_like(eligible)
+    for row, count in enumerate(quota.tolist()):
+        candidates = eligible[row].nonzero().flatten().tolist()
+        for position in sorted(candidates, key=lambda i: (-scores[row, i].item(), i))[:count]:
+            chosen[row, position] = True
+    return chosen
+
+
+def llada_transfer(scores: torch.Tensor, eligible: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    """As in LLaDA's generate.py: a topk per row."""
+    chosen = torch.zeros_like(eligible)
+    confidence = torch.where(eligible, scores, -torch.inf)
+    for j in range(len(quota)):
+        _, select = torch.topk(confidence[j], k=int(quota[j]))
+        chosen[j, select] = True
+    return chosen
+
+
+def fast_dllm_transfer(scores: torch.Tensor, eligible: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Everything at or above the threshold, and the best one in any case."""
+    chosen = torch.zeros_like(eligible)
+    for j in range(len(scores)):
+        candidates = eligible[j].nonzero().flatten().tolist()
+        if candidates:
+            chosen[j, max(candidates, key=lambda i: scores[j, i].item())] = True  # the first one of equals
+        for i in candidates:
+            chosen[j, i] |= scores[j, i].item() >= threshold
+    return chosen
+
+
+@few
+@given(seed=seeds)
+def test_quota_is_lladas(seed: int) -> None:
+    scores, eligible = ragged(seed)
+    quota = (eligible.sum(-1) * torch.rand(5, generator=torch.Generator().manual_seed(seed))).ceil().long()
+    assert torch.equal(unmasking.commit_quota(scores, eligible, quota), llada_transfer(scores, eligible, quota))
+
+
+@few
+@given(seed=seeds, quota=st.lists(st.integers(0, 20), min_size=5, max_size=5))
+def test_quota_with_ties_and_more_than_there_is(seed: int, quota: list[int]) -> None:
+    scores, eligible = ragged(seed, ties=True)
+    chosen = unmasking.commit_quota(scores, eligible, torch.tensor(quota))
+    assert torch.equal(chosen, by_hand(scores, eligible, torch.tensor(quota)))
+    assert torch.equal(chosen.sum(-1), torch.minimum(torch.tensor(quota), eligible.sum(-1)))
+    assert not (chosen & ~eligible).any()
+
+
+@few
+@given(seed=seeds)
+def test_ranks_order_the_eligible_ones(seed: int) -> None:
+    scores, eligible = ragged(seed, ties=True)
+    ranks = unmasking.ranks(scores, eligible)
+    assert torch.equal(ranks.sort(-1).values, torch.arange(12).expand(5, -1))
+    for row in range(5):
+        own = ranks[row][eligible[row]]
+        assert sorted(own.tolist()) == list(range(len(own)))
+        ordered = scores[row][ranks[row].argsort()][: len(own)]
+        assert (ordered.diff() <= 0).all()
+
+
+@few
+@given(seed=seeds, threshold=st.sampled_from([-1.0, 0.0, 1 / 3, 0.5, 0.9, 1.0, 2.0]), ties=st.booleans())
+def test_threshold_is_fast_dllms(seed: int, threshold: float, ties: bool) -> None:
+    scores, eligible = ragged(seed, ties=ties)
+    chosen = unmasking.commit_threshold(scores, eligible, threshold)
+    assert torch.equal(chosen, fast_dllm_transfer(scores, eligible, threshold))
+    assert torch.equal(chosen.any(-1), eligible.any(-1))
+    assert not (chosen & ~eligible).any()
+
+
+@few
+@given(seed=seeds, low=st.floats(0, 1), high=st.floats(0, 1))
+def test_a_lower_threshold_commits_no_less(seed: int, low: float, high: float) -> None:
+    scores, eligible = ragged(seed)
+    low, high = sorted((low, high))
+    fewer, more = (unmasking.commit_threshold(scores, eligible, threshold) for threshold in (high, low))
+    assert not (fewer & ~more).any()
+    assert torch.equal(unmasking.commit_threshold(scores, eligible, 0.0), eligible)
+    assert torch.equal(
+        unmasking.commit_threshold(scores, eligible, 2.0), unmasking.commit_quota(scores, eligible, torch.ones(5))
+    )
+
+
+@pytest.mark.parametrize("length", [3, 40, 2000])  # sorts that are not stable are often stable when short
+def test_ties_go_to_the_leftmost(length: int) -> None:
+    scores = torch.full((2, length), 0.5)
+    eligible = torch.ones(2, length, dtype=torch.bool)
+    eligible[1, 0] = False
+    one = unmasking.commit_quota(scores, eligible, torch.tensor([1, 2]))
+    assert one[0].nonzero().flatten().tolist() == [0] and one[1].nonzero().flatten().tolist() == [1, 2]
+    best = unmasking.commit_threshold(scores, eligible, 0.9)
+    assert best[0].nonzero().flatten().tolist() == [0] and best[1].nonzero().flatten().tolist() == [1]
+
+
+@few
+@given(cases=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 50)), min_size=1, max_size=8))
+def test_step_quota_deals_as_llada(cases: list[tuple[int, int]]) -> None:
+    masks, steps = (torch.tensor(column) for column in zip(*cases, strict=True))
+    left, dealt = masks.clone(), []
+    for done in range(int(steps.max())):
+        quota = torch.where(done < steps, unmasking.step_quota(left, steps - done), 0)
+        dealt.append(quota)
+        left = left - quota
+    assert (left == 0).all()
+    for row, (n, s) in enumerate(cases):
+        expected = [n // s + (i < n % s) for i in range(s)]
+        assert [quota[row].item() for quota in dealt][:s] == expected and sum(expected) == n
+
+
+def test_when_no_step_is_left_everything_is_committed() -> None:
+    assert unmasking.step_quota(torch.tensor([5, 0]), torch.tensor([0, 0])).tolist() == [5, 0]
+
+
+def softmax64(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().exp() / logits.double().exp().sum(-1, keepdim=True)
+
+
+def top_two_gap(p: torch.Tensor) -> torch.Tensor:
+    ordered = p.sort(-1, descending=True).values
+    return ordered[..., 0] - ordered[..., 1]
+
+
+CONFIDENCE = {
+    "low_confidence": lambda p, tokens: (p * torch.nn.functional.one_hot(tokens, p.shape[-1])).sum(-1),
+    "entropy": lambda p, tokens: (p * p.log()).sum(-1),
+    "margin": lambda p, tokens: top_two_gap(p),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIDENCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_confidence_by_formula(kind: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(2, 9, 11, generator=generator)).to(dtype)
+    tokens = torch.randint(11, (2, 9), generator=generator)  # proposals need not be the best tokens
+    score = unmasking.confidence(logits, tokens, kind)
+    assert score.dtype == torch.float32 and score.shape == (2, 9)
+    torch.testing.assert_close(score.double(), CONFIDENCE[kind](softmax64(logits), tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIDENCE)
+def test_a_sharper_prediction_is_surer_and_a_banned_token_harmless(kind: str) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1e9]) * torch.tensor([[0.5], [1.0], [3.0]])
+    score = unmasking.confidence(logits, torch.zeros(3, dtype=torch.long), kind)
+    assert score.isfinite().all() and (score.diff() > 0).all()
+    torch.testing.assert_close(score, unmasking.confidence(logits[:, :3], torch.zeros(3, dtype=torch.long), kind))
+
+
+def test_random_confidence_is_the_noise_it_is_given() -> None:
+    noise = torch.rand(2, 3)
+    assert torch.equal(unmasking.confidence(torch.zeros(2, 3, 4), torch.zeros(2, 3).long(), "random", noise), noise)
+
+
+def test_the_tables_cover_every_kind() -> None:
+    assert {*CONFIDENCE, "random"} == set(unmasking.CONFIDENCES)
+
+
+@pytest.mark.parametrize("kind", ["", "confidence", "Entropy"])
+def test_unknown_kind_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match="remasking"):
+        unmasking.confidence(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), kind)
