@@ -165,8 +165,8 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
     length = max(PROBE_LENGTH, 2 * (block_length or 0))
     index = torch.arange(length)
     patterns = {"causal": index[:, None] >= index[None], "bidirectional": torch.ones(length, length, dtype=torch.bool)}
-    if block_length:
-        patterns["block"] = index[:, None] // block_length >= index[None] // block_length
+    if block_length:  # first: blocks of one are causal, and meant to be
+        patterns = {"block": index[:, None] // block_length >= index[None] // block_length, **patterns}
     found = [attention_pattern(model, left_padding, length, block_length).cpu() for left_padding in (0, 3)]
     for name, pattern in patterns.items():
         if all(torch.equal(pattern, dependence) for dependence in found):

@@ -125,7 +125,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             n_rows: rows of the global batch, for the strata of the times.
 
         Returns:
-            Of the model's length M (L, or 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
+            Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
             masks); `targets` (B, M), the token that each hidden state must predict, -100 = none; `weights` (B, M) fp32 of
             these terms in the objective, and `ar_weights` (B, M) in the AR co-loss. Further `masked` and `times` (B, L).
         """
@@ -188,17 +188,23 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             from_clean = maskable & (position % self.block_length == 0)
         none, wanted = masking.IGNORE_INDEX, from_clean | (maskable & (self.ar_loss_weight > 0))
 
+        # Blocks that no row masks (prompts) need no noisy copy. Rows are padded on the right here, so columns are positions.
+        length = ids.shape[1]
+        used = maskable.any(0).nonzero()
+        start = int(used[0]) // self.block_length * self.block_length if len(used) else 0
+        kept = torch.cat([torch.arange(start, length), torch.arange(length, 2 * length)]).to(ids.device)
+
         def align(noisy_half: torch.Tensor, clean_half: torch.Tensor, fill: float) -> torch.Tensor:
             # The clean half is an AR model: it always predicts the next token.
             halves = masking.align_with_readout(noisy_half, self.right_shift_logits, fill)
-            return torch.cat([halves, masking.align_with_readout(clean_half, True, fill)], -1)
+            return torch.cat([halves, masking.align_with_readout(clean_half, True, fill)], -1)[:, kept]
 
-        allowed = block_diffusion(attention_mask, self.block_length, self.clean_context)
+        allowed = block_diffusion(attention_mask, self.block_length, self.clean_context)[:, kept][:, :, kept]
         return {
             "inputs": {
-                "input_ids": torch.cat([noisy, ids], -1),
+                "input_ids": torch.cat([noisy, ids], -1)[:, kept],
                 "attention_mask": additive(allowed),
-                "position_ids": torch.cat([position, position], -1),
+                "position_ids": torch.cat([position, position], -1)[:, kept],
             },
             "targets": align(ids.masked_fill(~masked | from_clean, none), ids.masked_fill(~wanted, none), none),
             "weights": align(weights, from_clean.float(), 0.0),

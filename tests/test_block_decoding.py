@@ -71,7 +71,8 @@ def test_a_ragged_batch_equals_one_by_one(clean, shift):
 
 
 @pytest.mark.parametrize(("clean", "shift"), MODES)
-def test_training_forward_gives_the_logits_of_decoding(clean, shift):
+@pytest.mark.parametrize("prompt", [0, 6])
+def test_training_forward_gives_the_logits_of_decoding(clean, shift, prompt):
     """[noisy ; clean] in one pass = for each block, a forward over the text with that block noisy."""
     b, length = 4, 12
     model = block_model(b, clean, shift)
@@ -84,27 +85,35 @@ def test_training_forward_gives_the_logits_of_decoding(clean, shift):
         block_length=b,
         clean_context=clean,
     )
-    batch = collator([{"input_ids": row} for row in ids.tolist()])
-    noisy = collator.corrupt(batch, seed=0, step=0)
+    labels = ids.clone()
+    labels[:, :prompt] = IGNORE_INDEX
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(ids.tolist(), labels.tolist(), strict=True)]
+    noisy = collator.corrupt(collator(rows), seed=0, step=0)
     with torch.no_grad():
         logits = model(**noisy["inputs"]).logits
-    half = noisy["inputs"]["input_ids"][:, :length]
+    start = prompt // b * b  # blocks of prompt alone have no noisy copy
+    half = noisy["inputs"]["input_ids"][:, : length - start]
+    assert logits.shape[1] == 2 * length - start
     compared = 0
-    for block in range(length // b):
+    for first in range(start, length, b):
         mixed = ids.clone()
-        mixed[:, block * b : (block + 1) * b] = half[:, block * b : (block + 1) * b]
-        mask = block_decoding(torch.ones_like(ids), b, clean, torch.full((2,), block))
+        mixed[:, first : first + b] = half[:, first - start : first - start + b]
+        mask = block_decoding(torch.ones_like(ids), b, clean, torch.full((2,), first // b))
         with torch.no_grad():
             expected = model(mixed, attention_mask=additive(mask)).logits
-        for place in range(block * b, (block + 1) * b):
+        for place in range(max(first, prompt), first + b):
             read = place - int(shift)
             if read < 0:
                 continue
             # A block's first token is read from the clean half when shifted.
-            row = read + (length if shift and place % b == 0 else 0)
+            from_clean = shift and place % b == 0
+            row = read + (length - start if from_clean else -start)
             torch.testing.assert_close(logits[:, row], expected[:, read], rtol=1e-4, atol=1e-4)
+            target = noisy["targets"][:, row]
+            assert ((target == IGNORE_INDEX) | (target == ids[:, place])).all()
+            assert not from_clean or (target == ids[:, place]).all()
             compared += 1
-    assert compared == length - int(shift)
+    assert compared == length - prompt - int(shift and not prompt)
 
 
 def test_blocks_of_one_are_the_autoregressive_model():
