@@ -12,9 +12,11 @@ Trade-off: one file of plain steps, read from top to bottom. Alternative: a pipe
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,11 +109,15 @@ def chat(model: str, question: str | None, settings: str) -> None:
 
 def load_inference(model: str, settings: str) -> Any:
     from .config import read_mapping
+    from .denoising import record_of
     from .inference import DiffusionInference
 
     quiet_hosts()
-    chosen = {"max_new_tokens": 128, "block_length": 16, "grow_canvas": True, "threshold": 0.9}
-    return DiffusionInference.from_pretrained(model, **{**chosen, **read_mapping(settings, "--settings")})
+    chosen = {"max_new_tokens": 128, "threshold": 0.95, **read_mapping(settings, "--settings")}
+    inference = DiffusionInference.from_pretrained(model, **chosen)
+    if "block_length" not in chosen and record_of(inference.model).get("attention") != "block":
+        inference.settings |= {"block_length": 16, "grow_canvas": True}
+    return inference
 
 
 def start_logging() -> None:
@@ -123,6 +129,9 @@ def start_logging() -> None:
 def quiet_hosts() -> None:
     """The hosts' progress bars are for terminals; a log gets lines instead."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
+    # PEFT asks transformers by an old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     import datasets
     import transformers
 
@@ -197,12 +206,16 @@ def measure(
 
     name = "AR base" if autoregressive else "converted model"
     logger.info(f"{name}: answering {len(examples)} held-out prompts")
-    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp))
+    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp, model))
 
 
-def decoding(hp: HyperParameters) -> dict[str, Any]:
+def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:
     """Decoding settings; `diffusion_steps` are the steps of a block unless a threshold decides."""
-    settings = dict(hp.generation)
+    from .denoising import record_of
+
+    settings, own_block = dict(hp.generation), record_of(model).get("block_length")
+    if own_block:
+        settings["block_length"] = own_block
     if settings.get("threshold") is None and "steps" not in settings:
         block = settings.get("block_length") or settings["max_new_tokens"]
         settings["steps"] = hp.diffusion_steps * -(-settings["max_new_tokens"] // block)
@@ -386,7 +399,7 @@ def show(
         table.add_row("tokens per forward", f"{base.tokens_per_forward:.2f}", f"{converted.tokens_per_forward:.2f}", "")
         table.add_row("seconds", f"{base.seconds:.1f}", f"{converted.seconds:.1f}", "")
         console.print(table)
-    report = evaluate_answers(model, tokenizer, samples, **decoding(hp))
+    report = evaluate_answers(model, tokenizer, samples, **decoding(hp, model))
     for example, answer in zip(samples, report.answers, strict=True):
         prompt, reference = prompt_and_reference(example)
         question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -394,7 +407,7 @@ def show(
             console.print(f"{label:>9}  ", end="", style="bold")
             console.print(" / ".join(text.strip().splitlines()) or "(empty)", markup=False)
         console.print()
-    show_denoising(console, model, tokenizer, samples[0], decoding(hp))
+    show_denoising(console, model, tokenizer, samples[0], decoding(hp, model))
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
     console.print(
         f'    inference = llm_diffusion.DiffusionInference.from_pretrained("{final}")', markup=False, soft_wrap=True
