@@ -74,7 +74,10 @@ def check_columns(dataset: Dataset, name: str) -> None:
 def _load(name: str) -> DatasetDict:
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
-        loaded = load_from_disk(str(path))
+        try:
+            loaded = load_from_disk(str(path))
+        except IndexError as error:  # what the host makes of a table without rows
+            raise ValueError(f"`dataset`: {name!r} is empty.") from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if path.exists():
         files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)

@@ -98,9 +98,12 @@ def _from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
     name = arguments[-1]
     try:
         return loader.from_pretrained(*arguments, **options)
-    except (OSError, ValueError) as error:
+    except ImportError:
+        raise  # says itself what to install
+    except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
         if Path(name).exists():
-            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {str(error).splitlines()[0]}") from error
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}") from error
         raise OSError(
             f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
             "log in with `hf auth login`, or give a local folder."

@@ -16,6 +16,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     MixtralConfig,
     Olmo2Config,
     PhiConfig,
@@ -309,3 +310,18 @@ def test_patch_and_probe_work_under_lora():
     assert model.config.is_causal is False
     assert probe_attention(peft) == probe_attention(model) == "bidirectional"
     assert probe_attention(peft.merge_and_unload()) == "bidirectional"
+
+
+@pytest.mark.parametrize("window", [4, 16])
+def test_a_window_longer_than_the_probe_is_refused_too(window):
+    config = MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=window)
+    with pytest.raises(ValueError, match=f"sliding_window={window}"):
+        patch_causal_attention(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_model_that_chokes_on_the_switch_is_refused():
+    model = AutoModelForCausalLM.from_config(
+        MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+    )
+    with pytest.raises(ValueError, match="MptForCausalLM cannot be made bidirectional"):
+        patch_causal_attention(model.eval())

@@ -217,3 +217,35 @@ def test_other_shapes_pass_through(row):
 def test_conversations_without_an_answer_name_the_row(turns):
     with pytest.raises(ValueError, match="`dataset`: row 1 "):
         as_prompt_completion(conversations([USER, ANSWER], turns))
+
+
+def test_a_folder_with_a_test_file_keeps_its_test_rows_apart(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 5)
+    (tmp_path / "test.jsonl").write_text('{"text": "c"}\n' * 3)
+    train, test = load_splits(str(tmp_path), test_size=0.2, seed=0)
+    assert set(train["text"]) == {"a", "b"} and set(test["text"]) == {"c"}
+
+
+def test_blank_lines_are_no_examples(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n\nb\n \n")
+    train, test = load_splits(str(tmp_path / "a.txt"), test_size=1, seed=0)
+    assert sorted([*train["text"], *test["text"]]) == ["a", "b"]
+
+
+def test_a_saved_dataset_without_rows_is_empty(tmp_path):
+    Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is empty"):
+        load_splits(str(tmp_path / "saved"), test_size=0.2, seed=0)
+
+
+@pytest.mark.parametrize("turns", [[], [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]])
+def test_a_conversation_without_an_answer_is_named(turns):
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match="row 1"):
+        as_prompt_completion(Dataset.from_list([{"messages": good}, {"messages": turns}]))
+
+
+def test_a_prompt_without_completion_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match="completion"):
+        load_splits(str(tmp_path / "a.jsonl"), test_size=1, seed=0)

@@ -584,3 +584,59 @@ def test_the_hosts_pipeline_decodes_by_unmasking(tiny):
     assert answer == [{"generated_text": tokenizer.decode(want, skip_special_tokens=True)}]
     # `threshold` is a setting of ours alone: the host's decoding would refuse it.
     assert len(pipe([question, "3 6"], batch_size=2, threshold=0.5, **settings)) == 2
+
+
+def test_a_config_object_without_mask_token_takes_the_models(random_diffuser):
+    config = ld.DiffusionGenerationConfig(max_new_tokens=2)
+    assert ld.generate(random_diffuser(True), torch.tensor([[11]]), generation_config=config).shape == (1, 3)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"remasking": "random"}])
+def test_noise_does_not_depend_on_left_padding(random_diffuser, settings):
+    model, settings = random_diffuser(True), {"max_new_tokens": 8, "eos_token_id": None, **settings}
+    alone = ld.generate(model, torch.tensor([[11, 12]]), **settings)[0]
+    padded = torch.tensor([[0, 0, 0, 11, 12]])
+    mask = torch.tensor([[0, 0, 0, 1, 1]])
+    assert torch.equal(alone, ld.generate(model, padded, attention_mask=mask, **settings)[0, 3:])
+
+
+def test_a_growing_canvas_does_not_depend_on_the_batch(random_diffuser):
+    """Rows that are behind do not see the canvas that others have reached."""
+    model = random_diffuser(True)
+    settings = {"max_new_tokens": 9, "eos_token_id": None, "threshold": 0.3, "block_length": 3, "grow_canvas": True}
+    ids = torch.tensor([[11 + i, 12, 13 + i] for i in range(12)])
+    one_by_one = torch.cat([ld.generate(model, row[None], **settings) for row in ids])
+    assert torch.equal(ld.generate(model, ids, **settings), one_by_one)
+
+
+def test_mask_tokens_under_padding_are_left_alone(random_diffuser):
+    model, mask_id = random_diffuser(True), 31
+    settings = ld.DiffusionGenerationConfig(mask_token_id=mask_id, eos_token_id=None, max_new_tokens=1)
+    ids, mask = torch.tensor([[mask_id, mask_id, 11, mask_id, 12]]), torch.tensor([[0, 0, 1, 1, 1]])
+    output = fill_masks(model, ids, mask, settings)
+    assert output.nfe.item() == 1 and output.sequences[0, :2].tolist() == [mask_id, mask_id]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"top_p": 1.5},
+        {"seed": None},
+        {"mask_token_id": 999},
+        {"num_beams": 4},
+        {"repetition_penalty": 1.3},
+        {"steps": 2.5},
+        {"min_new_tokens": 5},
+    ],
+)
+def test_what_would_be_ignored_or_crash_is_refused(random_diffuser, setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        ld.generate(
+            random_diffuser(True), torch.tensor([[11, 12]]), **{"max_new_tokens": 4, "temperature": 1.0, **setting}
+        )
+
+
+def test_do_sample_keeps_the_hosts_meaning():
+    assert ld.DiffusionGenerationConfig(do_sample=False, temperature=0.7).temperature == 0.0
+    assert ld.DiffusionGenerationConfig(do_sample=True).temperature == 1.0
+    assert ld.DiffusionGenerationConfig().temperature == 0.0

@@ -167,3 +167,13 @@ def test_from_pretrained_brings_everything(inference):
     assert fresh.generate("3 6 9") == inference.generate("3 6 9")
     with pytest.raises(ValueError, match="stepz"):
         ld.DiffusionInference.from_pretrained("tiny", device="cpu", stepz=1)
+
+
+@pytest.mark.parametrize(("row", "block_length"), [([31, 5, 6, 31], None), ([7, *[31] * 8, 9], 4)])
+def test_left_padding_changes_nothing(random_diffuser, row, block_length):
+    """Neither a mask on the first token of a text nor the place of its blocks depends on padding."""
+    inference = ld.DiffusionInference(random_diffuser(True), 31, None, steps=None, block_length=block_length)
+    ids = torch.tensor([row])
+    pad = torch.nn.functional.pad
+    padded = {"input_ids": pad(ids, (3, 0)), "attention_mask": pad(torch.ones_like(ids), (3, 0))}
+    assert torch.equal(inference({"input_ids": ids})[0], inference(padded)[0, 3:])

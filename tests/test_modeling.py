@@ -376,3 +376,47 @@ def test_quantized_models_load_bidirectional(base, kind):
         {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[kind]
     }
     assert model.config.diffusion["mask_token_id"] == full.config.diffusion["mask_token_id"]
+
+
+def test_nf4_trains_with_the_gradients_of_the_dequantised_model(random_llama, tokenizer, tmp_path):
+    """Also after the probe at load: bitsandbytes repacks weights at the first evaluation unless it is told not to."""
+    bnb = pytest.importorskip("bitsandbytes")
+    random_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    quantized, _ = load(str(tmp_path), quantization="nf4", device="cpu")
+    plain, _ = load(str(tmp_path), device="cpu")
+    for name, module in quantized.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            dense = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            plain.get_submodule(name).weight.data = dense.float()
+    ids, gradients = torch.randint(3, 400, (2, 9)), []
+    for model in (quantized, plain):
+        targets = ["q_proj", "v_proj", "down_proj"]
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if "lora" in name:
+                    weight.normal_(std=0.1)
+            adapted.eval()(ids)
+        adapted.train()(ids).logits.float().log_softmax(-1)[..., 5].mean().backward()
+        gradients.append(torch.cat([w.grad.float().flatten() for n, w in adapted.named_parameters() if "lora" in n]))
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 0.02
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_truncated_weights_are_named(random_llama, tokenizer, tmp_path, size):
+    random_llama().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(OSError, match="`model`: .* is not a loadable checkpoint"):
+        load(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_broken_sidecar_is_named(tmp_path, text):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "diffusion_config.json").write_text(text)
+    with pytest.raises(ValueError, match="diffusion_config.json"):
+        load(tmp_path, device="cpu")
