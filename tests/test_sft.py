@@ -1,6 +1,11 @@
 """DiffusionSFTTrainer: the loss against a second formula, seeded noise, equal gradients, resuming, saving."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,3 +259,42 @@ def test_bad_data_is_refused_before_any_step(tmp_path, tokenizer):
         make(tmp_path, tokenizer, dataset=empty)
     with pytest.raises(TypeError, match="DiffusionSFTConfig"):
         DiffusionSFTTrainer(tiny_model(), object(), train_dataset=tiny_dataset(2), processing_class=tokenizer)
+
+
+TWO_PROCESSES = """
+import json, sys
+from transformers import AutoTokenizer
+sys.path.insert(0, {tests!r})
+from test_sft import LORA, make
+from llm_diffusion.tiny import TINY_MODEL_PATH
+trainer = make({output!r}, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), peft_config=LORA, max_steps=3, learning_rate=1e-2,
+               per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation})
+trainer.train()
+if trainer.accelerator.is_main_process:
+    rows = [row for row in trainer.state.log_history if "nelbo" in row][:3]
+    open({result!r}, "w").write(json.dumps([[row["nelbo"], row["grad_norm"]] for row in rows]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    found = []
+    for processes, batch, accumulation in ((1, 8, 1), (2, 2, 2)):
+        result, script = tmp_path / f"{processes}.json", tmp_path / f"{processes}.py"
+        script.write_text(
+            TWO_PROCESSES.format(
+                tests=str(Path(__file__).parent),
+                output=str(tmp_path / "out"),
+                batch=batch,
+                accumulation=accumulation,
+                result=str(result),
+            )
+        )
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launcher, str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(torch.tensor(json.loads(result.read_text())))
+    assert found[0].shape == (3, 2)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
