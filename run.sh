@@ -3,6 +3,7 @@
 #   ./run.sh                 sets up what is missing, then turns the embedded tiny model into a diffusion model
 #   ./run.sh test            sets up what is missing, then runs every check
 # Further:
+#   ./run.sh chat output/tiny/sft_model "Sort the letters: k d e a"     asks what was trained; ./run.sh generate likewise
 #   ./run.sh PRESET [--hyper-parameters-json '{…}']      another configuration; ./run.sh --list-presets names them
 #   nohup ./run.sh PRESET > training_nohup.log 2>&1 &    in the background; follow it with: tail -f training_nohup.log
 set -euo pipefail
@@ -18,7 +19,7 @@ test)
     .venv/bin/lint-imports
     exec .venv/bin/python -m pytest -q "$@"
     ;;
--*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
+chat | generate | -*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
 *)
     preset="${1:-tiny}"
     [ $# -gt 0 ] && shift

@@ -70,6 +70,17 @@ def _switch(model: PreTrainedModel, is_causal: bool) -> AttentionPatch:
     return patch
 
 
+def _check_window(model: PreTrainedModel) -> None:
+    """Refuses sliding windows; the probe is shorter than a window, so this is decided from the config."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        raise ValueError(
+            f"`model`: {type(model).__name__} has a sliding window (sliding_window={window}), so distant tokens would not see each "
+            "other; use a checkpoint without one."
+        )
+
+
 def patch_causal_attention(model: torch.nn.Module) -> AttentionPatch:
     """Makes `model` attend in both directions, in place and for good, and checks that it does.
 
@@ -83,15 +94,7 @@ def patch_causal_attention(model: torch.nn.Module) -> AttentionPatch:
         ValueError: the architecture stays (partly) causal; nothing is changed then.
     """
     model = base_of(model)
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    layers = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window is not None and "sliding_attention" in layers:
-        # The probe is shorter than a window, so this is decided from the config.
-        raise ValueError(
-            f"`model`: {type(model).__name__} has a sliding window (sliding_window={window}), so distant tokens "
-            "would not see each other; use a checkpoint without one."
-        )
+    _check_window(model)
     patch = _switch(model, is_causal=False)
     try:
         found = f"attention is {probe_attention(model)!r}"
@@ -184,6 +187,7 @@ def check_block_attention(model: torch.nn.Module, block_length: int) -> None:
         ValueError: the architecture ignores, changes or rejects 4-D masks.
     """
     name = type(base_of(model)).__name__
+    _check_window(base_of(model))
     try:
         found = probe_attention(model, block_length)
     except Exception as error:  # rejected in as many ways as there are architectures

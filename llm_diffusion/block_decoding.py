@@ -18,6 +18,7 @@ References: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arX
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ from transformers import DynamicCache
 
 from .attention import base_of
 from .attention_masks import additive, block_causal
-from .denoising import ban, commit, eos_ids, finish, output_of, record_of, row_keys
+from .denoising import ban, commit, eos_ids, finish, output_of, record_of, row_keys, steps_per_block
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 
 
@@ -45,8 +46,9 @@ class BlockDecoder:
         settings: DiffusionGenerationConfig,
     ) -> None:
         record = record_of(model)
-        self.model, self.settings = model, settings
         self.block_length, self.shift = record["block_length"], record["right_shift_logits"]
+        self.model, self.settings = model, copy.copy(settings)
+        self.settings.block_length = self.block_length
         self.clean_context = record["clean_context"]
         self.eos = eos_ids(settings, input_ids.device)
         self.prompts, self.prompt_mask = input_ids, attention_mask
@@ -117,7 +119,7 @@ class BlockDecoder:
     def _denoise(self, rows: torch.Tensor, start: int, after_step: Callable[[], None]) -> None:
         """Fills one block of every row."""
         end, settings = start + self.block_length, self.settings
-        steps = max(1, settings.steps * self.block_length // settings.max_new_tokens) if settings.steps else 0
+        steps = steps_per_block(settings, settings.max_new_tokens) if settings.steps else 0
         pending = self._pending(rows, start, end)
         while pending.any():
             logits = self._block_logits(rows, start)

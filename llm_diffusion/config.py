@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,8 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
 from .generation_config import DiffusionGenerationConfig
+from .modeling import check_device
 from .trainers.sft import DiffusionSFTConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -169,6 +174,8 @@ def build(given: dict[str, Any]) -> HyperParameters:
             value = check_type(key, value, hints[key])
             setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
         else:
+            if key in ("resume_from_checkpoint", "model_init_kwargs", "output_dir"):
+                raise ValueError(f"`{key}` belongs to the trainers in Python, not to the main job.")
             check_training_key(key)
             hp.training[key] = check_training_value(key, value)
     for name in ("pretrain_config", "sft_config"):
@@ -253,13 +260,22 @@ def check_ranges(hp: HyperParameters) -> None:
         if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     for name in ("epochs", "learning_rate", "test_size"):
-        if getattr(hp, name) <= 0:
+        if not (math.isfinite(getattr(hp, name)) and getattr(hp, name) > 0):
             raise ValueError(f"`{name}` must be above 0, got {getattr(hp, name)}.")
-    if not hp.phases or set(hp.phases) - set(PHASES):
-        raise ValueError(f"`phases` must be a non-empty list of {list(PHASES)}, got {hp.phases}.")
+    for name, keys in (
+        ("wandb_config", set(HyperParameters().wandb_config)),
+        ("qlora_config", set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}),
+        ("lora_config", {f.name for f in dataclasses.fields(LoraConfig)}),
+    ):
+        if unknown := sorted(set(getattr(hp, name)) - keys):
+            raise ValueError(f"`{name}`: unknown key(s) {unknown}.")
+    for key, value in hp.lora_config.items():
+        hp.lora_config[key] = check_type(f"lora_config.{key}", value, typing.get_type_hints(LoraConfig)[key])
+    if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
+        raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     DiffusionGenerationConfig(**hp.generation)
-    if hp.device is not None and hp.device.split(":")[0] not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"`device` must be cuda, mps or cpu, got {hp.device!r}.")
+    if hp.device is not None:
+        check_device(hp.device)
 
 
 def as_dict(hp: HyperParameters) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
     if "train" not in splits:
         raise ValueError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
     train = splits["train"]
+    if "text" in train.column_names:
+        splits = splits.filter(_says_something)
+        train = splits["train"]
     if len(train) == 0:
         raise ValueError(f"`dataset`: {name!r} is empty.")
     check_columns(train, name)
@@ -60,6 +63,11 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
         train = train.select(range(min(limit, len(train))))
         test = test.select(range(min(limit, len(test))))
     return train, test
+
+
+def _says_something(row: dict) -> bool:
+    """False for blank lines and empty texts."""
+    return "text" not in row or bool((row["text"] or "").strip())
 
 
 def check_columns(dataset: Dataset, name: str) -> None:
@@ -100,8 +108,7 @@ def _load(name: str) -> DatasetDict:
 
 def _quietly(name: str, *args: str, **options: object) -> DatasetDict:
     try:
-        splits = load_dataset(*args, **options)
-        return splits.filter(lambda row: bool(row["text"].strip())) if args[0] == "text" else splits  # blank lines
+        return load_dataset(*args, **options)
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
@@ -117,11 +124,17 @@ def as_prompt_completion(dataset: Dataset) -> Dataset:
         return dataset
 
     def split(example: dict, row: int) -> dict:
-        *prompt, last = example["messages"] or [{"role": "no turn", "content": ""}]
+        turns = example["messages"] or [{"role": "no turn", "content": ""}]
+        if any(not {"role", "content"} <= set(turn) for turn in turns):
+            raise ValueError(
+                f"`dataset`: row {row} has turns with the keys {sorted(turns[0])}; `role` and `content` are needed."
+            )
+        *prompt, last = turns
         if last["role"] != "assistant" or not (last["content"] or "").strip() or not prompt:
             raise ValueError(
                 f"`dataset`: row {row} must be a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}."
             )
         return {"prompt": prompt, "completion": [last]}
 
-    return dataset.map(split, with_indices=True, remove_columns="messages", desc="Splitting prompts from answers")
+    described = {"desc": "Splitting prompts from answers"} if isinstance(dataset, Dataset) else {}  # streams take none
+    return dataset.map(split, with_indices=True, remove_columns="messages", **described)

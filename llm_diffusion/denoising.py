@@ -66,6 +66,7 @@ def _start(
     ids: torch.Tensor, attention_mask: torch.Tensor, settings: DiffusionGenerationConfig, first: int, from_start: bool
 ) -> _Rows:
     is_open = (ids == settings.mask_token_id) & attention_mask.bool()
+    is_open[:, :first] = False  # a prompt may speak of the mask token
     # Blocks are counted in the text, padding left out: from its start, or from the first token of the answer.
     place = attention_mask.cumsum(-1) - 1
     if first and not from_start:
@@ -99,7 +100,7 @@ def fill_masks(
         input_ids: (B, L) with mask tokens anywhere, ragged rows padded on either side.
         attention_mask: (B, L), 0 at padding.
         settings: see `DiffusionGenerationConfig`.
-        first: position from which blocks are counted.
+        first: column at which the canvas starts: blocks are counted from it, and mask tokens before it stay.
         on_step: called with the whole canvas (B, L) after every step.
 
     Returns:
@@ -141,8 +142,7 @@ def _step(
     active = rows.block.masked_fill(~pending, rows.ids.shape[1]).amin(-1)
     eligible = pending & (rows.block == active[:, None])
     if settings.steps:
-        n_blocks = -(-(rows.ids.shape[1] - first) // settings.block_length)
-        per_block = max(1, settings.steps // n_blocks)
+        per_block = steps_per_block(settings, rows.ids.shape[1] - first)
         rows.steps_left = torch.where(active == rows.active, rows.steps_left - 1, per_block)
     rows.active = active
     # The eligible positions of every row side by side, (B, k); shorter rows are filled up with ineligible ones.
@@ -181,6 +181,11 @@ def _logits(
         logits_to_keep=positions.clamp(max=width - 1),
         use_cache=False,
     ).logits.float()
+
+
+def steps_per_block(settings: DiffusionGenerationConfig, span: int) -> int:
+    """Denoising steps of a block when `settings.steps` are dealt out over a canvas of `span` tokens."""
+    return max(1, settings.steps // -(-span // settings.block_length))
 
 
 def ban(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:

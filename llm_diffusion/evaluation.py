@@ -83,7 +83,6 @@ def evaluate_answers(
     """
     device, report, right, forwards = base_of(model).device, AnswerReport(), defaultdict(list), 0.0
     started = time.perf_counter()
-    # Answers of like length side by side: finished rows leave, but a batch is as long as its longest.
     for start in range(0, len(examples), BATCH_SIZE):
         batch = encode_prompts(
             tokenizer, [prompt_and_reference(e)[0] for e in examples[start : start + BATCH_SIZE]]

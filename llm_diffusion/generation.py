@@ -27,7 +27,11 @@ def _settings(
     chosen = (
         {}
         if given is None
-        else {name: value for name, value in given.to_diff_dict().items() if name != "transformers_version"}
+        else {
+            name: value
+            for name, value in given.to_diff_dict().items()
+            if name not in ("transformers_version", "max_length")
+        }
     )
     chosen |= kwargs
     if chosen.get("mask_token_id") is None:
@@ -44,6 +48,15 @@ def _settings(
     if not 0 <= settings.mask_token_id < rows:
         raise ValueError(f"`mask_token_id` must be a row of the embedding, [0, {rows}), got {settings.mask_token_id}.")
     return settings
+
+
+def _use_max_length(kwargs: dict[str, Any], given: GenerationConfig | None, prompt_length: int) -> None:
+    """The host's `max_length` counts the prompt; `max_new_tokens` wins over it."""
+    longest = kwargs.pop("max_length", None) or getattr(given, "max_length", None)
+    if longest and kwargs.get("max_new_tokens") is None and getattr(given, "max_new_tokens", None) is None:
+        if longest <= prompt_length:
+            raise ValueError(f"`max_length` ({longest}) leaves no room after a prompt of {prompt_length} tokens.")
+        kwargs["max_new_tokens"] = longest - prompt_length
 
 
 def _with_canvas(
@@ -96,6 +109,7 @@ def generate(
         raise ValueError("`input_ids` are missing.")
     kwargs.pop("token_type_ids", None)  # some tokenizers return them; causal models have no use for them
     base = base_of(model)
+    _use_max_length(kwargs, generation_config, input_ids.shape[1])
     settings = _settings(base, generation_config, kwargs)
     canvas, attention_mask = _with_canvas(input_ids, attention_mask, settings)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)

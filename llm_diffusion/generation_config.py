@@ -15,20 +15,28 @@ from transformers.utils import ModelOutput
 
 from . import unmasking
 
-# Settings of the host that would be ignored: refused, never ignored.
-UNSUPPORTED = (
-    "num_beams",
-    "num_return_sequences",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "min_new_tokens",
-    "min_length",
-    "bad_words_ids",
-    "stop_strings",
-    "guidance_scale",
-    "typical_p",
-    "min_p",
-)
+# What of the host's settings has a meaning here, or none that could matter; any other that is set is refused, never ignored.
+HONOURED = {
+    *(
+        "max_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "suppress_tokens",
+        "use_cache",
+        "return_dict_in_generate",
+    ),
+    *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
+    *("_from_model_config", "_commit_hash", "cache_implementation", "disable_compile"),
+}
+NEUTRAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "typical_p": 1.0,
+}
 
 
 class DiffusionGenerationConfig(GenerationConfig):
@@ -67,6 +75,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         unknown = sorted(set(kwargs) - known)
         if unknown:
             raise ValueError(f"Unknown generation setting(s) {unknown}; see DiffusionGenerationConfig.")
+        for name in sorted(set(kwargs) - HONOURED):
+            if kwargs[name] not in (None, False, 0, NEUTRAL.get(name)):
+                raise ValueError(f"`{name}` is not supported when decoding by unmasking, got {kwargs[name]!r}.")
         kwargs.setdefault("max_new_tokens", 128)
         super().__init__(**kwargs)
         self.temperature = temperature
@@ -74,21 +85,18 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def check(self) -> None:
         """Raises ValueError, naming the value, for settings outside their range."""
-        for name in ("steps", "block_length", "max_new_tokens"):
+        for name in ("steps", "block_length", "max_new_tokens", "seed", "top_k"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-            if value is not None and not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, int) and (value is not None or name == "seed"):
                 raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
-        for name in UNSUPPORTED:
-            if getattr(self, name, None) not in (None, False, 0, 1):
-                raise ValueError(f"`{name}` is not supported when decoding by unmasking, got {getattr(self, name)!r}.")
-        if not isinstance(self.seed, int):
-            raise ValueError(f"`seed` must be a whole number, got {self.seed!r}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
-        if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise ValueError(f"`threshold` must be in (0, 1], got {self.threshold}.")
+            if value is not None and value < 1 and name not in ("seed", "top_k"):
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("threshold", "top_p", "temperature"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ValueError(f"`{name}` must be a number, got {value!r}.")
+            if value is not None and name != "temperature" and not 0 < value <= 1:
+                raise ValueError(f"`{name}` must be in (0, 1], got {value}.")
         if self.temperature < 0:
             raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
         if self.remasking not in unmasking.CONFIDENCES:

@@ -52,10 +52,20 @@ class DiffusionInference:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, steps: int | None = None, device: str | None = None, **settings: Any
+        cls,
+        name_or_path: str,
+        steps: int | None = None,
+        *,
+        device: str | None = None,
+        quantization: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        trust_remote_code: bool = False,
+        **settings: Any,
     ) -> DiffusionInference:
-        """Loads a converted model, full or adapter; `settings` are decoding settings."""
-        model, tokenizer = load_diffusion_model(name_or_path, device=device)
+        """Loads a converted model, full or adapter (see `load_diffusion_model`); `settings` are decoding settings."""
+        model, tokenizer = load_diffusion_model(
+            name_or_path, device=device, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
+        )
         if base_of(model).config.diffusion["conversion_steps"] == 0:
             logger.warning(
                 "%r is converted but not trained as a diffusion model yet: its answers mean nothing", name_or_path
@@ -112,6 +122,7 @@ class DiffusionInference:
             raise ValueError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
         # Text follows the gap: it cannot end there.
         chosen = {**self.settings, "eos_token_id": None, "suppress_tokens": [self.tokenizer.eos_token_id], **settings}
+        chosen |= {"block_length": None, "grow_canvas": False}  # both sides of a gap are seen from the start
         filled = fill_masks(
             self.model, encoded["input_ids"], encoded["attention_mask"], DiffusionGenerationConfig(**chosen)
         )

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .config import HyperParameters
     from .evaluation import AnswerReport
 
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError)
 
 
 @contextmanager
@@ -149,14 +149,17 @@ def run(hp: HyperParameters) -> None:
 
     from .callbacks import plot_loss
     from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
-    from .modeling import CONVERSION_OPTIONS, best_device, load_diffusion_model, quantization_config
+    from .modeling import CONVERSION_OPTIONS, best_device, check_device, load_diffusion_model, quantization_config
 
     started = time.perf_counter()
     device = hp.device or best_device()
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
     output = Path(hp.output_dir).expanduser()
+    check_device(device)
     check_writable(output, "output_dir")
+    report_to = start_wandb(hp)
+    arguments = {phase: training_arguments(hp, phase, output, device, report_to) for phase in hp.phases}
     print_settings(hp)
     quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
@@ -182,7 +185,7 @@ def run(hp: HyperParameters) -> None:
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
     if examples:
         reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
-    histories = train_phases(hp, model, tokenizer, peft_config, train, test, output, device)
+    histories = train_phases(hp, arguments, model, tokenizer, peft_config, train, test, output)
     final = output / "sft_model"
     del model
     model, tokenizer = load_diffusion_model(str(final), device=device, quantization_config=quantized)
@@ -192,7 +195,7 @@ def run(hp: HyperParameters) -> None:
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot_loss(histories, output / "loss.png")
     samples = list(test.select(range(min(6, len(test)))))
-    show(hp, model, tokenizer, samples, reports, final, time.perf_counter() - started)
+    show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
 
 
 def measure(
@@ -245,13 +248,13 @@ def print_settings(hp: HyperParameters) -> None:
 
 def train_phases(
     hp: HyperParameters,
+    arguments: dict[str, Any],
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: Any,
     train: Dataset,
     test: Dataset,
     output: Path,
-    device: str,
 ) -> dict[str, list[dict]]:
     """Phase after phase with the same adapters; returns their log histories. The last one is saved as `sft_model`."""
     from transformers.trainer_callback import PrinterCallback
@@ -260,12 +263,12 @@ def train_phases(
     from .config import as_dict
     from .trainers.sft import DiffusionSFTTrainer
 
-    report_to, trainers = start_wandb(hp), {}
+    trainers = {}
     # All trainers are built before the first one runs, so that data that a later phase refuses stops the job at once.
     for phase in hp.phases:
         trainers[phase] = DiffusionSFTTrainer(
             model,
-            training_arguments(hp, phase, output, device, report_to),
+            arguments[phase],
             train_dataset=train,
             eval_dataset=test.select(range(min(len(test), 200))),
             processing_class=tokenizer,
@@ -276,6 +279,8 @@ def train_phases(
         model, peft_config = trainers[phase].model, None
     output.mkdir(parents=True, exist_ok=True)
     (output / "hyper_parameters.json").write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+    if "WANDB_DIR" in os.environ:
+        Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
     for phase, trainer in trainers.items():
         trainer.train()
         trainer.evaluate()
@@ -360,7 +365,6 @@ def start_wandb(hp: HyperParameters) -> str:
     if hp.wandb_config.get("wandb_log_path"):
         folder = Path(hp.wandb_config["wandb_log_path"]).expanduser()
         check_writable(folder, "wandb_config.wandb_log_path")
-        folder.mkdir(parents=True, exist_ok=True)
         os.environ["WANDB_DIR"] = str(folder)
     if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
         logger.warning(
@@ -376,6 +380,7 @@ def show(
     tokenizer: PreTrainedTokenizerBase,
     samples: list[dict],
     reports: dict[str, AnswerReport],
+    histories: dict[str, list[dict]],
     final: Path,
     seconds: float,
 ) -> None:
@@ -386,6 +391,7 @@ def show(
     from .evaluation import evaluate_answers, prompt_and_reference
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(training_table(histories, model))
     if reports:
         base, converted = reports["AR base"], reports["converted"]
         table = Table(title=f"Exact match on {len(base.answers)} held-out prompts, %")
@@ -413,6 +419,22 @@ def show(
         f'    inference = llm_diffusion.DiffusionInference.from_pretrained("{final}")', markup=False, soft_wrap=True
     )
     console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
+
+
+def training_table(histories: dict[str, list[dict]], model: torch.nn.Module) -> Any:
+    """Steps, seconds and held-out bound of every phase."""
+    from rich.table import Table
+
+    from .denoising import record_of
+
+    table = Table(title=f"Training: {record_of(model)['training_tokens']:,} tokens")
+    for column in ("phase", "steps", "seconds", "nats/token", "held-out nats/token"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, history in histories.items():
+        last = {name: row[name] for row in history for name in row}
+        figures = [f"{last[name]:.3f}" if name in last else "-" for name in ("nelbo", "eval_nelbo")]
+        table.add_row(phase, str(last["step"]), f"{last['train_runtime']:.0f}", *figures)
+    return table
 
 
 def add_row(table: Any, name: str, base: float, converted: float) -> None:

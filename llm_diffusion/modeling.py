@@ -47,6 +47,17 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is unknown or not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in there:
+        raise ValueError(
+            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if not there[device]:
+        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
+
+
 def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
     """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
 
@@ -268,8 +279,7 @@ def load_diffusion_model(
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
     path, device = _resolve(name_or_path), device or best_device()
-    if device.split(":")[0] not in ("cuda", "mps", "cpu"):
-        raise ValueError(f"`device` must be cuda, mps or cpu, got {device!r}.")
+    check_device(device)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -317,7 +327,14 @@ def _grow_for(model: PreTrainedModel, mask_id: int) -> None:
         model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=64, mean_resizing=False)
 
 
-def _read_sidecar(path: str) -> dict[str, Any]:
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """The diffusion record of a saved adapter or full checkpoint."""
+    if (Path(folder) / SIDECAR).exists():
+        return _read_sidecar(folder)
+    return json.loads((Path(folder) / "config.json").read_text())["diffusion"]
+
+
+def _read_sidecar(path: str | Path) -> dict[str, Any]:
     sidecar = Path(path) / SIDECAR
     if not sidecar.exists():
         raise ValueError(

@@ -7,7 +7,7 @@
 4. Noise: hashed from (seed, optimiser step, row of the global batch, position); in evaluation from the row's content.
 
 Trade-off: the least override of the host that can express this: conversion, collator, loss, saving. Alternative: an own
-training loop, which would lose packing, PEFT, accelerate, hub and callbacks.
+training loop, which would lose PEFT, accelerate, hub and callbacks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from ..attention import base_of
@@ -29,7 +31,7 @@ from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
 from ..losses import WEIGHTS, token_nll
 from ..masking import IGNORE_INDEX
-from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model, save_record
+from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model, read_record, save_record
 from ..noise_schedules import get_noise_schedule
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
     model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
 
-    Logged beside the host's metrics: `nelbo` (nats a token), `perplexity_bound`, `masked_accuracy`, `mask_ratio`.
+    Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`, `masked_accuracy`, `mask_ratio`.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -152,7 +154,10 @@ class DiffusionSFTTrainer(SFTTrainer):
             raise ValueError("`processing_class`: pass the tokenizer of the model.")
         convert_to_diffusion(model, processing_class, **conversion)
         record = base_of(model).config.diffusion
-        if args.ar_loss_weight and record["attention"] != "block":
+        if args.noise_schedule is not None:
+            record["noise_schedule"] = args.noise_schedule
+        if args.ar_loss_weight and (record["attention"] != "block" or record["clean_context"] != "causal"):
+            # A block-causal clean half already sees the next token, so predicting it would teach copying.
             raise ValueError(
                 "`ar_loss_weight` needs the clean half of block attention; set it to 0, or `attention` to 'block'."
             )
@@ -192,6 +197,9 @@ class DiffusionSFTTrainer(SFTTrainer):
                 f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
                 "raise it, or shorten the prompts."
             )
+        # The host may have changed the tokenizer (`eos_token`, `chat_template_path`).
+        self.diffusion_collator.eos_token_id = processing_class.eos_token_id
+        self.diffusion_collator.pad_token_id = processing_class.pad_token_id
         self._start = {"conversion_steps": 0, "training_tokens": 0}
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._tokens_seen = torch.zeros((), dtype=torch.long)
@@ -201,10 +209,27 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "bias", None
             )  # the host's fused head reads it, PEFT's wrapper of a tied head has none
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         record = base_of(self.model).config.diffusion
         self._start = {name: record[name] for name in self._start}  # what earlier runs and phases did
-        return super().train(*args, **kwargs)
+        self._tokens_seen = torch.zeros((), dtype=torch.long)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            saved = read_record(resume_from_checkpoint)
+            done = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json")).global_step
+            self._start = {
+                "conversion_steps": saved["conversion_steps"] - done,  # the host counts these steps again
+                "training_tokens": saved["training_tokens"],
+            }
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._update_record()
+        return result
+
+    def _update_record(self) -> None:
+        record, tokens = base_of(self.model).config.diffusion, self._tokens_seen.to(self.args.device)
+        record["conversion_steps"] = self._start["conversion_steps"] + self.state.global_step
+        record["training_tokens"] = self._start["training_tokens"] + int(self.accelerator.gather(tokens).sum())
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -232,7 +257,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """NELBO of the batch in nats a maskable token (training: its share of the whole step's)."""
         mode = "train" if self.model.training else "eval"
-        parts = [self._part_loss(model, part, mode) for part in by_length(inputs)]
+        parts = [self._part_loss(model, part, mode) for part in by_length(inputs, self.args.pad_to_multiple_of or 1)]
         nll, ar = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         maskable = (inputs["labels"] != IGNORE_INDEX).sum()
         self._add(mode, nll=nll.detach(), maskable=maskable)
@@ -248,7 +273,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         noisy = self.diffusion_collator.corrupt(
             part,
             seed=self.args.seed,
-            step=0 if rows is None else self.state.global_step,
+            # Phases of one run share a seed: the count of all steps so far gives each its own noise.
+            step=0 if rows is None else self._start["conversion_steps"] + self.state.global_step,
             rows=rows,
             n_rows=part.get("n_noise_rows"),
         )
@@ -269,12 +295,20 @@ class DiffusionSFTTrainer(SFTTrainer):
         targets = noisy["targets"]
         keep = targets != IGNORE_INDEX
         inputs = {**noisy["inputs"], "use_cache": False}
+        if inputs["attention_mask"].dim() == 4:
+            inputs["attention_mask"] = self._in_compute_dtype(inputs["attention_mask"])
         if targets.device.type == "cuda":
             # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
             output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
             return -output.log_probs[keep], output.is_top1[keep], keep
         logits = model(**inputs, logits_to_keep=keep).logits
         return token_nll(logits, targets[keep]), logits.detach().argmax(-1) == targets[keep], keep
+
+    def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
+        """An additive mask in the type that attention computes in; the most negative number of fp32 would overflow in bf16."""
+        device = mask.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base_of(self.model).dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask < 0, torch.finfo(dtype).min)
 
     def _add(self, mode: str, **new: torch.Tensor) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
@@ -297,12 +331,19 @@ class DiffusionSFTTrainer(SFTTrainer):
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "eval" if any(name.startswith("eval_") for name in logs) else "train"
-        prefix = "eval_" if mode == "eval" else ""
-        values = {prefix + name: value for name, value in self._metric_values(mode).items()}
-        if mode == "eval" and "eval_nelbo" in values:
-            logs["eval_loss"] = values["eval_nelbo"]  # over all tokens, so the same whatever the batch size
-        super().log({**logs, **values}, start_time)
+        if self.model.training:
+            logs = {**logs, **self._metric_values("train")}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._sums["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        values = {f"{metric_key_prefix}_{name}": value for name, value in self._metric_values("eval").items()}
+        output.metrics.update(values)
+        if f"{metric_key_prefix}_nelbo" in values:
+            # Over all tokens at once, so the same whatever the batch size; the host averages batches.
+            output.metrics[f"{metric_key_prefix}_loss"] = values[f"{metric_key_prefix}_nelbo"]
+        return output
 
     def prediction_step(
         self,
@@ -315,17 +356,13 @@ class DiffusionSFTTrainer(SFTTrainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        record = base_of(self.model).config.diffusion
-        record["conversion_steps"] = self._start["conversion_steps"] + self.state.global_step
-        record["training_tokens"] = self._start["training_tokens"] + int(
-            self.accelerator.gather(self._tokens_seen).sum()
-        )
+        self._update_record()
         super()._save(output_dir, state_dict)
         if self.args.should_save and isinstance(self.model, PeftModel):
             save_record(self.model, output_dir or self.args.output_dir)
 
 
-def by_length(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     """The shorter two thirds and the longer third of a batch's rows, each cut to its own longest row.
 
     Text lengths are skewed: this saves a third or more of the padding, and changes nothing else, because noise belongs to rows
@@ -337,7 +374,7 @@ def by_length(batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [batch]
     order, parts = lengths.argsort(stable=True), []
     for rows in (order[: 2 * n // 3], order[2 * n // 3 :]):
-        longest = int(lengths[rows].max())
+        longest = -(-int(lengths[rows].max()) // multiple) * multiple
         part = {name: batch[name][rows, :longest] for name in ("input_ids", "labels", "attention_mask")}
         extra = (
             {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
@@ -353,8 +390,16 @@ def _prepare_adapter(
 ) -> tuple[torch.nn.Module, PeftConfig]:
     """Trains the mask token's row beside the adapters, and readies a quantised base for training."""
     peft_config = copy.deepcopy(peft_config)
-    if getattr(peft_config, "trainable_token_indices", None) is None:
-        peft_config.trainable_token_indices = [mask_token_id]
+    if not hasattr(peft_config, "trainable_token_indices"):
+        raise ValueError(
+            f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
+        )
+    rows = peft_config.trainable_token_indices
+    groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
+    for group in groups.values():
+        if mask_token_id not in group:
+            group.append(mask_token_id)
+    peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
             model,
@@ -378,4 +423,8 @@ def _clean_prompts(dataset: Any, split: bool) -> Any:
     """`messages` -> prompt and completion, for one dataset or a dict of them."""
     if isinstance(dataset, dict):
         return {name: _clean_prompts(part, split) for name, part in dataset.items()}
-    return as_prompt_completion(dataset) if split and isinstance(dataset, Dataset) else dataset
+    if dataset is None or "messages" not in (dataset.column_names or []):
+        return dataset
+    # The host takes any `prompt` column for prompt and completion; chats are told by `messages` alone.
+    dataset = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
+    return as_prompt_completion(dataset) if split else dataset
