@@ -24,7 +24,6 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from .generation_config import DiffusionGenerationConfig
-from .modeling import check_device
 from .trainers.sft import DiffusionSFTConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -274,8 +273,10 @@ def check_ranges(hp: HyperParameters) -> None:
     if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
         raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     DiffusionGenerationConfig(**hp.generation)
-    if hp.device is not None:
-        check_device(hp.device)
+    if hp.device not in (None, "cuda", "mps", "cpu"):
+        raise ValueError(
+            f"`device` must be cuda, mps or cpu, got {hp.device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
 
 
 def as_dict(hp: HyperParameters) -> dict[str, Any]:

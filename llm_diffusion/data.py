@@ -52,6 +52,8 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
     if len(train) == 0:
         raise ValueError(f"`dataset`: {name!r} is empty.")
     check_columns(train, name)
+    if "messages" in train.column_names:
+        _check_turns(train[0]["messages"], 0)
     test = splits.get("test") or splits.get("validation")
     if test is None:
         if len(train) < 2:
@@ -63,6 +65,14 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
         train = train.select(range(min(limit, len(train))))
         test = test.select(range(min(limit, len(test))))
     return train, test
+
+
+def _check_turns(turns: list[dict], row: int) -> None:
+    for turn in turns:
+        if not {"role", "content"} <= set(turn):
+            raise ValueError(
+                f"`dataset`: row {row} has turns with the keys {sorted(turn)}; `role` and `content` are needed."
+            )
 
 
 def _says_something(row: dict) -> bool:
@@ -125,10 +135,7 @@ def as_prompt_completion(dataset: Dataset) -> Dataset:
 
     def split(example: dict, row: int) -> dict:
         turns = example["messages"] or [{"role": "no turn", "content": ""}]
-        if any(not {"role", "content"} <= set(turn) for turn in turns):
-            raise ValueError(
-                f"`dataset`: row {row} has turns with the keys {sorted(turns[0])}; `role` and `content` are needed."
-            )
+        _check_turns(turns, row)
         *prompt, last = turns
         if last["role"] != "assistant" or not (last["content"] or "").strip() or not prompt:
             raise ValueError(

@@ -156,12 +156,12 @@ def run(hp: HyperParameters) -> None:
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
     output = Path(hp.output_dir).expanduser()
+    quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     check_device(device)
     check_writable(output, "output_dir")
     report_to = start_wandb(hp)
     arguments = {phase: training_arguments(hp, phase, output, device, report_to) for phase in hp.phases}
     print_settings(hp)
-    quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
     train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
     logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
@@ -345,10 +345,7 @@ def lora(hp: HyperParameters, model: torch.nn.Module) -> Any:
             raise ValueError(
                 f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {sorted(names)}."
             )
-    try:
-        return LoraConfig(task_type="CAUSAL_LM", **settings)
-    except TypeError as error:
-        raise ValueError(f"`lora_config`: {error}") from error
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
 
 
 def start_wandb(hp: HyperParameters) -> str:
@@ -415,9 +412,9 @@ def show(
         console.print()
     show_denoising(console, model, tokenizer, samples[0], decoding(hp, model))
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
-    console.print(
-        f'    inference = llm_diffusion.DiffusionInference.from_pretrained("{final}")', markup=False, soft_wrap=True
-    )
+    quantized = ', quantization="nf4"' if hp.use_qlora else ""
+    call = f'DiffusionInference.from_pretrained("{final}"{quantized})'
+    console.print(f"    inference = llm_diffusion.{call}", markup=False, soft_wrap=True)
     console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
 
 

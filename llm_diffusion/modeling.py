@@ -279,11 +279,11 @@ def load_diffusion_model(
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
     path, device = _resolve(name_or_path), device or best_device()
-    check_device(device)
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
+    check_device(device)
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantized is not None:
         options["quantization_config"] = quantized
     if quantized is not None or device == "cuda":

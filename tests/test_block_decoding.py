@@ -48,7 +48,9 @@ def left_padded(lengths, seed=1):
 
 @pytest.mark.parametrize(("clean", "shift"), MODES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("settings", [{}, {"threshold": 0.3}, {"steps": 6}, {"temperature": 0.8, "seed": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"threshold": 0.3}, {"steps": 6}, {"steps": 3}, {"temperature": 0.8, "seed": 3}]
+)
 def test_cached_equals_full_forwards(clean, shift, implementation, settings):
     model = block_model(4, clean, shift, implementation)
     batch = left_padded([9, 3, 8, 1])

@@ -640,3 +640,16 @@ def test_do_sample_keeps_the_hosts_meaning():
     assert ld.DiffusionGenerationConfig(do_sample=False, temperature=0.7).temperature == 0.0
     assert ld.DiffusionGenerationConfig(do_sample=True).temperature == 1.0
     assert ld.DiffusionGenerationConfig().temperature == 0.0
+
+
+def test_a_mask_token_in_the_prompt_is_left_alone(random_diffuser):
+    prompt = torch.tensor([[11, 31, 12]])
+    output = ld.generate(random_diffuser(True), prompt, max_new_tokens=3, eos_token_id=None)
+    assert torch.equal(output[:, :3], prompt)
+
+
+def test_max_length_counts_the_prompt(random_diffuser):
+    model, prompt = random_diffuser(True), torch.tensor([[11, 13, 12]])
+    assert ld.generate(model, prompt, max_length=8, eos_token_id=None).shape == (1, 8)
+    with pytest.raises(ValueError, match="max_length"):
+        ld.generate(model, prompt, max_length=3)

@@ -112,7 +112,7 @@ def test_lora_targets_are_resolved_for_other_architectures():
     with pytest.raises(ValueError, match="query_proj"):
         lora(build({"lora_config": {"target_modules": ["query_proj"]}}), phi)
     with pytest.raises(ValueError, match="lora_config"):
-        lora(build({"lora_config": {"rank": 4}}), phi)
+        build({"lora_config": {"rank": 4}})
 
 
 def write(path: Path, text: str) -> str:
@@ -151,6 +151,20 @@ BAD_INPUT = {
     "wrong type of a trainer key": (lambda p: {"warmup_steps": "soon"}, "`warmup_steps` must be"),
     "negative batch size": (lambda p: {"batch_size": -1}, "`batch_size` must be at least 1, got -1"),
     "zero epochs": (lambda p: {"epochs": 0}, "`epochs` must be above 0"),
+    "unknown key of LoRA": (lambda p: {"lora_config": {"rank": 4}}, "`lora_config`: unknown key(s) ['rank']"),
+    "unknown key of wandb": (lambda p: {"wandb_config": {"projet": "a"}}, "`wandb_config`"),
+    "unknown key of QLoRA": (lambda p: {"qlora_config": {"bnb_4bit_quant_typ": "fp4"}}, "`qlora_config`"),
+    "text for a number": (lambda p: {"generation": {"threshold": "0.9"}}, "`threshold` must be a number"),
+    "text for a rank": (lambda p: {"lora_config": {"r": "16"}}, "`lora_config.r` must be int"),
+    "not a number": (lambda p: {"learning_rate": "nan"}, "`learning_rate`"),
+    "bad objective": (lambda p: {"random_canvas": 5.0}, "`random_canvas`"),
+    "resuming in the main job": (lambda p: {"resume_from_checkpoint": "x"}, "`resume_from_checkpoint`"),
+    "one phase twice": (lambda p: {"phases": ["sft", "sft"]}, "each once"),
+    "device that is not there": (lambda p: {"device": "mps"}, "there is no mps"),
+    "turns without roles": (
+        lambda p: {"dataset": write(p / "a.jsonl", '{"messages": [{"from": "human", "value": "hi"}]}\n' * 3)},
+        "`role` and `content` are needed",
+    ),
     "unknown phase": (lambda p: {"phases": ["warm"]}, "`phases` must be"),
     "unknown device": (lambda p: {"device": "tpu"}, "`device` must be"),
     "mask range reversed": (

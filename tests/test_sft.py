@@ -298,3 +298,61 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         found.append(torch.tensor(json.loads(result.read_text())))
     assert found[0].shape == (3, 2)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_mask_row_joins_the_rows_that_a_user_trains(tmp_path, tokenizer):
+    own = copy.deepcopy(LORA)
+    own.trainable_token_indices = [5]
+    trainer = make(tmp_path, tokenizer, peft_config=own)
+    assert trainer.model.peft_config["default"].trainable_token_indices == [5, tokenizer_mask(trainer)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": "block", "clean_context": "block"}])
+def test_co_loss_needs_a_causal_clean_half(tmp_path, tokenizer, settings):
+    """A block-causal clean half already sees the next token: the co-loss would teach copying."""
+    with pytest.raises(ValueError, match="ar_loss_weight"):
+        make(tmp_path, tokenizer, ar_loss_weight=0.5, **settings)
+
+
+def test_co_loss_is_next_token_prediction_on_answers(tmp_path, tokenizer):
+    """Its gradient is that of the plain causal loss of the same answer tokens."""
+    trainer = make(tmp_path, tokenizer, attention="block", ar_loss_weight=1.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    noisy = trainer.diffusion_collator.corrupt(batch, seed=0, step=0)
+    terms, _, keep = trainer._score(trainer.model, noisy)
+    labels = batch["labels"]
+    logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+    torch.testing.assert_close((terms * noisy["ar_weights"][keep]).sum(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_record_counts_every_step_and_token_once(tmp_path, tokenizer):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    straight = make(tmp_path / "a", tokenizer, peft_config=LORA, **settings)
+    straight.train()
+    counted = dict(straight.model.get_base_model().config.diffusion)
+    assert counted["conversion_steps"] == 4
+    again = make(tmp_path / "b", tokenizer, peft_config=LORA, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    resumed = again.model.get_base_model().config.diffusion
+    for name in ("conversion_steps", "training_tokens"):
+        assert resumed[name] == counted[name]
+
+
+def test_streams_leave_their_prompts_clean_too(tmp_path, tokenizer):
+    found = []
+    for dataset in (tiny_dataset(8), tiny_dataset(8).to_iterable_dataset()):
+        trainer = make(tmp_path, tokenizer, dataset=dataset, shuffle_dataset=False)
+        found.append(sum((next(iter(trainer.train_dataset))["labels"][i] != IGNORE_INDEX) for i in range(8)))
+    assert found == [0, 0]
+
+
+def test_several_evaluation_sets_have_their_own_figures(tmp_path, tokenizer):
+    sets = {"a": tiny_dataset(4, split="test"), "b": tiny_dataset(4, seed=5, split="test")}
+    trainer = make(tmp_path, tokenizer, evaluation=sets)
+    found = trainer.evaluate()
+    alone = make(tmp_path, tokenizer, evaluation=sets["b"]).evaluate()
+    assert found["eval_b_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
+    assert found["eval_a_loss"] != found["eval_b_loss"]
