@@ -1,0 +1,115 @@
+"""What the main job shows at its end: tables, sample answers, one answer as it forms, and how to load the result.
+
+Trade-off: rich tables on a terminal and the same, without control characters, in a log. Alternative: a tracker, for those who ask
+for one.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from .attention import base_of
+from .config import HyperParameters
+from .denoising import record_of
+from .evaluation import AnswerReport, encode_prompts, evaluate_answers, prompt_and_reference
+from .generation import generate
+
+
+def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:
+    """Decoding settings; `diffusion_steps` are the steps of a block unless a threshold decides."""
+    settings, own_block = dict(hp.generation), record_of(model).get("block_length")
+    if own_block:
+        settings["block_length"] = own_block
+    if settings.get("threshold") is None and "steps" not in settings:
+        block = settings.get("block_length") or settings["max_new_tokens"]
+        settings["steps"] = hp.diffusion_steps * -(-settings["max_new_tokens"] // block)
+    return settings
+
+
+def show(
+    hp: HyperParameters,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[dict],
+    reports: dict[str, AnswerReport],
+    histories: dict[str, list[dict]],
+    final: Path,
+    seconds: float,
+) -> None:
+    """The end of the job: table, sample answers, one answer as it forms, and how to load the result."""
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(training_table(histories, model))
+    if reports:
+        base, converted = reports["AR base"], reports["converted"]
+        table = Table(title=f"Exact match on {len(base.answers)} held-out prompts, %")
+        for column in ("kind of task", "AR base", "converted", "kept"):
+            table.add_column(column, justify="left" if column == "kind of task" else "right")
+        for kind in base.exact_match:
+            add_row(table, kind, base.exact_match[kind], converted.exact_match[kind])
+        table.add_section()
+        add_row(table, "mean", base.mean, converted.mean)
+        table.add_section()
+        table.add_row("tokens per forward", f"{base.tokens_per_forward:.2f}", f"{converted.tokens_per_forward:.2f}", "")
+        table.add_row("seconds", f"{base.seconds:.1f}", f"{converted.seconds:.1f}", "")
+        console.print(table)
+    report = evaluate_answers(model, tokenizer, samples, **decoding(hp, model))
+    for example, answer in zip(samples, report.answers, strict=True):
+        prompt, reference = prompt_and_reference(example)
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        for label, text in (("prompt", question), ("answer", answer), ("reference", reference)):
+            console.print(f"{label:>9}  ", end="", style="bold")
+            console.print(" / ".join(text.strip().splitlines()) or "(empty)", markup=False)
+        console.print()
+    show_denoising(console, model, tokenizer, samples[0], decoding(hp, model))
+    console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
+    quantized = ', quantization="nf4"' if hp.use_qlora else ""
+    call = f'DiffusionInference.from_pretrained("{final}"{quantized})'
+    console.print(f"    inference = llm_diffusion.{call}", markup=False, soft_wrap=True)
+    console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
+
+
+def training_table(histories: dict[str, list[dict]], model: torch.nn.Module) -> Any:
+    """Steps, seconds and held-out bound of every phase."""
+    table = Table(title=f"Training: {record_of(model)['training_tokens']:,} tokens")
+    for column in ("phase", "steps", "seconds", "nats/token", "held-out nats/token"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase, history in histories.items():
+        last = {name: row[name] for row in history for name in row}
+        figures = [f"{last[name]:.3f}" if name in last else "-" for name in ("nelbo", "eval_nelbo")]
+        table.add_row(phase, str(last["step"]), f"{last['train_runtime']:.0f}", *figures)
+    return table
+
+
+def add_row(table: Any, name: str, base: float, converted: float) -> None:
+    kept = f"{100 * converted / base:.0f} %" if base else "-"
+    table.add_row(name, f"{base:.1f}", f"{converted:.1f}", kept)
+
+
+def show_denoising(
+    console: Any, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example: dict, settings: dict
+) -> None:
+    """One answer after every step: masks grey, tokens committed in this step green."""
+    batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
+    start, mask = batch["input_ids"].shape[1], tokenizer.mask_token_id
+    output = generate(model, **batch, **{**settings, "output_history": True, "return_dict_in_generate": True})
+    end = output.sequences.shape[1]
+    console.print("one answer as it is denoised, step by step:", style="bold")
+    before = None
+    for step, canvas in enumerate(output.history, start=1):
+        line = Text(f"{step:>4}  ")
+        for place in range(start, end):
+            token = int(canvas[0, place])
+            new = before is not None and int(before[0, place]) != token or before is None and token != mask
+            word = "_" if token == mask else tokenizer.decode([token]).replace("\n", " / ")
+            line.append(word, style="bright_black" if token == mask else "bold green" if new else "")
+        console.print(line, soft_wrap=True)
+        before = canvas
+    console.print()
