@@ -123,13 +123,13 @@ def load_inference(model: str, settings: str) -> Any:
 def start_logging() -> None:
     logger.remove()
     terminal = sys.stderr.isatty()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
     logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> {message}", colorize=terminal, level="INFO")
 
 
 def quiet_hosts() -> None:
     """The hosts' progress bars are for terminals; a log gets lines instead."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
     # PEFT asks transformers by an old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     import datasets
