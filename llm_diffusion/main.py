@@ -189,7 +189,9 @@ def run(hp: HyperParameters) -> None:
     histories = train_phases(hp, arguments, model, tokenizer, peft_config, train, test, output)
     final = output / "sft_model"
     del model
-    model, tokenizer = load_diffusion_model(str(final), device=device, quantization_config=quantized)
+    model, tokenizer = load_diffusion_model(
+        str(final), device=device, quantization_config=quantized, trust_remote_code=hp.trust_remote_code
+    )
     if examples:
         reports["converted"] = measure(model, tokenizer, examples, hp)
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
@@ -268,7 +270,7 @@ def train_phases(
         model, peft_config = trainers[phase].model, None
     output.mkdir(parents=True, exist_ok=True)
     (output / "hyper_parameters.json").write_text(json.dumps(as_dict(hp), indent=2) + "\n")
-    if "WANDB_DIR" in os.environ:
+    if hp.use_wandb and "WANDB_DIR" in os.environ:
         Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
     for phase, trainer in trainers.items():
         trainer.train()

@@ -116,7 +116,8 @@ class DiffusionSFTTrainer(SFTTrainer):
     `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
     model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
 
-    Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`, `masked_accuracy`, `mask_ratio`.
+    Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
+    `masked_accuracy`, `masked_nll`, `mask_ratio`.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -159,7 +160,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         if args.ar_loss_weight and (record["attention"] != "block" or record["clean_context"] != "causal"):
             # A block-causal clean half already sees the next token, so predicting it would teach copying.
             raise ValueError(
-                "`ar_loss_weight` needs the clean half of block attention; set it to 0, or `attention` to 'block'."
+                "`ar_loss_weight` needs block attention with a causal clean half, the model has "
+                f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
             )
         if peft_config is not None:
             model, peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"], args)
@@ -205,9 +207,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._tokens_seen = torch.zeros((), dtype=torch.long)
         head = self.model.get_output_embeddings()
         if not hasattr(head, "bias"):
-            head.register_parameter(
-                "bias", None
-            )  # the host's fused head reads it, PEFT's wrapper of a tied head has none
+            # The host's fused head reads it; PEFT's wrapper of a tied head has none.
+            head.register_parameter("bias", None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         record = base_of(self.model).config.diffusion
@@ -376,12 +377,9 @@ def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     for rows in (order[: 2 * n // 3], order[2 * n // 3 :]):
         longest = -(-int(lengths[rows].max()) // multiple) * multiple
         part = {name: batch[name][rows, :longest] for name in ("input_ids", "labels", "attention_mask")}
-        extra = (
-            {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
-            if "noise_rows" in batch
-            else {}
-        )
-        parts.append(part | extra)
+        if "noise_rows" in batch:
+            part |= {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
+        parts.append(part)
     return parts
 
 
