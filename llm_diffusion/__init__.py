@@ -18,7 +18,7 @@ _PUBLIC = {
     "convert_to_diffusion": "modeling",
     "probe_attention": "attention",
     "patch_causal_attention": "attention",
-    "DiffusionSFTConfig": "trainers.sft",
+    "DiffusionSFTConfig": "trainers.sft_config",
     "DiffusionSFTTrainer": "trainers.sft",
     "DataCollatorForMaskedDiffusion": "collators",
     "generate": "generation",

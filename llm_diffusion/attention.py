@@ -1,27 +1,43 @@
 """Makes a causal language model bidirectional, and proves it.
 
-Purpose: the one unforgivable bug of a conversion is a model that stays silently causal. So a model is switched by settings
-that transformers itself honours, saves and reloads, and is then probed: every token is perturbed, and which positions react
-says who attends to whom.
-Trade-off: architectures that ignore the switch are refused. Alternative: patching the attention kernel, which is process-global
-and, when toggled around the forward, gives wrong gradients under gradient checkpointing (the recomputation runs outside).
+Purpose: the one unforgivable bug of a conversion is a model that stays silently causal. So a model is changed by the mildest
+mechanism that works for it, and then probed: every token is perturbed, and which positions react says who attends to whom.
+
+    mechanism   what is changed                                             saved with the model
+    config      `config.is_causal = False`, the modules' flag beside it     yes (the flag is not: StableLM)
+    mask        the forward is handed a full 4-D mask                       no
+    sdpa        calls of `scaled_dot_product_attention` inside its          no
+                attention modules, for code that makes its own causal mask
+
+Whatever is changed stays on the model for as long as it trains: what is switched on around the forward alone gives wrong gradients
+under gradient checkpointing, because the recomputation runs outside of it. Sliding windows are widened to the whole context.
+Trade-off: architectures that none of this mends are refused. Alternative: replacing the attention kernel for the whole process,
+which every other model in it would see.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .attention_masks import additive, block_causal
+from .attention_masks import additive, annealed, block_causal
 
 _MISSING = object()
 PROBE_LENGTH = 8
+MINIMUM_TRANSFORMERS = (5, 2)  # before that `config.is_causal` is silently ignored
+METHODS = ("config", "mask", "sdpa")
+# How configs call the reach of local attention.
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
 
 
 def base_of(model: torch.nn.Module) -> PreTrainedModel:
@@ -38,13 +54,21 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
 
 
 class AttentionPatch:
-    """What `patch_causal_attention` changed; `undo()`, or the end of a `with` block, puts it back."""
+    """What `patch_causal_attention` changed; `undo()`, or the end of a `with` block, puts it back.
+
+    `mechanism` names what worked, see the module's docstring.
+    """
+
+    mechanism: str | None = None
 
     def __init__(self) -> None:
         self._changes: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        self._changes.append((owner, name, getattr(owner, name, _MISSING)))
+        # A module's own attributes only: a bound `forward` hides the class's, and must be deleted to give it back.
+        module = isinstance(owner, torch.nn.Module)
+        before = vars(owner).get(name, _MISSING) if module else getattr(owner, name, _MISSING)
+        self._changes.append((owner, name, before))
         setattr(owner, name, value)
 
     def undo(self) -> None:
@@ -59,60 +83,333 @@ class AttentionPatch:
         self.undo()
 
 
-def _switch(model: PreTrainedModel, is_causal: bool) -> AttentionPatch:
-    patch = AttentionPatch()
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+def _configs(model: PreTrainedModel) -> list[Any]:
+    return list({id(c): c for c in (model.config, model.config.get_text_config())}.values())
+
+
+# -- the mechanisms
+
+
+def _switch(patch: AttentionPatch, model: PreTrainedModel, is_causal: bool) -> None:
+    """The setting that transformers honours, saves and reloads."""
+    for config in _configs(model):
         patch.set(config, "is_causal", is_causal)
     for module in model.modules():
         # StableLM does not hand the switch to its attention function; the module's own flag does the rest.
         if isinstance(getattr(module, "is_causal", None), bool):
             patch.set(module, "is_causal", is_causal)
-    return patch
 
 
-def _check_window(model: PreTrainedModel) -> None:
-    """Refuses sliding windows; the probe is shorter than a window, so this is decided from the config."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        raise ValueError(
-            f"`model`: {type(model).__name__} has a sliding window (sliding_window={window}), so distant tokens would not see each "
-            "other; use a checkpoint without one."
-        )
+def _widen(patch: AttentionPatch, model: PreTrainedModel) -> None:
+    """Local attention that reaches over the whole context; what it was is kept in `config.causal_windows`.
+
+    The layers keep their types: some architectures choose rotary embeddings by them.
+    """
+    for config in _configs(model):
+        reach = getattr(config, "max_position_embeddings", None) or 2**20
+        narrow = {
+            name: value for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value < reach
+        }
+        if not narrow:
+            continue
+        patch.set(config, "causal_windows", narrow)
+        for name in narrow:
+            patch.set(config, name, reach)
+            for module in model.modules():
+                if vars(module).get(name) == narrow[name]:
+                    patch.set(module, name, reach)
 
 
-def patch_causal_attention(model: torch.nn.Module) -> AttentionPatch:
+def _narrow(patch: AttentionPatch, model: PreTrainedModel) -> None:
+    """The windows as they were before `_widen`."""
+    for config in _configs(model):
+        for name, value in (getattr(config, "causal_windows", None) or {}).items():
+            for module in model.modules():
+                if vars(module).get(name) == getattr(config, name):
+                    patch.set(module, name, value)
+            patch.set(config, name, value)
+
+
+@torch.no_grad()
+def _check_windows(model: PreTrainedModel) -> None:
+    """Refuses windows that are baked in where the config does not reach them.
+
+    The probe is shorter than a real window, so it cannot see one. But if the setting is alive, a window of one changes the logits.
+    """
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ["sliding"]
+    if not any(getattr(config, "causal_windows", None) for config in _configs(model)) or not any(
+        "full" not in layer for layer in layers
+    ):
+        return
+    ids = torch.arange(PROBE_LENGTH, device=model.device)[None]
+    wide, patch = model(input_ids=ids, use_cache=False).logits, AttentionPatch()
+    for config in _configs(model):
+        for name in getattr(config, "causal_windows", None) or {}:
+            patch.set(config, name, 1)
+    try:
+        narrow = model(input_ids=ids, use_cache=False).logits
+    finally:
+        patch.undo()
+    if torch.equal(wide, narrow):
+        raise ValueError("its sliding window does not follow the config")
+
+
+def wrap_forward(patch: AttentionPatch, module: torch.nn.Module, function: Callable[..., Any], inner: str) -> None:
+    """Binds `function` as the module's forward; what it was before is the module's attribute `inner`.
+
+    Bound, not closed over: a deep copy of the module calls its own forward. With the old signature, which hosts read.
+    """
+    if inner in vars(module):
+        return
+    before = module.forward
+    wrapper = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    wrapper.__kwdefaults__, wrapper.__defaults__ = function.__kwdefaults__, function.__defaults__
+    wrapper.__signature__ = inspect.signature(getattr(before, "__func__", before))  # type: ignore[attr-defined]
+    patch.set(module, inner, before)
+    patch.set(module, "forward", types.MethodType(wrapper, module))
+
+
+def lift_masks(patch: AttentionPatch, model: PreTrainedModel, causal_ratio: float = 0.0) -> None:
+    """The model's forward makes a 4-D mask of the 2-D padding mask that it is given; 4-D masks pass as they are.
+
+    Args:
+        causal_ratio: what is left of the causal mask, see `attention_masks.annealed`.
+    """
+    patch.set(model, "lifted_causal_ratio", causal_ratio)
+    wrap_forward(patch, model, _lifted_forward, "_unlifted_forward")
+
+
+def _lifted_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if self.lifted_causal_ratio is not None:
+        kwargs |= dict(zip(inspect.signature(self.forward).parameters, args, strict=False))
+        args, mask = (), kwargs.get("attention_mask")
+        if mask is None or mask.dim() == 2:
+            tokens = kwargs["inputs_embeds"][..., 0] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+            documents = torch.ones_like(tokens, dtype=torch.long) if mask is None else mask
+            kwargs["attention_mask"] = annealed(documents, self.lifted_causal_ratio, self.dtype)
+    return self._unlifted_forward(*args, **kwargs)
+
+
+class _BidirectionalSDPA(TorchFunctionMode):
+    """Inside it `scaled_dot_product_attention` is not causal; every other argument passes through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "is_causal": False}
+            args = (kwargs.pop("query"), kwargs.pop("key"), kwargs.pop("value"))
+            if kwargs.get("attn_mask") is not None:
+                kwargs["attn_mask"] = symmetric(kwargs["attn_mask"])
+        return func(*args, **kwargs)
+
+
+def symmetric(mask: torch.Tensor) -> torch.Tensor:
+    """A causal attention mask (..., Q, K), bool or additive, made bidirectional; one that is not causal passes as it is.
+
+    Whoever may be seen from a later position may be seen from an earlier one, if it stands in the same text; keys that no real
+    query sees (padding) stay hidden:
+
+        left padding                 two packed texts
+        . . . .      . . . .         x . . .      x x . .
+        . x . .  ->  . x x x         x x . .  ->  x x . .
+        . x x .      . x x x         . . x .      . . x x
+        . x x x      . x x x         . . x x      . . x x
+
+    Raises:
+        ValueError: an additive mask with biases of its own (ALiBi), whose mirror image is unknown.
+    """
+    length = mask.shape[-1]
+    if mask.shape[-2] != length:
+        return mask
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    # Host code lets padding look everywhere, where the kernel makes NaN of a row that sees nothing.
+    open_row = visible.all(-1, keepdim=True) | ~visible.any(-1, keepdim=True)
+    open_row[..., -1:, :] = False  # the last row of a causal mask sees all without being open
+    causal = ~(visible & later & ~open_row).any(-1, keepdim=True).any(-2, keepdim=True)
+    seen = visible & ~open_row
+    either = (seen | seen.transpose(-1, -2)) & seen.any(-2, keepdim=True)
+    if mask.dtype == torch.bool:
+        return torch.where(causal, either | (visible & open_row), visible)
+    if not torch.compiler.is_compiling() and bool((mask.masked_fill(~visible, 0) != 0).any() & causal.any()):
+        raise ValueError("its attention mask carries position biases, whose mirror image is unknown")
+    bias = torch.zeros_like(mask).masked_fill(~(either | (visible & open_row)), torch.finfo(mask.dtype).min)
+    return torch.where(causal, bias, mask)
+
+
+def _patch_sdpa(patch: AttentionPatch, model: PreTrainedModel) -> None:
+    """The modules that call the kernel, found by running them, run inside `_BidirectionalSDPA` from now on."""
+    for module in _callers_of_sdpa(model):
+        patch.set(module, "bidirectional_sdpa", True)
+        wrap_forward(patch, module, _bidirectional_forward, "_causal_forward")
+
+
+def _bidirectional_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Gradient checkpointing runs this again: the recomputation is bidirectional too.
+    if not self.bidirectional_sdpa:
+        return self._causal_forward(*args, **kwargs)
+    with _BidirectionalSDPA():
+        return self._causal_forward(*args, **kwargs)
+
+
+class _Spy(TorchFunctionMode):
+    """Calls `found` at every `scaled_dot_product_attention`."""
+
+    def __init__(self, found: Callable[[], None]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        if func is scaled_dot_product_attention:
+            self.found()
+        return func(*args, **(kwargs or {}))
+
+
+def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
+    running: list[torch.nn.Module] = []
+    callers: dict[int, torch.nn.Module] = {}
+
+    def found() -> None:
+        callers[id(running[-1])] = running[-1]
+
+    hooks = [
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: running.append(module)),
+        torch.nn.modules.module.register_module_forward_hook(lambda *_: running.pop() and None),
+    ]
+    try:
+        with _Spy(found):
+            attention_pattern(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(callers.values())
+
+
+def _try(model: PreTrainedModel, method: str) -> tuple[AttentionPatch, str]:
+    """Applies one mechanism; the patch, and what the probe says of the model then."""
+    patch = AttentionPatch()
+    try:
+        if method == "config":
+            _switch(patch, model, is_causal=False)
+            _widen(patch, model)
+            _check_windows(model)
+        elif method == "mask":
+            lift_masks(patch, model)
+        else:
+            _widen(patch, model)
+            _patch_sdpa(patch, model)
+            _check_windows(model)
+        found = f"attention is {probe_attention(model)!r}"
+    except Exception as error:  # an architecture may choke on a change in any way
+        found = f"forward fails ({type(error).__name__}: {error})"
+    patch.mechanism = method
+    return patch, found
+
+
+def patch_causal_attention(model: torch.nn.Module, method: str | None = None) -> AttentionPatch:
     """Makes `model` attend in both directions, in place and for good, and checks that it does.
 
-    The change is `config.is_causal = False`, which survives saving and reloading, with the attention modules' own flag beside
-    it, which does not (StableLM alone needs it: reload it with `load_diffusion_model`). Safe to call twice, right under PEFT and gradient checkpointing; two models in one process do not see each other.
+    Safe to call twice, right under PEFT, quantisation, gradient checkpointing and `torch.compile`; two models in one process do not
+    see each other.
+
+    Args:
+        method: "config", "mask" or "sdpa" forces one mechanism (see the module's docstring); None takes the first that works.
 
     Returns:
-        The patch: a context manager, and undoable by `.undo()`.
+        The patch: a context manager, undoable by `.undo()`, with the `mechanism` that worked.
 
     Raises:
         ValueError: the architecture stays (partly) causal; nothing is changed then.
     """
+    if method not in (None, *METHODS):
+        raise ValueError(f"`method` must be one of {METHODS} or None, got {method!r}.")
+    check_transformers()
     model = base_of(model)
-    _check_window(model)
-    patch = _switch(model, is_causal=False)
-    try:
-        found = f"attention is {probe_attention(model)!r}"
-    except Exception as error:  # an architecture may choke on the switch in any way
-        found = f"forward fails ({type(error).__name__}: {error})"
-    if found != "attention is 'bidirectional'":
+    _check_decoder(model)
+    reasons = []
+    for mechanism in (method,) if method else METHODS:
+        patch, found = _try(model, mechanism)
+        if found == "attention is 'bidirectional'":
+            return patch
         patch.undo()
-        raise ValueError(
-            f"`model`: {type(model).__name__} cannot be made bidirectional: with `config.is_causal=False` its {found}. Use an "
-            "architecture that honours the switch, for example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
+        reasons.append(f"{mechanism}: its {found}")
+    raise ValueError(
+        f"`model`: {type(model).__name__} cannot be made bidirectional{_why(model)} ({'; '.join(reasons)}). Use an architecture "
+        "that honours `config.is_causal`, for example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
+    )
+
+
+def check_transformers() -> None:
+    """Raises ImportError for a transformers that would ignore `config.is_causal` in silence."""
+    found = transformers.__version__
+    if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_TRANSFORMERS:
+        raise ImportError(
+            f"transformers {found} ignores `config.is_causal`, so models would stay causal; run `pip install -U 'transformers>=5.2'`."
         )
-    return patch
+
+
+def _is_patched(model: PreTrainedModel) -> bool:
+    return (
+        any(getattr(config, "is_causal", None) is False for config in _configs(model))
+        or getattr(model, "lifted_causal_ratio", None) is not None
+        or any(vars(module).get("bidirectional_sdpa") for module in model.modules())
+    )
+
+
+def _check_decoder(model: PreTrainedModel) -> None:
+    """Refuses encoders, which were never autoregressive."""
+    if _is_patched(model):
+        return
+    try:
+        found = probe_attention(model)
+    except Exception as error:  # a forward may fail in any way
+        raise ValueError(
+            f"`model`: {type(model).__name__} cannot be probed, its forward fails on plain token ids "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if found == "bidirectional":
+        raise ValueError(
+            f"`model`: {type(model).__name__} attends in both directions already, without having been converted: it is an encoder, "
+            "not an autoregressive language model; use a decoder."
+        )
+
+
+def recurrent_layers(model: torch.nn.Module) -> list[str]:
+    """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
+    kinds = (
+        "mamba",
+        "mixer",
+        "rwkv",
+        "ssm",
+        "recurrent",
+        "deltanet",
+        "linearattention",
+        "lightning",
+        "shortconv",
+        "xlstm",
+        "mlstm",
+    )
+    names = {type(module).__name__ for module in base_of(model).modules()}
+    return sorted(name for name in names if any(kind in name.lower() for kind in kinds))
+
+
+def _why(model: PreTrainedModel) -> str:
+    layers = recurrent_layers(model)
+    return f": {', '.join(layers)} are recurrent, which no mask can turn around" if layers else ""
 
 
 @contextmanager
 def causal_attention(model: torch.nn.Module) -> Iterator[None]:
     """Attention as the autoregressive model had it, for decoding or scoring without gradients."""
-    patch = _switch(base_of(model), is_causal=True)
+    model, patch = base_of(model), AttentionPatch()
+    _switch(patch, model, is_causal=True)
+    _narrow(patch, model)
+    if getattr(model, "lifted_causal_ratio", None) is not None:
+        patch.set(model, "lifted_causal_ratio", None)
+    for module in model.modules():
+        if vars(module).get("bidirectional_sdpa"):
+            patch.set(module, "bidirectional_sdpa", False)
     try:
         yield
     finally:
@@ -143,6 +440,8 @@ def attention_pattern(
     if block_length:
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         inputs["attention_mask"] = additive(block_causal(mask, block_length), base.dtype)
+    if hasattr(base, "time_embedding"):
+        inputs["timesteps"] = torch.zeros(ids.shape, device=device)  # a mask among the tokens must not look like noise
     training = model.training
     model.eval()  # dropout would look like dependence
     try:
@@ -177,26 +476,23 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
     return "mixed"
 
 
-def check_block_attention(model: torch.nn.Module, block_length: int) -> None:
+def check_block_attention(model: torch.nn.Module, block_length: int, purpose: str = "block attention") -> None:
     """Refuses a model that does not attend as a block-causal 4-D mask says.
 
     Block models keep their causal config, because their clean context is causal: masks are handed to them by training and
-    decoding.
+    decoding. Annealing and packing hand masks to bidirectional models.
 
     Raises:
         ValueError: the architecture ignores, changes or rejects 4-D masks.
     """
     name = type(base_of(model)).__name__
-    _check_window(base_of(model))
     try:
         found = probe_attention(model, block_length)
     except Exception as error:  # rejected in as many ways as there are architectures
-        raise ValueError(
-            f"`model`: {name} rejects 4-D attention masks, which block attention needs: {error}"
-        ) from error
+        raise ValueError(f"`model`: {name} rejects 4-D attention masks, which {purpose} needs: {error}") from error
     if found != "block":
         raise ValueError(
-            f"`model`: {name} does not follow 4-D attention masks, which block attention needs: it attends {found!r}."
+            f"`model`: {name} does not follow 4-D attention masks, which {purpose} needs: it attends {found!r}."
         )
 
 

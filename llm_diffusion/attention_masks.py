@@ -10,15 +10,23 @@ allowed key must not become NaN.
     x x x x           x x x .           x x x x                     xx..     ....       and clean blocks before it
     x x x x           x x x x           x x x x                     ..xx     xx..
                                                                     ..xx     xx..
-                                                              clean ....     x...     clean: causal (or block-causal)
-                                                                    ....     xx..
-                                                                    ....     xxx.
-                                                                    ....     xxxx
+    two packed texts  half annealed                           clean ....     x...     clean: causal (or block-causal)
+    x x . .           x ~ ~ ~                                       ....     xx..
+    x x . .           x x ~ ~         ~ : log(1 - causal ratio)     ....     xxx.
+    . . x x           x x x ~                                       ....     xxxx
+    . . x x           x x x x
 
-References: BD3LM (arXiv 2503.09573, figure 4 and appendix B.6), SDAR (arXiv 2510.06303).
+All are made from `documents` (B, L): 0 at padding, elsewhere the number of the text a token belongs to, rising from left to right.
+The usual padding mask of 0 and 1 is the case of one text a row. Texts never see each other, and positions and blocks are counted
+from the start of each.
+
+References: BD3LM (arXiv 2503.09573, figure 4 and appendix B.6), SDAR (arXiv 2510.06303), DiffuLLaMA (arXiv 2410.17891, section 3.2)
+for attention annealing.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -29,41 +37,66 @@ def additive(allowed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def block_causal(attention_mask: torch.Tensor, block_length: int) -> torch.Tensor:
-    """Bidirectional inside a block, causal between blocks: (B, L) padding mask -> (B, L, L) bool."""
-    # Blocks count real tokens, so that left padding does not move them.
-    block = (attention_mask.cumsum(-1) - 1).clamp(min=0) // block_length
-    return (block[:, :, None] >= block[:, None, :]) & attention_mask[:, None, :].bool()
+def positions(documents: torch.Tensor) -> torch.Tensor:
+    """Place of every token in its own text, padding not counted: (B, L) -> (B, L); below 0 in padding on the left."""
+    real = documents > 0
+    count = real.cumsum(-1) - 1
+    so_far = documents.cummax(-1).values
+    first = real & (documents > torch.nn.functional.pad(so_far[:, :-1], (1, 0)))
+    return count - torch.where(first, count, 0).cummax(-1).values
+
+
+def bidirectional(documents: torch.Tensor) -> torch.Tensor:
+    """Every token of a text sees all of it: (B, L) -> (B, L, L) bool."""
+    return (documents[:, :, None] == documents[:, None, :]) & (documents > 0)[:, None, :]
+
+
+def block_causal(documents: torch.Tensor, block_length: int) -> torch.Tensor:
+    """Bidirectional inside a block, causal between blocks: (B, L) -> (B, L, L) bool. Blocks of one are causal."""
+    block = positions(documents).clamp(min=0) // block_length
+    return (block[:, :, None] >= block[:, None, :]) & bidirectional(documents)
+
+
+def annealed(documents: torch.Tensor, causal_ratio: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Between causal (ratio 1) and bidirectional (ratio 0): (B, L) -> (B, 1, L, L) additive float.
+
+    The future keys get log(1 - ratio) before the softmax, which scales their share of attention by 1 - ratio. (Adding 1 - ratio
+    itself leaks the future at ratio 1; as a boolean it is fully bidirectional for every ratio below 1.)
+    """
+    if not 0 <= causal_ratio <= 1:
+        raise ValueError(f"`causal_ratio` must be in [0, 1], got {causal_ratio}.")
+    bias = math.log1p(-causal_ratio) if causal_ratio < 1 else torch.finfo(dtype).min
+    future = torch.full((documents.shape[-1],) * 2, bias, dtype=dtype, device=documents.device).triu(1)
+    return (future + additive(bidirectional(documents), dtype)).clamp(min=torch.finfo(dtype).min)
 
 
 def block_decoding(
-    attention_mask: torch.Tensor, block_length: int, clean_context: str, active: torch.Tensor
+    documents: torch.Tensor, block_length: int, clean_context: str, active: torch.Tensor
 ) -> torch.Tensor:
     """What block decoding sees at block `active` (B,) of every row, without a cache: (B, L) padding mask -> (B, L, L) bool.
 
     Finished text before the active block attends as in training's clean half; the active block sees all of it and itself in
     both directions; later blocks are seen by nobody before their turn.
     """
-    position = attention_mask.cumsum(-1) - 1
+    position = positions(documents)
     block = position.clamp(min=0) // block_length
     order = position if clean_context == "causal" else block
     inside = order[:, :, None] >= order[:, None, :]
     in_active = block[:, :, None] == active[:, None, None]
     up_to_active = block[:, None, :] <= active[:, None, None]
-    return torch.where(in_active, up_to_active, inside) & attention_mask[:, None, :].bool()
+    return torch.where(in_active, up_to_active, inside) & (documents > 0)[:, None, :]
 
 
-def block_diffusion(attention_mask: torch.Tensor, block_length: int, clean_context: str) -> torch.Tensor:
-    """Training mask over [noisy ; clean] halves of the same L tokens: (B, L) padding mask -> (B, 2L, 2L) bool.
+def block_diffusion(documents: torch.Tensor, block_length: int, clean_context: str) -> torch.Tensor:
+    """Training mask over [noisy ; clean] halves of the same L tokens: (B, L) -> (B, 2L, 2L) bool.
 
     Args:
         clean_context: how the clean half sees itself, "causal" (what the AR model did) or "block" (block-causal).
     """
-    position = attention_mask.cumsum(-1) - 1
+    position, text = positions(documents), bidirectional(documents)
     block = position.clamp(min=0) // block_length
-    same = block[:, :, None] == block[:, None, :]
-    before = block[:, :, None] > block[:, None, :]
+    same = (block[:, :, None] == block[:, None, :]) & text
+    before = (block[:, :, None] > block[:, None, :]) & text
     within_clean = position[:, :, None] >= position[:, None, :] if clean_context == "causal" else same | before
     never = torch.zeros_like(same)
-    allowed = torch.cat([torch.cat([same, before], -1), torch.cat([never, within_clean], -1)], -2)
-    return allowed & torch.cat([attention_mask, attention_mask], -1)[:, None, :].bool()
+    return torch.cat([torch.cat([same, before], -1), torch.cat([never, within_clean & text], -1)], -2)

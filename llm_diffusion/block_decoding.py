@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from .attention import base_of
 from .attention_masks import additive, block_causal
-from .denoising import ban, commit, eos_ids, finish, output_of, record_of, row_keys, steps_per_block
+from .denoising import ban, commit, eos_ids, finish, mask_share, output_of, record_of, row_keys, steps_per_block
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 
 
@@ -168,6 +168,13 @@ class BlockDecoder:
         self, rows: torch.Tensor, start: int, end: int, allowed: torch.Tensor, keep: torch.Tensor
     ) -> torch.Tensor:
         """Logits at `keep` of the columns [start, end), which enter the cache."""
+        timing = {}
+        if record_of(self.model).get("time_embedding"):
+            block = slice(end - self.block_length, end)  # the last columns; what stands before them is clean
+            noise = mask_share(self.ids[rows, block], self.open[rows, block], self.settings)
+            timing["timesteps"] = torch.nn.functional.pad(
+                noise.expand(-1, self.block_length), (end - start - self.block_length, 0)
+            )
         return self.model(
             input_ids=self.ids[rows, start:end],
             attention_mask=additive(allowed, base_of(self.model).dtype),
@@ -175,6 +182,7 @@ class BlockDecoder:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **timing,
         ).logits.float()
 
 

@@ -10,6 +10,7 @@ Alternative: `DataCollatorForLanguageModeling(mlm=True)`, with one mask rate, no
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from transformers.data.data_collator import DataCollatorMixin
 
 from . import masking
-from .attention_masks import additive, block_diffusion
+from .attention_masks import additive, bidirectional, block_diffusion, positions
 from .losses import loss_weights
 from .noise_schedules import get_noise_schedule
 
@@ -38,6 +39,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     (the chat template's newline) is dropped: left visible, it would give away where the answer ends. A truncated answer has no
     EOS: it gets no tail and teaches no false end. Lengths are drawn from the row's content, the same in every batch.
 
+    A packed row (`seq_lengths`, as TRL's packing writes it) is treated text by text, each with its own time; its texts do not see
+    each other. Tails and filled blocks make it a little longer than it was packed.
+
     Args:
         pad_token_id, mask_token_id, eos_token_id: ids; without `eos_token_id` rows are left as they are.
         eos_tail: longest tail, in tokens.
@@ -50,6 +54,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         ar_loss_weight: weight of next-token prediction on the clean half of block attention.
         min_mask_probability, max_mask_probability: range of the mask probability; anything but (0, 1) is no ELBO.
         pad_to_multiple_of: as in transformers.
+        packing: whether rows hold several texts.
+        time_embedding: whether the model is told the noise level.
     """
 
     pad_token_id: int
@@ -67,25 +73,30 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     min_mask_probability: float = 0.0
     max_mask_probability: float = 1.0
     pad_to_multiple_of: int | None = None
+    packing: bool = False
+    time_embedding: bool = False
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """-> `input_ids`, `labels`, `attention_mask`, each (B, L)."""
-        rows = [self._canvas(*_ids_and_labels(example)) for example in examples]
-        longest = max(len(ids) for ids, _ in rows)
+        """-> `input_ids`, `labels`, `attention_mask`, each (B, L); the mask holds the number of a packed row's text, 0 at padding."""
+        rows = [[self._canvas(ids, labels) for ids, labels in _texts(example)] for example in examples]
+        longest = max(sum(len(ids) for ids, _ in texts) for texts in rows)
         if self.pad_to_multiple_of:
             longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-
-        def pad(values: list[int], value: int) -> list[int]:
-            return values + [value] * (longest - len(values))
-
         batch = {
-            "input_ids": torch.tensor([pad(ids, self.pad_token_id) for ids, _ in rows]),
-            "labels": torch.tensor([pad(labels, masking.IGNORE_INDEX) for _, labels in rows]),
-            "attention_mask": torch.tensor([pad([1] * len(ids), 0) for ids, _ in rows]),
+            "input_ids": torch.full((len(rows), longest), self.pad_token_id),
+            "labels": torch.full((len(rows), longest), masking.IGNORE_INDEX),
+            "attention_mask": torch.zeros((len(rows), longest), dtype=torch.long),
         }
+        for row, texts in enumerate(rows):
+            start = 0
+            for number, (ids, labels) in enumerate(texts, start=1):
+                place = slice(start, start := start + len(ids))
+                batch["input_ids"][row, place] = torch.tensor(ids)
+                batch["labels"][row, place] = torch.tensor(labels)
+                batch["attention_mask"][row, place] = number
         if self.right_shift_logits:
-            batch["labels"][:, 0] = masking.IGNORE_INDEX  # no hidden state before it
+            batch["labels"][positions(batch["attention_mask"]) == 0] = masking.IGNORE_INDEX  # no hidden state before it
         return batch
 
     def _canvas(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
@@ -114,6 +125,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         step: int,
         rows: torch.Tensor | None = None,
         n_rows: int | None = None,
+        block_length: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Draws noise and lays out the model's inputs and targets.
 
@@ -123,6 +135,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             rows: (B,) places of these rows in the global batch. None: the noise is keyed by every row's content instead,
                 as evaluation wants it.
             n_rows: rows of the global batch, for the strata of the times.
+            block_length: of this batch, while blocks still grow; None: the model's.
 
         Returns:
             Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
@@ -136,9 +149,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             times = masking.MIN_TIME + (1 - masking.MIN_TIME) * masking.uniform(seed, step, rows, masking.TIME_STREAM)
         else:
             times = masking.stratified_times(seed, step, rows, n_rows)
-        times = times[:, None].expand(ids.shape)
-        if self.attention == "block":
-            times = masking.times_of_blocks(times, attention_mask, self.block_length)
+        block_length = block_length or self.block_length
+        times = masking.times_of_parts(
+            times, _parts(attention_mask, block_length if self.attention == "block" else None)
+        )
         probability, weights = get_noise_schedule(self.noise_schedule)(times)
         if (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
             low, high = self.min_mask_probability, self.max_mask_probability
@@ -147,8 +161,19 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         masked = masking.draw_mask(seed, step, rows, probability, maskable)
         weights = loss_weights(self.loss_weight, weights)
         noisy = ids.masked_fill(masked, self.mask_token_id)
-        layout = self._blocks if self.attention == "block" else self._whole
-        return {**layout(noisy, ids, attention_mask, masked, maskable, weights), "masked": masked, "times": times}
+        if self.attention == "block":
+            laid_out = self._blocks(noisy, ids, attention_mask, masked, maskable, weights, block_length)
+        else:
+            laid_out = self._whole(noisy, ids, attention_mask, masked, weights)
+        if self.time_embedding:
+            # Not the time but the mask probability, which is what a sampler knows; clean context has none.
+            noise = (
+                torch.cat([probability, torch.zeros_like(probability)], -1)
+                if self.attention == "block"
+                else probability
+            )
+            laid_out["inputs"]["timesteps"] = noise[:, -laid_out["inputs"]["input_ids"].shape[1] :]
+        return {**laid_out, "masked": masked, "times": times}
 
     def _whole(
         self,
@@ -156,7 +181,6 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         ids: torch.Tensor,
         attention_mask: torch.Tensor,
         masked: torch.Tensor,
-        maskable: torch.Tensor,
         weights: torch.Tensor,
     ) -> dict[str, Any]:
         """Bidirectional attention: the noisy text, and its masked tokens as targets."""
@@ -166,6 +190,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         # A hidden state of padding predicts nothing.
         targets = targets.masked_fill(attention_mask == 0, masking.IGNORE_INDEX)
         inputs = {"input_ids": noisy, "attention_mask": attention_mask}
+        if self.packing:
+            # `is_causal=False` ignores position ids, so packed texts would see each other.
+            inputs["attention_mask"] = additive(bidirectional(attention_mask))
+            inputs["position_ids"] = positions(attention_mask).clamp(min=0)
         return {"inputs": inputs, "targets": targets, "weights": weights, "ar_weights": torch.zeros_like(weights)}
 
     def _blocks(
@@ -176,22 +204,26 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         masked: torch.Tensor,
         maskable: torch.Tensor,
         weights: torch.Tensor,
+        block_length: int,
     ) -> dict[str, Any]:
         """Block attention: [noisy ; clean] in one pass; with the right shift a block's first token is read from the clean half.
 
         That read-out sees no noise, so the expectation over its mask, weight 1 whether masked or not, is taken exactly. The AR
         co-loss adds `ar_loss_weight` times next-token prediction on the clean half.
         """
-        position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        position = positions(attention_mask).clamp(min=0)
         from_clean = torch.zeros_like(maskable)
         if self.right_shift_logits:
-            from_clean = maskable & (position % self.block_length == 0)
+            from_clean = maskable & (position % block_length == 0)
         none, wanted = masking.IGNORE_INDEX, from_clean | (maskable & (self.ar_loss_weight > 0))
 
-        # Blocks that no row masks (prompts) need no noisy copy. Rows are padded on the right here, so columns are positions.
+        # Blocks that no row masks (prompts) need no noisy copy.
         length = ids.shape[1]
         used = maskable.any(0).nonzero()
-        start = int(used[0]) // self.block_length * self.block_length if len(used) else 0
+        start = int(used[0]) if len(used) else 0
+        start -= int(
+            (position % block_length * (attention_mask > 0))[:, start].max()
+        )  # the start of the block it is in
         kept = torch.cat([torch.arange(start, length), torch.arange(length, 2 * length)]).to(ids.device)
 
         def align(noisy_half: torch.Tensor, clean_half: torch.Tensor, fill: float) -> torch.Tensor:
@@ -199,7 +231,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             halves = masking.align_with_readout(noisy_half, self.right_shift_logits, fill)
             return torch.cat([halves, masking.align_with_readout(clean_half, True, fill)], -1)[:, kept]
 
-        allowed = block_diffusion(attention_mask, self.block_length, self.clean_context)[:, kept][:, :, kept]
+        allowed = block_diffusion(attention_mask, block_length, self.clean_context)[:, kept][:, :, kept]
         return {
             "inputs": {
                 "input_ids": torch.cat([noisy, ids], -1)[:, kept],
@@ -212,7 +244,18 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         }
 
 
-def _ids_and_labels(example: dict[str, Any]) -> tuple[list[int], list[int]]:
+def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of the texts of a row, several when it is packed."""
     ids = [int(token) for token in example["input_ids"]]
     labels = example.get("labels")
-    return ids, list(ids) if labels is None else [int(token) for token in labels]
+    labels = list(ids) if labels is None else [int(token) for token in labels]
+    ends = list(itertools.accumulate(example.get("seq_lengths") or [len(ids)]))
+    return [(ids[start:end], labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _parts(documents: torch.Tensor, block_length: int | None) -> torch.Tensor:
+    """Number of the block, or without blocks of the text, that every token belongs to, counted through the row: (B, L)."""
+    if block_length is None:
+        return (documents - 1).clamp(min=0)
+    starts = (positions(documents) % block_length == 0) & (documents > 0)
+    return (starts.cumsum(-1) - 1).clamp(min=0)

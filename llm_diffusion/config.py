@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from .generation_config import DiffusionGenerationConfig
-from .trainers.sft import DiffusionSFTConfig
+from .trainers.sft_config import DiffusionSFTConfig
 
 PRESETS = Path(__file__).parent / "presets"
 SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

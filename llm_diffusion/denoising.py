@@ -174,13 +174,26 @@ def _logits(
     if record.get("right_shift_logits", False):
         # The first token of a text has no predecessor, not even padding: it is read in its own place.
         positions = torch.where(places.gather(-1, positions) > 0, masking.readout_positions(positions, True), positions)
+    timing = {}
+    if record.get("time_embedding"):
+        seen = rows.open & attention_mask.bool()
+        if record["attention"] == "block":
+            seen = seen & (rows.block == rows.active[:, None])
+        noise = mask_share(rows.ids, seen, settings)
+        timing["timesteps"] = torch.where(seen, noise, 0.0 if record["attention"] == "block" else noise)[:, :width]
     return model(
         input_ids=rows.ids[:, :width],
         attention_mask=model_mask,
         position_ids=places.clamp(min=0)[:, :width],
         logits_to_keep=positions.clamp(max=width - 1),
         use_cache=False,
+        **timing,
     ).logits.float()
+
+
+def mask_share(ids: torch.Tensor, canvas: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
+    """(B, L) ids and the positions being filled -> (B, 1) share of them that is still masked, the noise level."""
+    return ((ids == settings.mask_token_id) & canvas).sum(-1, keepdim=True) / canvas.sum(-1, keepdim=True).clamp(min=1)
 
 
 def steps_per_block(settings: DiffusionGenerationConfig, span: int) -> int:

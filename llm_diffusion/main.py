@@ -280,7 +280,7 @@ def train_phases(
 
 
 def training_arguments(hp: HyperParameters, phase: str, output: Path, device: str, report_to: str) -> Any:
-    from .trainers.sft import DiffusionSFTConfig
+    from .trainers.sft_config import DiffusionSFTConfig
 
     prefix = "debug-" if hp.debug else ""
     settings: dict[str, Any] = {

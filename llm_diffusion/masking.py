@@ -49,8 +49,9 @@ def uniform(*parts: torch.Tensor | int) -> torch.Tensor:
 
 def content_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """A key for every row from its tokens alone, whatever its padding: (B, L) -> (B,). Fixes the noise of evaluation."""
-    position = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return _mix((hash_keys(input_ids, position) * attention_mask).sum(-1))
+    real = attention_mask > 0
+    position = (real.cumsum(-1) - 1).clamp(min=0)
+    return _mix((hash_keys(input_ids, position) * real).sum(-1))
 
 
 def stratified_times(seed: int, step: int, rows: torch.Tensor, n_rows: int, low: float = MIN_TIME, high: float = 1.0):
@@ -74,15 +75,14 @@ def stratified_times(seed: int, step: int, rows: torch.Tensor, n_rows: int, low:
     return low + (high - low) * ((stratum + offset) / n_rows).clamp(max=1.0)
 
 
-def times_of_blocks(times: torch.Tensor, attention_mask: torch.Tensor, block_length: int) -> torch.Tensor:
-    """One time for every block of a row, spread evenly: (B, L) row times and padding mask -> (B, L).
+def times_of_parts(times: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """One time for every part (block, packed text) of a row, spread evenly: (B,) row times, (B, L) part numbers -> (B, L).
 
-    Block k takes the row's time plus k golden ratios, wrapped around: each alone is uniform, and neighbours differ widely.
+    Part k takes the row's time plus k golden ratios, wrapped around: each alone is uniform, and neighbours differ widely.
 
     References: BD3LM (arXiv 2503.09573, section 5.3) for one time a block.
     """
-    block = (attention_mask.cumsum(-1) - 1).clamp(min=0) // block_length
-    unit = (times - MIN_TIME) / (1 - MIN_TIME) + block * 0.6180339887498949
+    unit = (times[:, None] - MIN_TIME) / (1 - MIN_TIME) + part * 0.6180339887498949
     return MIN_TIME + (1 - MIN_TIME) * (unit % 1.0)
 
 

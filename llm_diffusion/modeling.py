@@ -10,6 +10,7 @@ Alternative: own model classes with `auto_map`, which every host tool would have
 from __future__ import annotations
 
 import json
+import logging
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,17 +27,30 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .attention import base_of, bind, check_block_attention, patch_causal_attention
+from . import time_embedding as time_embeddings
+from .attention import (
+    AttentionPatch,
+    base_of,
+    bind,
+    check_block_attention,
+    check_transformers,
+    lift_masks,
+    patch_causal_attention,
+    recurrent_layers,
+)
 from .generation import generate
 from .noise_schedules import get_noise_schedule
 from .tiny import TINY_MODEL_PATH
+
+logger = logging.getLogger(__name__)
 
 SIDECAR = "diffusion_config.json"
 MASK_TOKEN = "<|mask|>"
 ATTENTIONS = ("bidirectional", "block")
 CLEAN_CONTEXTS = ("causal", "block")
-CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits")
+CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding")
 DEFAULT_BLOCK_LENGTH = 4
 QUANTIZATIONS = ("nf4", "int8")
 
@@ -144,6 +159,7 @@ def _new_record(
     block_length: int | None,
     clean_context: str | None,
     right_shift_logits: bool | None,
+    time_embedding: bool | None,
     noise_schedule: str | None,
 ) -> dict[str, Any]:
     """Checked options with their defaults filled in."""
@@ -169,7 +185,9 @@ def _new_record(
         "block_length": block_length,
         "clean_context": clean_context,
         "right_shift_logits": right_shift_logits,
+        "time_embedding": bool(time_embedding),
         "noise_schedule": noise_schedule,
+        "final_causal_ratio": 0.0,
     }
 
 
@@ -181,6 +199,7 @@ def convert_to_diffusion(
     block_length: int | None = None,
     clean_context: str | None = None,
     right_shift_logits: bool | None = None,
+    time_embedding: bool | None = None,
     noise_schedule: str | None = None,
 ) -> torch.nn.Module:
     """Turns a causal language model into a masked-diffusion model, in place. Idempotent.
@@ -193,6 +212,7 @@ def convert_to_diffusion(
         clean_context: how finished blocks see themselves: "causal" (default; what the AR model did) or "block".
         right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True, the read-out that the
             model was trained with; False for `clean_context="block"`.
+        time_embedding: whether the model is told how noisy its input is (default False), see `time_embedding`.
         noise_schedule: recorded for training and likelihood, "linear" by default.
 
     Returns:
@@ -201,6 +221,7 @@ def convert_to_diffusion(
     Raises:
         ValueError: the model cannot attend as asked, or is already converted with other options.
     """
+    check_transformers()
     base = base_of(model)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -212,6 +233,7 @@ def convert_to_diffusion(
         "block_length": block_length,
         "clean_context": clean_context,
         "right_shift_logits": right_shift_logits,
+        "time_embedding": time_embedding,
         "noise_schedule": noise_schedule,
     }
     record = getattr(base.config, "diffusion", None)
@@ -221,6 +243,7 @@ def convert_to_diffusion(
         record |= {
             "mask_token_id": _add_mask_token(base, tokenizer),
             "base_model": base.config._name_or_path,
+            "base_fingerprint": fingerprint(base),
             "conversion_steps": 0,
             "training_tokens": 0,
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -228,9 +251,9 @@ def convert_to_diffusion(
         }
     else:
         for name, value in asked.items():
-            if value is not None and value != record[name]:
+            if value is not None and value != record.get(name, False):
                 raise ValueError(
-                    f"`{name}`: the checkpoint was converted with {record[name]!r}, asked for {value!r}; leave it out."
+                    f"`{name}`: the checkpoint was converted with {record.get(name, False)!r}, asked for {value!r}; leave it out."
                 )
         _set_attention(base, record)
         if tokenizer.mask_token_id != record["mask_token_id"]:
@@ -250,6 +273,33 @@ def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
         check_block_attention(model, record["block_length"])
     else:
         patch_causal_attention(model)
+        if layers := recurrent_layers(model):
+            logger.warning("%s: its layers %s still run from left to right", type(model).__name__, ", ".join(layers))
+        set_final_causal_ratio(model, record.get("final_causal_ratio", 0.0))
+    if record.get("time_embedding"):
+        time_embeddings.attach(model)
+
+
+def set_final_causal_ratio(model: PreTrainedModel, ratio: float) -> None:
+    """What stays of the causal mask for good, in evaluation and generation too: 0 is fully bidirectional."""
+    if ratio:
+        lift_masks(AttentionPatch(), model, ratio)
+
+
+def fingerprint(model: PreTrainedModel) -> list[float]:
+    """Eight weights of the last one-dimensional parameter (a norm, as a rule), which neither adapters nor quantisation touch."""
+    weights = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1
+        and parameter.numel() >= 8
+        and parameter.is_floating_point()
+        and not name.startswith(time_embeddings.NAME)
+    ]
+    if not weights:
+        return []
+    values = weights[-1].detach().float().cpu()
+    return [round(value, 4) for value in values[:: len(values) // 8][:8].tolist()]
 
 
 def load_diffusion_model(
@@ -259,6 +309,7 @@ def load_diffusion_model(
     block_length: int | None = None,
     clean_context: str | None = None,
     right_shift_logits: bool | None = None,
+    time_embedding: bool | None = None,
     quantization: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
@@ -269,7 +320,8 @@ def load_diffusion_model(
 
     Args:
         name_or_path: hub name, folder, or "tiny" for the embedded base.
-        attention, block_length, clean_context, right_shift_logits: see `convert_to_diffusion`; None means as saved, else the default.
+        attention, block_length, clean_context, right_shift_logits, time_embedding: see `convert_to_diffusion`; None means as saved,
+            else the default.
         quantization: None, "nf4" or "int8" (bitsandbytes).
         dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
         device: "cuda", "mps" or "cpu"; None picks the best.
@@ -300,6 +352,7 @@ def load_diffusion_model(
     if adapter:
         record = _read_sidecar(path)
         base_of(model).config.diffusion = record
+        _check_fingerprint(model, record, path)
         _grow_for(model, record["mask_token_id"])
     convert_to_diffusion(
         model,
@@ -308,7 +361,10 @@ def load_diffusion_model(
         block_length=block_length,
         clean_context=clean_context,
         right_shift_logits=right_shift_logits,
+        time_embedding=time_embedding,
     )
+    if not adapter and base_of(model).config.diffusion.get("time_embedding"):
+        _load_time_embedding(model, path)
     if adapter:
         model = _from_hub(PeftModel, model, path, is_trainable=True)
     return model.eval(), tokenizer
@@ -320,6 +376,31 @@ def _check_config(path: str, trust_remote_code: bool) -> None:
         raise ValueError(
             f"`model`: {path!r} is an encoder-decoder ({config.model_type}); a decoder-only causal LM is needed."
         )
+
+
+def _check_fingerprint(model: PreTrainedModel, record: dict[str, Any], path: str) -> None:
+    ours, theirs = fingerprint(model), record.get("base_fingerprint")
+    if theirs is None:
+        return
+    if len(ours) != len(theirs) or any(
+        abs(a - b) > 0.02 * max(abs(a), abs(b), 0.05) for a, b in zip(ours, theirs, strict=True)
+    ):
+        raise ValueError(
+            f"`model`: the adapter {path!r} was trained on another base than {model.config._name_or_path!r} (its weights differ); "
+            f"put the base it was trained on, {record['base_model']!r}, back."
+        )
+
+
+def _load_time_embedding(model: PreTrainedModel, path: str) -> None:
+    """The weights of a full checkpoint's time embedding, which the host's loader does not know."""
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {SAFE_WEIGHTS_NAME}
+    state = {}
+    for name in names:
+        with safe_open(cached_file(path, name), framework="pt") as file:
+            state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{time_embeddings.NAME}.")}
+    if state:  # an AR checkpoint that is converted now has none
+        model.load_state_dict(state, strict=False)
 
 
 def _grow_for(model: PreTrainedModel, mask_id: int) -> None:

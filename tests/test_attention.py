@@ -1,37 +1,53 @@
 """The switch from causal to bidirectional: on many architectures, proven by perturbation, and undone without a trace."""
 
 import copy
+import inspect
+import tempfile
 
 import pytest
 import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    BitsAndBytesConfig,
     CohereConfig,
     FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
-    MptConfig,
     Olmo2Config,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
     StableLmConfig,
+    Starcoder2Config,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llm_diffusion.attention import (
+    METHODS,
+    _BidirectionalSDPA,
     attention_pattern,
     base_of,
     causal_attention,
     patch_causal_attention,
     probe_attention,
+    symmetric,
 )
+from llm_diffusion.attention_masks import block_causal
 
 VOCAB = 64
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -312,16 +328,304 @@ def test_patch_and_probe_work_under_lora():
     assert probe_attention(peft.merge_and_unload()) == "bidirectional"
 
 
-@pytest.mark.parametrize("window", [4, 16])
-def test_a_window_longer_than_the_probe_is_refused_too(window):
-    config = MistralConfig(**SHAPE, num_key_value_heads=2, sliding_window=window)
-    with pytest.raises(ValueError, match=f"sliding_window={window}"):
-        patch_causal_attention(AutoModelForCausalLM.from_config(config))
+# -- sliding windows
 
 
-def test_a_model_that_chokes_on_the_switch_is_refused():
-    model = AutoModelForCausalLM.from_config(
-        MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)
+WINDOWED = {
+    "mistral": lambda: MistralConfig(**GROUPED, sliding_window=3),
+    "gemma2": lambda: Gemma2Config(**GROUPED, head_dim=8, sliding_window=3),
+    "gemma3": lambda: Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=3, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "starcoder2": lambda: Starcoder2Config(**GROUPED, sliding_window=3),
+}
+
+
+def windowed(name, kernel="eager"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(WINDOWED[name](), attn_implementation=kernel).eval()
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+@torch.no_grad()
+def test_windows_are_widened(name, tmp_path):
+    model, ids = windowed(name), some_ids((2, 12))
+    causal, before = model(ids).logits, flags(model)
+    want = model(ids, attention_mask=torch.zeros(2, 1, 12, 12)).logits
+    patch = patch_causal_attention(model)
+    # Some layers choose their rotary embeddings by the kind of layer, so the kind must stay.
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
+    with causal_attention(model):
+        assert torch.equal(model(ids).logits, causal)
+    patch.undo()
+    assert flags(model) == before
+    assert torch.equal(model(ids).logits, causal)
+    patch_causal_attention(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    torch.testing.assert_close(again(ids).logits, want, atol=1e-5, rtol=1e-5)
+    with causal_attention(again):
+        assert torch.equal(again(ids).logits, causal)
+
+
+def test_a_window_that_the_config_does_not_reach_is_refused():
+    """The probe is shorter than real windows: that the setting is alive must be shown, not believed."""
+    model = windowed("mistral")
+
+    class Deaf(type(model)):
+        def forward(self, input_ids=None, **kwargs):
+            width, self.config.sliding_window = self.config.sliding_window, None
+            try:
+                return super().forward(input_ids, **kwargs)
+            finally:
+                self.config.sliding_window = width
+
+    model.__class__ = Deaf
+    with pytest.raises(ValueError, match="sliding window does not follow the config"):
+        patch_causal_attention(model, "config")
+    assert model.config.sliding_window == 3
+
+
+# -- each mechanism
+
+
+class OwnKernel(torch.nn.Module):
+    """Attention as remote code writes it: its own causal mask, its own call of the kernel."""
+
+    def __init__(self, width, heads=4, groups=2):
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        self.q = torch.nn.Linear(width, width)
+        self.kv = torch.nn.Linear(width, 2 * groups * self.size)
+        self.o = torch.nn.Linear(width, width)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        b, n, _ = hidden_states.shape
+        q = self.q(hidden_states).view(b, n, self.heads, self.size).transpose(1, 2)
+        k, v = self.kv(hidden_states).view(b, n, 2, self.groups, self.size).permute(2, 0, 3, 1, 4)
+        mask = None
+        if attention_mask is not None:
+            # From the 2-D padding mask, whatever the host hands over.
+            real = attention_mask if attention_mask.dim() == 2 else torch.ones(b, n)
+            mask = real[:, None, None, :].bool() & torch.ones(n, n, dtype=torch.bool).tril()
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=0.5, enable_gqa=True
+        )
+        return self.o(out.transpose(1, 2).reshape(b, n, -1)), None
+
+
+def remote_model(seed=0):
+    """A Llama whose attention is `OwnKernel`, and which hands the padding mask down as it came."""
+    torch.manual_seed(seed)
+    model = build("llama")
+
+    class Backbone(type(model.model)):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            hidden = self.embed_tokens(input_ids)
+            for layer in self.layers:
+                hidden = layer(hidden, attention_mask=attention_mask, position_embeddings=None)
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+    model.model.__class__ = Backbone
+    for layer in model.model.layers:
+        layer.self_attn = OwnKernel(32)
+        for parameter in layer.self_attn.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def test_remote_code_with_its_own_kernel_call_is_patched_there():
+    model = remote_model()
+    assert probe_attention(model) == "causal"
+    patch = patch_causal_attention(model)
+    assert patch.mechanism == "sdpa"
+    assert probe_attention(model) == "bidirectional"
+    with causal_attention(model):
+        assert probe_attention(model) == "causal"
+    patch.undo()
+    assert probe_attention(model) == "causal"
+    assert "forward" not in vars(model.model.layers[0].self_attn)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "stablelm", "gpt2"])
+@torch.no_grad()
+def test_all_mechanisms_say_the_same(name, method):
+    model, ids = build(name), some_ids((3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, 6:] = 0, 0
+    full = torch.zeros(3, 1, 9, 9).masked_fill(mask[:, None, None] == 0, torch.finfo(torch.float32).min)
+    positions = positions_of(mask)
+    want = model(ids, attention_mask=full, position_ids=positions).logits[mask.bool()]
+    assert patch_causal_attention(model, method).mechanism == method
+    got = model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_mechanism_survives_checkpointing_copies_and_lora(method):
+    ids, gradients = some_ids((2, 9)), []
+    for checkpointing in (False, True):
+        model = build("stablelm")
+        patch_causal_attention(model, method)
+        patch_causal_attention(model, method)  # twice is once
+        model = copy.deepcopy(model)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+        assert probe_attention(model) == "bidirectional"
+        if checkpointing:
+            model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.train()
+        first, second = (model(part, use_cache=False).logits for part in (ids[:1], ids[1:]))
+        # Two forwards, one backward, as the trainer does: what a recomputation needs must not be the last forward's.
+        torch.nn.functional.cross_entropy(torch.cat([first, second])[:, 0], ids[:, -1]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+    assert gradients[0].abs().max() > 0
+
+
+def test_the_sdpa_patch_is_of_one_model():
+    patched, plain, ids = build("llama"), build("llama"), some_ids((2, 7))
+    kernel, want = torch.nn.functional.scaled_dot_product_attention, plain(ids).logits
+    with patch_causal_attention(patched, "sdpa"):
+        assert torch.nn.functional.scaled_dot_product_attention is kernel
+        assert torch.equal(plain(ids).logits, want)
+        assert not torch.equal(patched(ids).logits, want)
+    assert torch.equal(patched(ids).logits, want)
+
+
+def test_the_sdpa_patch_passes_every_argument_through():
+    torch.manual_seed(0)
+    q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    want = sdpa(q, kv, kv, scale=0.3, enable_gqa=True)
+    with _BidirectionalSDPA():
+        assert torch.equal(sdpa(q, kv, kv, is_causal=True, scale=0.3, enable_gqa=True), want)
+        assert torch.equal(sdpa(q, kv, kv, None, 0.0, True, scale=0.3, enable_gqa=True), want)
+        assert torch.equal(sdpa(query=q, key=kv, value=kv, is_causal=True, scale=0.3, enable_gqa=True), want)
+        torch.manual_seed(1)
+        dropped = sdpa(q, kv, kv, dropout_p=0.5, is_causal=True, enable_gqa=True)
+    torch.manual_seed(1)
+    assert torch.equal(dropped, sdpa(q, kv, kv, dropout_p=0.5, enable_gqa=True))
+
+
+@pytest.mark.parametrize("additive_mask", [False, True])
+@pytest.mark.parametrize("open_rows", [False, True])
+@given(data=st.data())
+def test_symmetric_masks(additive_mask, open_rows, data):
+    """Against the rule written out: same text, and no padding key. Host code may let rows of padding look everywhere."""
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    left, right = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
+    text = torch.tensor([0] * left + [i + 1 for i, n in enumerate(lengths) for _ in range(n)] + [0] * right)
+    same = (text[:, None] == text) | (text[:, None] == 0)
+    causal = same & (text > 0) & torch.ones(len(text), len(text), dtype=torch.bool).tril()
+    if open_rows:
+        causal[~causal.any(-1)] = True
+    mask = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min) if additive_mask else causal
+    got = symmetric(mask[None, None])[0, 0]
+    got = got == 0 if additive_mask else got
+    real = text > 0
+    want = (text[:, None] == text) & real
+    assert torch.equal(got[real], want[real])
+
+
+def test_masks_that_are_not_causal_pass_unchanged():
+    block = block_causal(torch.ones(1, 6, dtype=torch.long), 2)
+    assert torch.equal(symmetric(block[:, None]), block[:, None])
+    rectangle = torch.ones(1, 1, 2, 6, dtype=torch.bool)
+    assert symmetric(rectangle) is rectangle
+    sloped = torch.arange(6.0).expand(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min)
+    with pytest.raises(ValueError, match="position biases"):
+        symmetric(sloped[None, None])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")  # torch's own compiler imports it
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_each_mechanism_compiles(method):
+    model, ids = build("llama"), some_ids((2, 9))
+    patch_causal_attention(model, method)
+    want = model(ids, use_cache=False).logits
+    compiled = torch.compile(model)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
+    assert probe_attention(compiled) == "bidirectional"
+
+
+def test_the_sdpa_patch_under_4_bit():
+    pytest.importorskip("bitsandbytes")
+    with tempfile.TemporaryDirectory() as folder:
+        build("llama").save_pretrained(folder)
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    assert patch_causal_attention(model, "sdpa").mechanism == "sdpa"
+    gradients = []
+    for checkpointing in (False, True):
+        peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        assert probe_attention(peft) == "bidirectional"
+        if checkpointing:
+            peft.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+            peft.enable_input_require_grads()
+        torch.manual_seed(5)
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        ids = some_ids((2, 9))
+        torch.nn.functional.cross_entropy(
+            peft.train()(ids, use_cache=False).logits[:, 0].float(), ids[:, -1]
+        ).backward()
+        gradients.append(torch.cat([p.grad.flatten().float() for p in peft.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+    assert gradients[0].abs().max() > 0
+
+
+def test_hosts_read_the_old_signature():
+    """The host's own `generate` makes position ids only for a forward that names them."""
+    model = build("llama")
+    want = inspect.signature(model.forward)
+    patch_causal_attention(model, "mask")
+    assert inspect.signature(model.forward) == want
+
+
+# -- what is refused
+
+
+def test_encoders_are_refused():
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.2,
     )
-    with pytest.raises(ValueError, match="MptForCausalLM cannot be made bidirectional"):
-        patch_causal_attention(model.eval())
+    with pytest.raises(ValueError, match="BertLMHeadModel attends in both directions already"):
+        patch_causal_attention(BertLMHeadModel(config).eval())
+    # The same class as a decoder is welcome.
+    config.is_decoder = True
+    model = BertLMHeadModel(config).eval()
+    assert probe_attention(model) == "causal"
+
+
+def test_state_space_models_are_refused():
+    config = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    with pytest.raises(ValueError, match="MambaForCausalLM cannot be made bidirectional: .*recurrent"):
+        patch_causal_attention(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_old_hosts_are_refused(monkeypatch):
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match="transformers 4.57.1 ignores `config.is_causal`"):
+        patch_causal_attention(build("llama"))
+
+
+def test_unknown_methods_are_refused():
+    with pytest.raises(ValueError, match="`method` must be one of"):
+        patch_causal_attention(build("llama"), "hope")

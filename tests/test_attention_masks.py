@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from llm_diffusion.attention_masks import additive, block_causal, block_decoding, block_diffusion
+from llm_diffusion.attention_masks import (
+    additive,
+    bidirectional,
+    block_causal,
+    block_decoding,
+    block_diffusion,
+    positions,
+)
 
 
 def padded(lengths, left):
@@ -73,3 +80,48 @@ def test_additive_is_finite_and_in_the_models_dtype(dtype):
     assert bias.shape == (1, 1, 2, 2) and bias.dtype == dtype and bias.isfinite().all()
     assert bias[0, 0, 0, 0] == 0 and bias[0, 0, 0, 1] == torch.finfo(dtype).min
     assert bias[0, 0, 1].softmax(-1).isfinite().all()  # a row that sees nothing is no NaN
+
+
+# -- several texts in a row
+
+
+def packed(lengths, padding=2):
+    numbers = [number for number, n in enumerate(lengths, start=1) for _ in range(n)]
+    return torch.tensor([numbers + [0] * padding])
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 4], [1, 2, 6, 1]])
+def test_positions_are_counted_in_every_text(lengths):
+    want = [i for n in lengths for i in range(n)]
+    assert positions(packed(lengths))[0, : sum(lengths)].tolist() == want
+
+
+def test_positions_of_a_plain_padding_mask_count_real_tokens():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0]])
+    assert torch.equal(positions(mask)[mask.bool()], (mask.cumsum(-1) - 1)[mask.bool()])
+
+
+@pytest.mark.parametrize("lengths", [[3, 4], [1, 2, 6, 1], [8]])
+@pytest.mark.parametrize("b", [1, 2, 3])
+def test_a_packed_mask_is_the_masks_of_its_texts_along_the_diagonal(lengths, b):
+    documents = packed(lengths)
+    single = [torch.ones(1, n, dtype=torch.long) for n in lengths]
+    for make in (bidirectional, lambda d: block_causal(d, b)):
+        want = torch.block_diag(*[make(text)[0].int() for text in single]).bool()
+        n = sum(lengths)
+        assert torch.equal(make(documents)[0, :n, :n], want)
+        assert not make(documents)[0, :, n:].any()
+
+
+@pytest.mark.parametrize("clean", ["causal", "block"])
+def test_block_diffusion_of_a_packed_row(clean):
+    lengths, b = [3, 4], 2
+    documents, n = packed(lengths, padding=0), 7
+    whole = block_diffusion(documents, b, clean)[0].view(2, n, 2, n)
+    start = 0
+    for length in lengths:
+        text = block_diffusion(torch.ones(1, length, dtype=torch.long), b, clean)[0].view(2, length, 2, length)
+        place = slice(start, start := start + length)
+        assert torch.equal(whole[:, place, :, place], text)
+        whole[:, place, :, place] = False
+    assert not whole.any()

@@ -242,7 +242,10 @@ def test_metrics_are_logged(tmp_path, tokenizer):
         ({"max_mask_probability": 1.5}, "max_mask_probability"),
         ({"eos_tail": -1}, "eos_tail"),
         ({"random_canvas": 2.0}, "random_canvas"),
-        ({"packing": True}, "packing"),
+        ({"padding_free": True}, "padding_free"),
+        ({"annealing": "hard"}, "annealing"),
+        ({"final_causal_ratio": 0.2}, "final_causal_ratio"),
+        ({"attention": "block", "annealing": "soft"}, "growing blocks"),
         ({"loss_type": "dft"}, "loss_type"),
     ],
 )

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,90 +23,26 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from ..attention import base_of
+from ..annealing import Annealing
+from ..attention import base_of, check_block_attention
 from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
-from ..losses import WEIGHTS, token_nll
+from ..losses import token_nll
 from ..masking import IGNORE_INDEX
-from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model, read_record, save_record
-from ..noise_schedules import get_noise_schedule
+from ..modeling import (
+    CONVERSION_OPTIONS,
+    convert_to_diffusion,
+    load_diffusion_model,
+    read_record,
+    save_record,
+    set_final_causal_ratio,
+)
+from ..time_embedding import NAME as TIME_EMBEDDING
+from .sft_config import DiffusionSFTConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DiffusionSFTConfig(SFTConfig):
-    """Settings of `DiffusionSFTTrainer`: every keyword of `trl.SFTConfig`, and these.
-
-    > Parameters that control the conversion (of a model that is not converted yet)
-
-        attention: "bidirectional" (the default) or "block".
-        block_length: tokens of a block (default 4).
-        clean_context: how finished blocks see themselves: "causal" (the default) or "block".
-        right_shift_logits: whether hidden state i - 1 predicts token i; None is the recommended read-out.
-
-    > Parameters that control the objective
-
-        noise_schedule: "linear" or "cosine"; None is the one the model was converted with.
-        loss_weight: "elbo" (w(t), an unbiased bound) or "uniform" (1).
-        min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
-        ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
-        eos_tail: longest tail of end tokens after an answer.
-        random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
-
-    > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
-    """
-
-    attention: str | None = field(default=None, metadata={"help": "bidirectional or block."})
-    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block."})
-    clean_context: str | None = field(
-        default=None, metadata={"help": "How finished blocks see themselves: causal or block."}
-    )
-    right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
-    noise_schedule: str | None = field(default=None, metadata={"help": "linear or cosine; None: as converted."})
-    loss_weight: str = field(default="elbo", metadata={"help": "elbo or uniform."})
-    min_mask_probability: float = field(
-        default=0.0, metadata={"help": "Lowest mask probability; above 0 is not the ELBO."}
-    )
-    max_mask_probability: float = field(
-        default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."}
-    )
-    ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
-    eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
-    random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False
-        # TRL still sets the old names, which transformers deprecates: handed over here, both names keep working.
-        for old, new in (
-            ("gradient_checkpointing", "activation_checkpointing"),
-            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-        ):
-            if getattr(self, new) is None:
-                setattr(self, new, getattr(self, old))
-        super().__post_init__()
-        if self.noise_schedule is not None:
-            get_noise_schedule(self.noise_schedule)
-        if self.loss_weight not in WEIGHTS:
-            raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
-        if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
-            raise ValueError(
-                "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
-                f"{self.min_mask_probability} and {self.max_mask_probability}."
-            )
-        if self.ar_loss_weight < 0:
-            raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
-        if self.eos_tail < 0:
-            raise ValueError(f"`eos_tail` must not be negative, got {self.eos_tail}.")
-        if not 0 <= self.random_canvas <= 1:
-            raise ValueError(f"`random_canvas` must be in [0, 1], got {self.random_canvas}.")
-        if self.packing or self.padding_free:
-            raise ValueError("`packing` and `padding_free` would let packed documents see each other; leave them off.")
-        if self.loss_type != "nll":
-            raise ValueError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
 
 
 class DiffusionSFTTrainer(SFTTrainer):
@@ -163,25 +98,10 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "`ar_loss_weight` needs block attention with a causal clean half, the model has "
                 f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
             )
+        self._way = _set_way(model, record, args)
         if peft_config is not None:
             model, peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"], args)
-        self.diffusion_collator = DataCollatorForMaskedDiffusion(
-            pad_token_id=processing_class.pad_token_id,
-            mask_token_id=record["mask_token_id"],
-            eos_token_id=processing_class.eos_token_id,
-            eos_tail=args.eos_tail,
-            random_canvas=args.random_canvas,
-            noise_schedule=args.noise_schedule or record["noise_schedule"],
-            loss_weight=args.loss_weight,
-            right_shift_logits=record["right_shift_logits"],
-            attention=record["attention"],
-            block_length=record["block_length"],
-            clean_context=record["clean_context"],
-            ar_loss_weight=args.ar_loss_weight,
-            min_mask_probability=args.min_mask_probability,
-            max_mask_probability=args.max_mask_probability,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-        )
+        self.diffusion_collator = _collator(processing_class, record, args)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
             model=model,
@@ -190,10 +110,13 @@ class DiffusionSFTTrainer(SFTTrainer):
             eval_dataset=_clean_prompts(eval_dataset, split),
             processing_class=processing_class,
             peft_config=peft_config,
-            data_collator=self.diffusion_collator,
+            # The host packs for its own collator only; ours takes its place below.
+            data_collator=None if args.packing else self.diffusion_collator,
             **kwargs,
         )
-        _report_dropped(train_dataset, self.train_dataset, args)
+        self.data_collator = self.diffusion_collator
+        if not args.packing:
+            _report_dropped(train_dataset, self.train_dataset, args)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
             raise ValueError(
                 f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
@@ -264,21 +187,29 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._add(mode, nll=nll.detach(), maskable=maskable)
         if mode == "eval":
             return nll / maskable.clamp(min=1)
-        self._tokens_seen = self._tokens_seen.to(maskable.device) + inputs["attention_mask"].sum()
+        self._tokens_seen = self._tokens_seen.to(maskable.device) + (inputs["attention_mask"] > 0).sum()
         # Distributed training averages gradients over processes; the denominator already counts all of them.
         return (nll + ar) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
     def _part_loss(self, model: torch.nn.Module, part: dict[str, Any], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Weighted sums of the bound and of the AR co-loss over some rows, in nats."""
         rows = part.get("noise_rows") if mode == "train" else None
+        # Phases of one run share a seed and one way from causal attention: all steps so far count.
+        step = self._start["conversion_steps"] + self.state.global_step
         noisy = self.diffusion_collator.corrupt(
             part,
             seed=self.args.seed,
-            # Phases of one run share a seed: the count of all steps so far gives each its own noise.
-            step=0 if rows is None else self._start["conversion_steps"] + self.state.global_step,
+            step=0 if rows is None else step,
             rows=rows,
             n_rows=part.get("n_noise_rows"),
+            block_length=self._growing_block(step) if mode == "train" else None,
         )
+        if self._way is not None and self.diffusion_collator.attention == "bidirectional":
+            # Evaluation is at the target, as generation is.
+            at = step if mode == "train" else self._way.total_steps
+            mask = self._way.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
+            if mask is not None:
+                noisy["inputs"]["attention_mask"] = mask
         terms, right, keep = self._score(model, noisy)
         weights, ar_weights = noisy["weights"][keep], noisy["ar_weights"][keep]
         bound = weights > 0
@@ -290,6 +221,20 @@ class DiffusionSFTTrainer(SFTTrainer):
             masked=noisy["masked"].sum(),
         )
         return (terms * weights).sum(), (terms * ar_weights).sum()
+
+    def _growing_block(self, step: int) -> int | None:
+        target = self.diffusion_collator.block_length
+        return self._way.block_length(step, target) if self._way is not None and target else None
+
+    def _way_metrics(self) -> dict[str, float]:
+        """Where the model is on its way from causal attention."""
+        if self._way is None:
+            return {}
+        step = self._start["conversion_steps"] + self.state.global_step
+        if self._way.mode == "block":
+            target = self.diffusion_collator.block_length or self.args.max_length
+            return {"annealed_block_length": self._way.block_length(step, target)}
+        return {"causal_ratio": self._way.causal_ratio(step)}
 
     def _score(self, model: torch.nn.Module, noisy: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """NLL (n,) of the targets; whether the best guess was right (n,); which hidden states have one (B, M)."""
@@ -309,7 +254,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         """An additive mask in the type that attention computes in; the most negative number of fp32 would overflow in bf16."""
         device = mask.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base_of(self.model).dtype
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask < 0, torch.finfo(dtype).min)
+        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
     def _add(self, mode: str, **new: torch.Tensor) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
@@ -333,7 +278,7 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs = {**logs, **self._metric_values("train")}
+            logs = {**logs, **self._metric_values("train"), **self._way_metrics()}
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -369,7 +314,7 @@ def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     Text lengths are skewed: this saves a third or more of the padding, and changes nothing else, because noise belongs to rows
     and losses are sums.
     """
-    lengths = batch["attention_mask"].sum(-1)
+    lengths = (batch["attention_mask"] > 0).sum(-1)
     n = len(lengths)
     if n < 3:
         return [batch]
@@ -398,6 +343,10 @@ def _prepare_adapter(
         if mask_token_id not in group:
             group.append(mask_token_id)
     peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
+    if hasattr(base_of(model), TIME_EMBEDDING):
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
+        if peft_config.exclude_modules is None:  # trained whole, so not adapted
+            peft_config.exclude_modules = rf"(.*\.)?{TIME_EMBEDDING}\..*"
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
             model,
@@ -405,6 +354,44 @@ def _prepare_adapter(
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         )
     return model, peft_config
+
+
+def _collator(
+    processing_class: PreTrainedTokenizerBase, record: dict[str, Any], args: DiffusionSFTConfig
+) -> DataCollatorForMaskedDiffusion:
+    return DataCollatorForMaskedDiffusion(
+        pad_token_id=processing_class.pad_token_id,
+        mask_token_id=record["mask_token_id"],
+        eos_token_id=processing_class.eos_token_id,
+        eos_tail=args.eos_tail,
+        random_canvas=args.random_canvas,
+        noise_schedule=args.noise_schedule or record["noise_schedule"],
+        loss_weight=args.loss_weight,
+        right_shift_logits=record["right_shift_logits"],
+        attention=record["attention"],
+        block_length=record["block_length"],
+        clean_context=record["clean_context"],
+        ar_loss_weight=args.ar_loss_weight,
+        min_mask_probability=args.min_mask_probability,
+        max_mask_probability=args.max_mask_probability,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        packing=args.packing,
+        time_embedding=record.get("time_embedding", False),
+    )
+
+
+def _set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> Annealing | None:
+    """The way from causal attention, after a check that the model follows the masks it needs."""
+    way = args.way()
+    if record["attention"] == "block":
+        if way is not None and way.mode != "block":
+            raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
+    elif way is not None or args.packing:
+        check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
+    if way is not None:
+        record["final_causal_ratio"] = way.final
+        set_final_causal_ratio(base_of(model), way.final)
+    return way
 
 
 def _report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:

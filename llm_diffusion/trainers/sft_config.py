@@ -1,0 +1,126 @@
+"""Settings of `DiffusionSFTTrainer`, checked when they are made.
+
+Trade-off: one flat dataclass over the host's, so that every tool that reads TRL's configs reads this. Alternative: nested groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+from ..annealing import Annealing
+from ..losses import WEIGHTS
+from ..noise_schedules import get_noise_schedule
+
+
+@dataclass
+class DiffusionSFTConfig(SFTConfig):
+    """Settings of `DiffusionSFTTrainer`: every keyword of `trl.SFTConfig`, and these.
+
+    > Parameters that control the conversion (of a model that is not converted yet)
+
+        attention: "bidirectional" (the default) or "block".
+        block_length: tokens of a block (default 4).
+        clean_context: how finished blocks see themselves: "causal" (the default) or "block".
+        right_shift_logits: whether hidden state i - 1 predicts token i; None is the recommended read-out.
+        time_embedding: whether the model is told the noise level (default False).
+
+    > Parameters that control the way from causal attention, see `annealing.Annealing`
+
+        annealing: "soft", "stochastic" or "block" (blocks that grow; the one way for block attention); None: the target at once.
+        annealing_steps: optimiser steps since the model was autoregressive until the target is reached.
+        annealing_schedule: "linear", "cosine", "exponential" or "step".
+        initial_causal_ratio, final_causal_ratio: 1 is causal, 0 bidirectional; evaluation and generation are at the final one.
+        annealing_decay: of "exponential".
+        annealing_points: of "step": [[step, share of the way still to go], …].
+
+    > Parameters that control the objective
+
+        noise_schedule: "linear" or "cosine"; None is the one the model was converted with.
+        loss_weight: "elbo" (w(t), an unbiased bound) or "uniform" (1).
+        min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
+        ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
+        eos_tail: longest tail of end tokens after an answer.
+        random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
+
+    > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
+    """
+
+    attention: str | None = field(default=None, metadata={"help": "bidirectional or block."})
+    block_length: int | None = field(default=None, metadata={"help": "Tokens of a block."})
+    clean_context: str | None = field(
+        default=None, metadata={"help": "How finished blocks see themselves: causal or block."}
+    )
+    right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
+    time_embedding: bool | None = field(default=None, metadata={"help": "Tell the model the noise level."})
+    annealing: str | None = field(default=None, metadata={"help": "soft, stochastic or block."})
+    annealing_steps: int = field(default=20_000, metadata={"help": "Optimiser steps until the target is reached."})
+    annealing_schedule: str = field(default="cosine", metadata={"help": "linear, cosine, exponential or step."})
+    initial_causal_ratio: float = field(default=1.0, metadata={"help": "1 is causal."})
+    final_causal_ratio: float = field(default=0.0, metadata={"help": "0 is bidirectional."})
+    annealing_decay: float = field(default=5.0, metadata={"help": "Decay of the exponential schedule."})
+    annealing_points: list | None = field(default=None, metadata={"help": "[[step, share], ...] of the step schedule."})
+    noise_schedule: str | None = field(default=None, metadata={"help": "linear or cosine; None: as converted."})
+    loss_weight: str = field(default="elbo", metadata={"help": "elbo or uniform."})
+    min_mask_probability: float = field(
+        default=0.0, metadata={"help": "Lowest mask probability; above 0 is not the ELBO."}
+    )
+    max_mask_probability: float = field(
+        default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."}
+    )
+    ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
+    eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
+    random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False
+        # TRL still sets the old names, which transformers deprecates: handed over here, both names keep working.
+        for old, new in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+        super().__post_init__()
+        if self.noise_schedule is not None:
+            get_noise_schedule(self.noise_schedule)
+        if self.loss_weight not in WEIGHTS:
+            raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
+        if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
+            raise ValueError(
+                "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
+                f"{self.min_mask_probability} and {self.max_mask_probability}."
+            )
+        if self.ar_loss_weight < 0:
+            raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
+        if self.eos_tail < 0:
+            raise ValueError(f"`eos_tail` must not be negative, got {self.eos_tail}.")
+        if not 0 <= self.random_canvas <= 1:
+            raise ValueError(f"`random_canvas` must be in [0, 1], got {self.random_canvas}.")
+        if self.padding_free and not self.packing:
+            raise ValueError("`padding_free` is not supported: rows without padding come from `packing`.")
+        self.way()
+        if self.loss_type != "nll":
+            raise ValueError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
+
+    def way(self) -> Annealing | None:
+        """The checked settings of annealing, if there is any."""
+        if self.annealing is None:
+            if self.final_causal_ratio:
+                raise ValueError("`final_causal_ratio` belongs to `annealing`; set that to 'soft' or 'stochastic'.")
+            return None
+        way = Annealing(
+            mode=self.annealing,
+            total_steps=self.annealing_steps,
+            schedule=self.annealing_schedule,
+            initial=self.initial_causal_ratio,
+            final=self.final_causal_ratio,
+            decay=self.annealing_decay,
+            points=self.annealing_points,
+        )
+        if self.attention == "block" and way.mode != "block":
+            raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
+        return way
