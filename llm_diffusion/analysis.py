@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -225,7 +224,9 @@ class _Subject:
 
     def memory(self, setup: TrainingSetup, device: str = "cuda") -> TrainingMemory:
         """Peak of an optimiser step; two cards share all but what stands at the head evenly."""
-        weights, gradients, optimizer = (self.fixed(setup, device)[key] for key in ("weights", "gradients", "optimizer"))
+        weights, gradients, optimizer = (
+            self.fixed(setup, device)[key] for key in ("weights", "gradients", "optimizer")
+        )
         peak, _ = self.trace(setup, device)
         shared = setup.cards
         sizes = {
@@ -268,7 +269,9 @@ class _Subject:
             traces = [_trace(self, setup, depth, device) for depth in depths]
             (low, _), (high, _) = traces[0], traces[-1]
             extra = self.layers - depths[-1]
-            segments = [{part: b[part] + extra * (b[part] - a[part]) for part in b} for a, b in zip(low, high, strict=True)]
+            segments = [
+                {part: b[part] + extra * (b[part] - a[part]) for part in b} for a, b in zip(low, high, strict=True)
+            ]
             trained = traces[-1][1] + extra * (traces[-1][1] - traces[0][1])
             self._traces[setup, device] = max(segments, key=lambda peak: sum(peak.values())), trained
         return self._traces[setup, device]
@@ -335,7 +338,9 @@ def _describe(subject: _Subject, name: str, setup: TrainingSetup) -> Analysis:
         weights=weights,
         kv_cache=cache,
         inference={kind: weights[kind] + cache for kind in ("bf16", "int8", "nf4")},
-        setup={k: getattr(setup, k) for k in ("batch_size", "length", "lora_rank", "attention", "gradient_checkpointing")},
+        setup={
+            k: getattr(setup, k) for k in ("batch_size", "length", "lora_rank", "attention", "gradient_checkpointing")
+        },
         notes=notes + ([] if softmax else ["not every layer is softmax attention: conversion cannot open it"]),
     )
 
@@ -385,7 +390,10 @@ class _CudaRules(TorchFunctionMode):
     def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.dropout:
-            p, training = (kwargs.get(k, args[i] if len(args) > i else d) for i, (k, d) in ((1, ("p", 0.5)), (2, ("training", True))))
+            p, training = (
+                kwargs.get(k, args[i] if len(args) > i else d)
+                for i, (k, d) in ((1, ("p", 0.5)), (2, ("training", True)))
+            )
             return torch.native_dropout(args[0], p, True)[0] if training and p else args[0]
         if func is F.scaled_dot_product_attention:
             kwargs["dropout_p"] = 0.0
@@ -444,7 +452,9 @@ def _trace(subject: _Subject, setup: TrainingSetup, layers: int, device: str) ->
         for layer in _linear_layers(model):
             layer.forward = types.MethodType(_quantised_forward, layer)
     if setup.kind != "full":
-        experts = any(parameter.dim() == 3 for parameter in model.parameters())  # PEFT adapts these without dropout alone
+        experts = any(
+            parameter.dim() == 3 for parameter in model.parameters()
+        )  # PEFT adapts these without dropout alone
         lora = LoraConfig(
             r=setup.lora_rank,
             lora_dropout=0.0 if experts else _LORA_DROPOUT,
@@ -461,7 +471,9 @@ def _trace(subject: _Subject, setup: TrainingSetup, layers: int, device: str) ->
         known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
         length = setup.length * (2 if setup.attention == "block" else 1)
         live = _LiveBytes(known, subject.text.vocab_size, length)
-        base_of(model).get_input_embeddings().register_forward_hook(lambda _, __, output: output.register_hook(live.cut) and None)
+        base_of(model).get_input_embeddings().register_forward_hook(
+            lambda _, __, output: output.register_hook(live.cut) and None
+        )
         with live:
             _micro_batch(model, setup, device)
     return live.peaks, sum(parameter.numel() for parameter in trained)

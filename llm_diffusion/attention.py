@@ -375,6 +375,11 @@ def _check_decoder(model: PreTrainedModel) -> None:
         )
 
 
+def in_attention(name: str) -> bool:
+    """Whether a parameter or module belongs to an attention layer, by its dotted name: `self_attn`, `attn`, `attention`, …"""
+    return any(part.endswith(("attn", "attention")) for part in name.split("."))
+
+
 def recurrent_layers(model: torch.nn.Module) -> list[str]:
     """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
     kinds = (

@@ -23,6 +23,7 @@ import yaml
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
+from .conversion import TRAINS
 from .generation_config import DiffusionGenerationConfig
 from .trainers.sft_config import DiffusionSFTConfig
 
@@ -35,7 +36,9 @@ class HyperParameters:
     """Settings of the main job. Names and defaults of the first block are promises.
 
     Keys beyond these are fields of `DiffusionSFTConfig` and go into `training`; `pretrain_config` and `sft_config` hold such
-    fields for one phase alone.
+    fields for one phase alone. `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
+    "everything", see `conversion.select_parameters`), and fields for it alone. `model_init_kwargs` are keywords of
+    `from_pretrained`: `device_map`, `max_memory`, `attn_implementation`, `gguf_file`, `revision`, …
     """
 
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
@@ -74,13 +77,16 @@ class HyperParameters:
     )
     use_wandb: bool = False
 
+    use_lora: bool = True
     phases: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
+    stages: list[dict[str, Any]] = field(default_factory=list)
     max_examples: int | None = None
     eval_examples: int = 0
     generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 128, "block_length": 32})
     device: str | None = None
     num_threads: int | None = None
     trust_remote_code: bool = False
+    model_init_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrain_config: dict[str, Any] = field(default_factory=dict)
     sft_config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +134,8 @@ def preset_names() -> list[str]:
 def read_preset(names: str) -> dict[str, Any]:
     """The settings of a preset, or of several joined by "+", later ones winning: `qwen3-4b+rtx4080`."""
     merged: dict[str, Any] = {}
+    if names not in preset_names():  # `phi-2-3stage` is short for `phi-2+3stage`
+        names = names.replace("-3stage", "+3stage")
     for name in names.split("+"):
         found = sorted(PRESETS.glob(f"*/{name}.yaml")) if name.strip() else []
         if not found:
@@ -154,6 +162,11 @@ def resolve(
     Raises:
         ValueError, FileNotFoundError: naming the key, what was found and what was expected.
     """
+    return build(layers(preset, config, hyper_parameters))
+
+
+def layers(preset: str | None, config: str | None, hyper_parameters: str | None) -> dict[str, Any]:
+    """Preset < file < JSON, merged, not checked."""
     given: dict[str, Any] = {}
     for layer in (
         read_preset(preset) if preset else {},
@@ -161,7 +174,7 @@ def resolve(
         read_mapping(hyper_parameters, "--hyper-parameters-json") if hyper_parameters else {},
     ):
         given = merge(given, layer)
-    return build(given)
+    return given
 
 
 def build(given: dict[str, Any]) -> HyperParameters:
@@ -173,8 +186,10 @@ def build(given: dict[str, Any]) -> HyperParameters:
             value = check_type(key, value, hints[key])
             setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
         else:
-            if key in ("resume_from_checkpoint", "model_init_kwargs", "output_dir"):
-                raise ValueError(f"`{key}` belongs to the trainers in Python, not to the main job.")
+            if key == "resume_from_checkpoint":
+                raise ValueError(
+                    "`resume_from_checkpoint` belongs to the trainers in Python; the main job has `--resume`."
+                )
             check_training_key(key)
             hp.training[key] = check_training_value(key, value)
     for name in ("pretrain_config", "sft_config"):
@@ -182,7 +197,32 @@ def build(given: dict[str, Any]) -> HyperParameters:
             check_training_key(key, name)
             nested[key] = check_training_value(key, nested[key])
     check_ranges(hp)
+    hp.stages = check_stages(hp)
+    memory = hp.model_init_kwargs.get("max_memory")
+    if isinstance(memory, dict):  # JSON has no integer keys, and accelerate numbers the cards by integers
+        hp.model_init_kwargs["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in memory.items()}
     return hp
+
+
+def check_stages(hp: HyperParameters) -> list[dict[str, Any]]:
+    """The stages as given, or the phases as stages."""
+    if not hp.stages:
+        phases = {"pretrain": {"completion_only_loss": False, **hp.pretrain_config}, "sft": hp.sft_config}
+        return [{"name": phase, **phases[phase]} for phase in hp.phases]
+    names = [stage.get("name") for stage in hp.stages]
+    if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
+    checked = []
+    for stage in hp.stages:
+        where = f"stages.{stage['name']}"
+        if stage.get("trains", "adapters") not in TRAINS:
+            raise ValueError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")
+        own = {key: stage[key] for key in ("name", "trains") if key in stage}
+        for key in set(stage) - set(own):
+            check_training_key(key, where)
+            own[key] = check_training_value(key, stage[key])
+        checked.append(own)
+    return checked
 
 
 def check_training_key(key: str, where: str = "") -> None:

@@ -176,11 +176,9 @@ def _logits(
         positions = torch.where(places.gather(-1, positions) > 0, masking.readout_positions(positions, True), positions)
     timing = {}
     if record.get("time_embedding"):
-        seen = rows.open & attention_mask.bool()
-        if record["attention"] == "block":
-            seen = seen & (rows.block == rows.active[:, None])
-        noise = mask_share(rows.ids, seen, settings)
-        timing["timesteps"] = torch.where(seen, noise, 0.0 if record["attention"] == "block" else noise)[:, :width]
+        # As in training: the prompt tokens of a block share its noise level, finished text has none.
+        noisy = rows.block == rows.active[:, None] if record["attention"] == "block" else attention_mask.bool()
+        timing["timesteps"] = (noisy * mask_share(rows.ids, noisy & rows.open, settings))[:, :width]
     return model(
         input_ids=rows.ids[:, :width],
         attention_mask=model_mask,

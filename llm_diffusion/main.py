@@ -57,6 +57,7 @@ def one_line_errors() -> Any:
 @click.option("--config", metavar="FILE", help="Settings from a YAML or JSON file, config.yaml for one.")
 @click.option("--preset", metavar="NAME[+NAME]", help="Shipped settings, joined by '+'; see --list-presets.")
 @click.option("--list-presets", is_flag=True, help="Print the names of the presets and exit.")
+@click.option("--resume", is_flag=True, help="Go on with a stopped run of the same settings.")
 @click.pass_context
 def cli(
     context: click.Context,
@@ -64,6 +65,7 @@ def cli(
     config: str | None,
     preset: str | None,
     list_presets: bool,
+    resume: bool,
 ) -> None:
     """Turns an autoregressive language model into a diffusion language model. Without a command: the main job."""
     start_logging()
@@ -75,7 +77,64 @@ def cli(
         if list_presets:
             click.echo("\n".join(preset_names()))
             return
-        run(resolve(preset, config, hyper_parameters_json))
+        run(resolve(preset, config, hyper_parameters_json), resume)
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--preset", metavar="NAME[+NAME]", help="Shipped settings; `3stage` is what this command adds to them.")
+@click.option("--config", metavar="FILE", help="Settings from a YAML or JSON file.")
+@click.option("--hyper-parameters-json", metavar="JSON|FILE", help="Settings that win over all others.")
+@click.option("--resume", is_flag=True, help="Go on with a stopped run of the same settings.")
+def convert(
+    model: str | None, preset: str | None, config: str | None, hyper_parameters_json: str | None, resume: bool
+) -> None:
+    """Convert MODEL in three stages (attention, diffusion, recovery), from analysis to evaluation."""
+    with one_line_errors():
+        from .config import build, layers, merge, read_preset
+
+        given = layers(preset, config, hyper_parameters_json)
+        if model is not None:
+            given["model"] = model
+        if "stages" not in given:
+            given = merge(read_preset("3stage"), given)
+        hp = build(given)
+        show_analysis(hp)
+        run(hp, resume)
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--batch-size", type=int, default=4, show_default=True, help="Rows of a micro-batch.")
+@click.option("--length", type=int, default=768, show_default=True, help="Tokens of a row.")
+@click.option("--block", is_flag=True, help="Block attention, which trains on a noisy and a clean copy.")
+@click.option("--download", is_flag=True, help="Fetch the weights too.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the analysis to FILE.")
+def analyze(model: str, batch_size: int, length: int, block: bool, download: bool, json_path: str | None) -> None:
+    """Parameters, memory and fitting cards of MODEL, from its config alone."""
+    with one_line_errors():
+        from dataclasses import asdict
+
+        from rich.console import Console
+
+        from .analysis import analysis_tables
+        from .analysis import analyze as analyze_model
+
+        quiet_hosts()
+        if json_path is not None:
+            check_writable(Path(json_path).expanduser(), "--json")
+        analysis = analyze_model(
+            model, batch_size=batch_size, length=length, attention="block" if block else "bidirectional"
+        )
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        for table in analysis_tables(analysis):
+            console.print(table)
+        if json_path is not None:
+            Path(json_path).expanduser().write_text(json.dumps(asdict(analysis), indent=1) + "\n")
+        if download:
+            from .modeling import download as fetch
+
+            console.print(f"weights: {fetch(model)}", markup=False)
 
 
 @cli.command()
@@ -141,7 +200,7 @@ def quiet_hosts() -> None:
         datasets.disable_progress_bars()
 
 
-def run(hp: HyperParameters) -> None:
+def run(hp: HyperParameters, resume: bool = False) -> None:
     """The main job."""
     quiet_hosts()
     import torch
@@ -161,17 +220,19 @@ def run(hp: HyperParameters) -> None:
     check_device(device)
     check_writable(output, "output_dir")
     report_to = start_wandb(hp)
-    arguments = {phase: training_arguments(hp, phase, output, device, report_to) for phase in hp.phases}
+    arguments = [training_arguments(hp, stage, output, device, report_to) for stage in hp.stages]
     print_settings(hp)
     limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
     train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
     logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
+    options = {
+        "quantization_config": quantized,
+        "device": device,
+        "trust_remote_code": hp.trust_remote_code,
+        **hp.model_init_kwargs,
+    }
     model, tokenizer = load_diffusion_model(
-        hp.model,
-        **{name: hp.training.get(name) for name in CONVERSION_OPTIONS},
-        quantization_config=quantized,
-        device=device,
-        trust_remote_code=hp.trust_remote_code,
+        hp.model, **{name: hp.training.get(name) for name in CONVERSION_OPTIONS}, **options
     )
     logger.info(
         f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
@@ -181,17 +242,18 @@ def run(hp: HyperParameters) -> None:
             "the tokenizer has no chat template: using a plain one (User: … Assistant: …), saved with the model"
         )
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    peft_config = None if isinstance(model, PeftModel) else lora(hp, model)  # an adapter is trained on
+    # An adapter is trained on.
+    peft_config = None if isinstance(model, PeftModel) or not hp.use_lora else lora(hp, model)
     reports = {}
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
     if examples:
         reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
-    histories = train_phases(hp, arguments, model, tokenizer, peft_config, train, test, output)
+    histories = train_stages(
+        hp, arguments, model, tokenizer, peft_config, train, test, output, options if resume else None
+    )
     final = output / "sft_model"
     del model
-    model, tokenizer = load_diffusion_model(
-        str(final), device=device, quantization_config=quantized, trust_remote_code=hp.trust_remote_code
-    )
+    model, tokenizer = load_diffusion_model(str(final), **options)
     if examples:
         reports["converted"] = measure(model, tokenizer, examples, hp)
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
@@ -237,49 +299,55 @@ def print_settings(hp: HyperParameters) -> None:
         logger.warning(f"mask probability from {low} to {high}: the loss is a reweighted objective, not the ELBO")
 
 
-def train_phases(
+def train_stages(
     hp: HyperParameters,
-    arguments: dict[str, Any],
+    arguments: list[Any],
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     peft_config: Any,
     train: Dataset,
     test: Dataset,
     output: Path,
+    resume: dict[str, Any] | None,
 ) -> dict[str, list[dict]]:
-    """Phase after phase with the same adapters; returns their log histories. The last one is saved as `sft_model`."""
-    from transformers.trainer_callback import PrinterCallback
-
+    """Stage after stage over the same weights; returns their log histories. `resume`: how a saved stage is loaded."""
     from .callbacks import LogLinesCallback
     from .config import as_dict
-    from .trainers.sft import DiffusionSFTTrainer
+    from .conversion import Stage, run_stages
+    from .modeling import load_diffusion_model
 
-    trainers = {}
-    # All trainers are built before the first one runs, so that data that a later phase refuses stops the job at once.
-    for phase in hp.phases:
-        trainers[phase] = DiffusionSFTTrainer(
-            model,
-            arguments[phase],
-            train_dataset=train,
-            eval_dataset=test.select(range(min(len(test), 200))),
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            callbacks=[LogLinesCallback(logger.info, phase)],
+    settings = json.dumps(as_dict(hp), indent=2) + "\n"
+    file = output / "hyper_parameters.json"
+    if resume is not None and file.exists() and file.read_text() != settings:
+        raise ValueError(
+            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
         )
-        trainers[phase].remove_callback(PrinterCallback)
-        model, peft_config = trainers[phase].model, None
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "hyper_parameters.json").write_text(json.dumps(as_dict(hp), indent=2) + "\n")
-    if hp.use_wandb and "WANDB_DIR" in os.environ:
-        Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
-    for phase, trainer in trainers.items():
-        trainer.train()
-        trainer.evaluate()
-        trainer.save_model(str(output / ("sft_model" if phase == hp.phases[-1] else f"{phase}_model")))
-    return {phase: trainer.state.log_history for phase, trainer in trainers.items()}
+    stages = [
+        Stage(stage["name"], stage.get("trains", "adapters"), chosen)
+        for stage, chosen in zip(hp.stages, arguments, strict=True)
+    ]
+
+    def started() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        file.write_text(settings)
+        if hp.use_wandb and "WANDB_DIR" in os.environ:
+            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
+
+    return run_stages(
+        model,
+        tokenizer,
+        stages,
+        train,
+        test.select(range(min(len(test), 200))),
+        output,
+        peft_config,
+        callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
+        load=None if resume is None else lambda folder: load_diffusion_model(folder, **resume),
+        started=started,
+    )
 
 
-def training_arguments(hp: HyperParameters, phase: str, output: Path, device: str, report_to: str) -> Any:
+def training_arguments(hp: HyperParameters, stage: dict[str, Any], output: Path, device: str, report_to: str) -> Any:
     from .trainers.sft_config import DiffusionSFTConfig
 
     prefix = "debug-" if hp.debug else ""
@@ -295,16 +363,35 @@ def training_arguments(hp: HyperParameters, phase: str, output: Path, device: st
         "dataloader_pin_memory": device.startswith("cuda"),
         "use_cpu": device == "cpu",
         "report_to": report_to,
-        "run_name": f"{prefix}{Path(hp.model).name}-{phase}",
+        "run_name": f"{prefix}{Path(hp.model).name}-{stage['name']}",
         "logging_steps": 10,
         "save_strategy": "no",
         "disable_tqdm": not sys.stderr.isatty(),
         **hp.training,
-        **(hp.pretrain_config if phase == "pretrain" else hp.sft_config),
+        **{key: value for key, value in stage.items() if key not in ("name", "trains")},
     }
-    if phase == "pretrain":
-        settings["completion_only_loss"] = False  # every token may be masked, prompts too
-    return DiffusionSFTConfig(str(output / phase), **settings)
+    if settings.get("load_best_model_at_end"):
+        settings = {"metric_for_best_model": "eval_nelbo", "greater_is_better": False, **settings}
+    return DiffusionSFTConfig(str(output / stage["name"]), **settings)
+
+
+def show_analysis(hp: HyperParameters) -> None:
+    """What is about to be converted, and the memory it takes."""
+    from rich.console import Console
+
+    from .analysis import analysis_tables, analyze
+
+    analysis = analyze(
+        hp.model,
+        batch_size=hp.batch_size,
+        length=hp.max_length,
+        lora_rank=hp.lora_config.get("r", 16),
+        attention=hp.training.get("attention") or "bidirectional",
+        trust_remote_code=hp.trust_remote_code,
+    )
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    for table in analysis_tables(analysis):
+        console.print(table)
 
 
 def lora(hp: HyperParameters, model: torch.nn.Module) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
@@ -134,6 +135,17 @@ def _from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
             f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
             "log in with `hf auth login`, or give a local folder."
         ) from error
+
+
+def download(name: str) -> str:
+    """Fetches a model's files from the hub; the folder they are in."""
+    path = _resolve(name)
+    if Path(path).exists():
+        return path
+    try:
+        return snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"])
+    except Exception as error:  # offline, unknown, gated: as many types as there are ways
+        raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
 
 
 def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,10 +6,12 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, T5Config
 
 import llm_diffusion as ld
+from llm_diffusion.attention import base_of
+from llm_diffusion.attention_masks import annealed
 from llm_diffusion.modeling import load_diffusion_model as load
 from llm_diffusion.modeling import save_record
 
@@ -420,3 +422,137 @@ def test_a_broken_sidecar_is_named(tmp_path, text):
     (tmp_path / "diffusion_config.json").write_text(text)
     with pytest.raises(ValueError, match="diffusion_config.json"):
         load(tmp_path, device="cpu")
+
+
+# -- time embedding, causal ratio, other bases
+
+
+def randomise_time(model, seed=4):
+    torch.manual_seed(seed)
+    for parameter in base_of(model).time_embedding.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+
+def test_a_time_embedding_is_saved_and_loaded_with_a_full_model(base, tmp_path):
+    model, tokenizer = load(str(base()), time_embedding=True, device="cpu")
+    randomise_time(model)
+    model.save_pretrained(tmp_path / "full")
+    tokenizer.save_pretrained(tmp_path / "full")
+    again, _ = load(str(tmp_path / "full"), device="cpu")
+    assert again.config.diffusion["time_embedding"] is True
+    assert torch.equal(logits_of(again), logits_of(model))
+    for one, other in zip(again.time_embedding.parameters(), model.time_embedding.parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="`time_embedding`: the checkpoint was converted with True, asked for False"):
+        load(str(tmp_path / "full"), time_embedding=False, device="cpu")
+
+
+def test_a_time_embedding_is_saved_and_loaded_with_an_adapter(base, tmp_path):
+    model, tokenizer = load(str(base()), time_embedding=True, device="cpu")
+    options = {"modules_to_save": ["time_embedding"], "target_modules": ["q_proj"]}
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    randomise_time(peft)
+    want = logits_of(peft)
+    again, _ = load(str(save_adapter(peft, tokenizer, tmp_path / "adapter")), device="cpu")
+    assert torch.equal(logits_of(again), want)
+    merged = again.merge_and_unload()
+    assert torch.equal(logits_of(merged), want)
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(load(str(tmp_path / "merged"), device="cpu")[0]), want)
+
+
+def test_the_ar_base_is_untouched_by_a_trained_time_embedding(base):
+    model, tokenizer = load(str(base()), time_embedding=True, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(base(), device_map="cpu")
+    want = plain.generate(IDS, max_new_tokens=6, do_sample=False)
+    options = {"modules_to_save": ["time_embedding"], "target_modules": ["q_proj"]}
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    assert torch.equal(ld.generate_autoregressive(peft, IDS, max_new_tokens=6, do_sample=False), want)
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block"])
+def test_merging_gives_a_plain_checkpoint(base, tmp_path, attention):
+    model, tokenizer = load(str(base()), attention=attention, device="cpu")
+    peft = perturbed(model, tokenizer.mask_token_id)
+    want = logits_of(peft)
+    peft.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    again, _ = load(str(tmp_path / "merged"), device="cpu")
+    torch.testing.assert_close(logits_of(again), want, atol=1e-4, rtol=1e-4)
+    assert again.config.diffusion["attention"] == attention
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits_of(plain), logits_of(again))
+    assert sorted(path.suffix for path in (tmp_path / "merged").glob("model*")) == [".safetensors"]
+
+
+def test_what_stays_of_the_causal_mask_is_saved(base, tmp_path):
+    model, tokenizer = load(str(base()), device="cpu")
+    full = logits_of(model)
+    model.config.diffusion["final_causal_ratio"] = 0.4
+    model.save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    again, _ = load(str(tmp_path / "half"), device="cpu")
+    bias = annealed(torch.ones(2, 9, dtype=torch.long), 0.4)
+    with torch.no_grad():
+        want = model(IDS, attention_mask=bias).logits
+    torch.testing.assert_close(logits_of(again), want, atol=1e-5, rtol=1e-5)
+    assert (want - full).abs().max() > 1e-2
+
+
+def test_plain_loaders_take_adapters_over_a_converted_base(base, tmp_path):
+    model, tokenizer = load(str(base()), device="cpu")
+    model.save_pretrained(tmp_path / "converted")
+    tokenizer.save_pretrained(tmp_path / "converted")
+    model, tokenizer = load(str(tmp_path / "converted"), device="cpu")
+    peft = perturbed(model, tokenizer.mask_token_id)
+    want, folder = logits_of(peft), save_adapter(peft, tokenizer, tmp_path / "adapter")
+    automatic = AutoPeftModelForCausalLM.from_pretrained(folder)
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "converted"), folder)
+    for again in (automatic, by_hand, load(str(folder), device="cpu")[0]):
+        assert ld.probe_attention(again) == "bidirectional"
+        torch.testing.assert_close(logits_of(again), want, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_of_another_base_is_refused(base, random_llama, tmp_path):
+    folder, model = base(), random_llama()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)  # fresh norms are all one, in every model
+    model.save_pretrained(folder)
+    model, tokenizer = load(str(folder), device="cpu")
+    adapter = save_adapter(perturbed(model, tokenizer.mask_token_id), tokenizer, tmp_path / "adapter")
+    load(str(adapter), device="cpu")
+    random_llama(seed=5).save_pretrained(folder)
+    with pytest.raises(ValueError, match="trained on another base"):
+        load(str(adapter), device="cpu")
+
+
+def test_a_truncated_file_is_refused(base):
+    weights = base() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(OSError, match="is not a loadable checkpoint"):
+        load(str(weights.parent), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"block_length": 8}, "`block_length`: the checkpoint was converted with 4, asked for 8"),
+        (
+            {"right_shift_logits": False},
+            "`right_shift_logits`: the checkpoint was converted with True, asked for False",
+        ),
+        ({"attention": "bidirectional"}, "`attention`: the checkpoint was converted with 'block'"),
+        ({"time_embedding": True}, "`time_embedding`: the checkpoint was converted with False, asked for True"),
+    ],
+)
+def test_a_checkpoint_that_disagrees_is_refused(base, tmp_path, options, match):
+    model, tokenizer = load(str(base()), attention="block", device="cpu")
+    model.save_pretrained(tmp_path / "block")
+    tokenizer.save_pretrained(tmp_path / "block")
+    with pytest.raises(ValueError, match=match):
+        load(str(tmp_path / "block"), device="cpu", **options)

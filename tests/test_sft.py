@@ -13,7 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model, probe_attention
+from llm_diffusion import (
+    DiffusionSFTConfig,
+    DiffusionSFTTrainer,
+    load_diffusion_model,
+    patch_causal_attention,
+    probe_attention,
+)
+from llm_diffusion.attention_masks import positions
 from llm_diffusion.masking import IGNORE_INDEX
 from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
 
@@ -359,3 +366,183 @@ def test_several_evaluation_sets_have_their_own_figures(tmp_path, tokenizer):
     alone = make(tmp_path, tokenizer, evaluation=sets["b"]).evaluate()
     assert found["eval_b_loss"] == pytest.approx(alone["eval_loss"], rel=1e-6)
     assert found["eval_a_loss"] != found["eval_b_loss"]
+
+
+# -- annealing, packing, time embedding
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"annealing": "soft", "annealing_schedule": "linear"}, {"causal_ratio": [0.75, 0.5, 0.25, 0.0]}),
+        (
+            {"annealing": "stochastic", "annealing_steps": 2, "final_causal_ratio": 0.2},
+            {"causal_ratio": [0.6, 0.2, 0.2, 0.2]},
+        ),
+        ({"attention": "block", "annealing": "block"}, {"annealed_block_length": [1, 2, 2, 4]}),
+    ],
+)
+def test_the_way_from_causal_attention_is_logged(tmp_path, tokenizer, settings, want):
+    trainer = make(tmp_path, tokenizer, max_steps=4, **settings)
+    trainer.train()
+    for name, values in want.items():
+        logged = [row[name] for row in trainer.state.log_history if name in row and "loss" in row]
+        assert logged == pytest.approx(values)
+    record = trainer.model.config.diffusion
+    assert record["final_causal_ratio"] == settings.get("final_causal_ratio", 0.0)
+
+
+@pytest.mark.parametrize("mode", ["soft", "stochastic", "block"])
+def test_annealed_steps_follow_their_mask_and_evaluation_the_target(tmp_path, tokenizer, mode):
+    """Against the same batch scored by hand: under the step's mask in training, without one in evaluation."""
+    trainer = make(tmp_path, tokenizer, annealing=mode, annealing_steps=10, evaluation=tiny_dataset(6, split="test"))
+    plain = make(tmp_path, tokenizer, evaluation=tiny_dataset(6, split="test"))
+    assert trainer.evaluate()["eval_nelbo"] == plain.evaluate()["eval_nelbo"]
+    trainer.state.global_step = 5
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.model.train()
+    got = trainer.compute_loss(trainer.model, dict(batches[0]), num_items_in_batch=count)
+    batch = batches[0]
+    noisy = trainer.diffusion_collator.corrupt(
+        batch, seed=trainer.args.seed, step=5, rows=batch["noise_rows"], n_rows=batch["n_noise_rows"]
+    )
+    way = trainer.args.way()
+    bias = way.mask(batch["attention_mask"], 5, trainer.args.seed, trainer.args.max_length)
+    logits = trainer.model(input_ids=noisy["inputs"]["input_ids"], attention_mask=bias, use_cache=False).logits
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), noisy["targets"], reduction="none")
+    torch.testing.assert_close(got, (nll * noisy["weights"]).sum() / count, atol=1e-4, rtol=1e-5)
+
+
+def test_annealing_resumes_where_it_was(tmp_path, tokenizer):
+    settings = {
+        "annealing": "stochastic",
+        "annealing_steps": 5,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = make(tmp_path / "a", tokenizer, peft_config=LORA, **settings)
+    whole.train()
+    again = make(tmp_path / "a", tokenizer, peft_config=LORA, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(again)[-2:] == losses(whole)[-2:]
+
+
+def packed_and_single(lengths=((9, 5, 12), (7, 14))):
+    """The same texts, several a row and one a row."""
+    generator, texts, rows = torch.Generator().manual_seed(2), [], []
+    for group in lengths:
+        own = [torch.randint(3, 400, (n,), generator=generator).tolist() for n in group]
+        texts += own
+        rows.append({"input_ids": sum(own, []), "labels": sum(own, []), "seq_lengths": list(group)})
+    return rows, [{"input_ids": text, "labels": text} for text in texts]
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": "block"}, {"attention": "block", "clean_context": "block"}])
+@torch.no_grad()
+def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
+    """The leak test: the same noise on the same texts, in packed rows and in rows of their own, gives the same log-probabilities."""
+    trainer = make(tmp_path, tokenizer, packing=True, dataset=tiny_dataset(16), **settings)
+    collator, model = trainer.diffusion_collator, trainer.model.eval()
+    rows, singles = packed_and_single()
+    noisy = collator.corrupt(collator(rows), seed=0, step=0, rows=torch.arange(2), n_rows=2)
+    terms, _, keep = trainer._score(model, noisy)
+    places = positions(collator(rows)["attention_mask"])
+    texts = collator(rows)["attention_mask"]
+    got = []
+    for row in range(2):
+        for number in range(1, int(texts[row].max()) + 1):
+            got.append(noisy["masked"][row][texts[row] == number])
+    # The same texts alone, masked at the same places.
+    alone = collator(singles)
+    masked = torch.zeros_like(alone["labels"], dtype=torch.bool)
+    for row, mask in enumerate(got):
+        masked[row, : len(mask)] = mask
+    maskable = alone["labels"] != IGNORE_INDEX
+    ones = torch.ones(alone["labels"].shape)
+    ids = alone["input_ids"]
+    noisy_ids = ids.masked_fill(masked, collator.mask_token_id)
+    if settings:
+        laid = collator._blocks(noisy_ids, ids, alone["attention_mask"], masked, maskable, ones, collator.block_length)
+    else:
+        laid = collator._whole(noisy_ids, ids, (alone["attention_mask"] > 0).long(), masked, ones)
+    want, _, _ = trainer._score(model, laid)
+    assert len(want) == len(terms) and places.max() == 13
+    torch.testing.assert_close(terms.sort().values, want.sort().values, atol=1e-4, rtol=1e-4)
+
+
+def test_packing_wastes_little_and_learns(tmp_path, tokenizer):
+    texts = tiny_dataset(200)
+    trainer = make(
+        tmp_path, tokenizer, packing=True, max_length=128, max_steps=2, dataset=texts, per_device_train_batch_size=2
+    )
+    real = sum(int((batch["attention_mask"] > 0).sum()) for batch in trainer.get_train_dataloader())
+    slots = sum(batch["attention_mask"].numel() for batch in trainer.get_train_dataloader())
+    assert real / slots > 0.8
+    assert max(int(batch["attention_mask"].max()) for batch in trainer.get_train_dataloader()) > 1
+    trainer.train()
+    assert all(loss > 0 for loss in losses(trainer))
+
+
+def test_texts_of_a_packed_row_have_times_of_their_own(tmp_path, tokenizer):
+    collator = make(tmp_path, tokenizer, packing=True).diffusion_collator
+    batch = collator(packed_and_single()[0])
+    times = collator.corrupt(batch, seed=0, step=0, rows=torch.arange(2), n_rows=2)["times"]
+    for row in range(2):
+        values = [times[row][batch["attention_mask"][row] == number].unique() for number in (1, 2)]
+        assert len(values[0]) == len(values[1]) == 1 and values[0] != values[1]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_time_embedding_trains_under_lora(tmp_path, tokenizer, quantized):
+    model = tiny_model()
+    if quantized:
+        pytest.importorskip("bitsandbytes")
+        model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        model, tokenizer = load_diffusion_model(
+            str(tmp_path / "base"), quantization="nf4", time_embedding=True, device="cpu"
+        )
+    settings = {"time_embedding": True, "learning_rate": 1e-2, "max_steps": 3}
+    trainer = make(tmp_path / "out", tokenizer, model, peft_config=LORA, **settings)
+    assert not any("lora" in name and "time_embedding" in name for name, _ in trainer.model.named_parameters())
+    trainer.train()
+    embedding = trainer.model.get_base_model().time_embedding
+    assert embedding.modules_to_save.default.down.weight.abs().max() > 0
+    assert embedding.original_module.down.weight.abs().max() == 0
+    trainer.save_model(str(tmp_path / "saved"))
+    if not quantized:
+        return
+    again, _ = load_diffusion_model(str(tmp_path / "saved"), quantization="nf4", device="cpu")
+    for one, other in zip(
+        again.get_base_model().time_embedding.modules_to_save.default.parameters(),
+        embedding.modules_to_save.default.parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(one.float(), other.float())
+
+
+def test_a_reloaded_adapter_on_a_4_bit_base_is_readied_for_training(tmp_path, tokenizer):
+    pytest.importorskip("bitsandbytes")
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"quantization": "nf4", "device": "cpu", "dtype": torch.bfloat16}
+    model, tokenizer = load_diffusion_model(str(tmp_path / "base"), **options)
+    trainer = make(tmp_path / "out", tokenizer, model, peft_config=LORA)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    again, _ = load_diffusion_model(str(tmp_path / "saved"), **options)
+    second = make(tmp_path / "more", tokenizer, again)
+    norms = [p for name, p in second.model.named_parameters() if "norm" in name]
+    assert norms and all(p.dtype == torch.float32 and not p.requires_grad for p in norms)
+    before = {name: p.clone() for name, p in second.model.named_parameters() if "lora_B" in name}
+    second.train()
+    assert any(not torch.equal(p, before[name]) for name, p in second.model.named_parameters() if name in before)
+
+
+def test_models_that_ignore_masks_are_not_annealed(tmp_path, tokenizer):
+    model = tiny_model()
+    patch_causal_attention(model, "sdpa")
+    model.config.is_causal = None
+    with pytest.raises(ValueError, match="does not follow 4-D attention masks, which `annealing` needs"):
+        make(tmp_path, tokenizer, model, annealing="soft")

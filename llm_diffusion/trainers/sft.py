@@ -98,9 +98,10 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "`ar_loss_weight` needs block attention with a causal clean half, the model has "
                 f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
             )
-        self._way = _set_way(model, record, args)
+        _set_way(model, record, args)
+        _prepare_quantised(model, args)
         if peft_config is not None:
-            model, peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"], args)
+            peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"])
         self.diffusion_collator = _collator(processing_class, record, args)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
@@ -195,19 +196,20 @@ class DiffusionSFTTrainer(SFTTrainer):
         """Weighted sums of the bound and of the AR co-loss over some rows, in nats."""
         rows = part.get("noise_rows") if mode == "train" else None
         # Phases of one run share a seed and one way from causal attention: all steps so far count.
-        step = self._start["conversion_steps"] + self.state.global_step
+        step, way = self._start["conversion_steps"] + self.state.global_step, self._way()
+        target = self.diffusion_collator.block_length
         noisy = self.diffusion_collator.corrupt(
             part,
             seed=self.args.seed,
             step=0 if rows is None else step,
             rows=rows,
             n_rows=part.get("n_noise_rows"),
-            block_length=self._growing_block(step) if mode == "train" else None,
+            block_length=way.block_length(step, target) if way is not None and target and mode == "train" else None,
         )
-        if self._way is not None and self.diffusion_collator.attention == "bidirectional":
+        if way is not None and self.diffusion_collator.attention == "bidirectional":
             # Evaluation is at the target, as generation is.
-            at = step if mode == "train" else self._way.total_steps
-            mask = self._way.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
+            at = step if mode == "train" else way.total_steps
+            mask = way.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
             if mask is not None:
                 noisy["inputs"]["attention_mask"] = mask
         terms, right, keep = self._score(model, noisy)
@@ -222,19 +224,18 @@ class DiffusionSFTTrainer(SFTTrainer):
         )
         return (terms * weights).sum(), (terms * ar_weights).sum()
 
-    def _growing_block(self, step: int) -> int | None:
-        target = self.diffusion_collator.block_length
-        return self._way.block_length(step, target) if self._way is not None and target else None
+    def _way(self) -> Annealing | None:
+        return self.args.way(self._start["conversion_steps"] + self.state.max_steps)
 
     def _way_metrics(self) -> dict[str, float]:
         """Where the model is on its way from causal attention."""
-        if self._way is None:
+        way, step = self._way(), self._start["conversion_steps"] + self.state.global_step
+        if way is None:
             return {}
-        step = self._start["conversion_steps"] + self.state.global_step
-        if self._way.mode == "block":
+        if way.mode == "block":
             target = self.diffusion_collator.block_length or self.args.max_length
-            return {"annealed_block_length": self._way.block_length(step, target)}
-        return {"causal_ratio": self._way.causal_ratio(step)}
+            return {"annealed_block_length": way.block_length(step, target)}
+        return {"causal_ratio": way.causal_ratio(step)}
 
     def _score(self, model: torch.nn.Module, noisy: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """NLL (n,) of the targets; whether the best guess was right (n,); which hidden states have one (B, M)."""
@@ -328,10 +329,8 @@ def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     return parts
 
 
-def _prepare_adapter(
-    model: torch.nn.Module, peft_config: PeftConfig, mask_token_id: int, args: DiffusionSFTConfig
-) -> tuple[torch.nn.Module, PeftConfig]:
-    """Trains the mask token's row beside the adapters, and readies a quantised base for training."""
+def _prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, mask_token_id: int) -> PeftConfig:
+    """Trains the mask token's row, and the time embedding if there is one, beside the adapters."""
     peft_config = copy.deepcopy(peft_config)
     if not hasattr(peft_config, "trainable_token_indices"):
         raise ValueError(
@@ -347,13 +346,23 @@ def _prepare_adapter(
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
         if peft_config.exclude_modules is None:  # trained whole, so not adapted
             peft_config.exclude_modules = rf"(.*\.)?{TIME_EMBEDDING}\..*"
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=args.gradient_checkpointing,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        )
-    return model, peft_config
+    return peft_config
+
+
+def _prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
+    """Readies a quantised base for training, once; adapters that were loaded on it stay trainable."""
+    base = base_of(model)
+    if not getattr(base, "is_quantized", False) or getattr(base, "prepared_for_training", False):
+        return
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    prepare_model_for_kbit_training(
+        base,
+        use_gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    )
+    for parameter in trainable if isinstance(model, PeftModel) else []:
+        parameter.requires_grad_(True)
+    base.prepared_for_training = True
 
 
 def _collator(
@@ -380,8 +389,8 @@ def _collator(
     )
 
 
-def _set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> Annealing | None:
-    """The way from causal attention, after a check that the model follows the masks it needs."""
+def _set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
+    """Records where annealing ends, after a check that the model follows the masks on the way."""
     way = args.way()
     if record["attention"] == "block":
         if way is not None and way.mode != "block":
@@ -391,7 +400,6 @@ def _set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTC
     if way is not None:
         record["final_causal_ratio"] = way.final
         set_final_causal_ratio(base_of(model), way.final)
-    return way
 
 
 def _report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:

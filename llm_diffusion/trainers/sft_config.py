@@ -30,7 +30,7 @@ class DiffusionSFTConfig(SFTConfig):
     > Parameters that control the way from causal attention, see `annealing.Annealing`
 
         annealing: "soft", "stochastic" or "block" (blocks that grow; the one way for block attention); None: the target at once.
-        annealing_steps: optimiser steps since the model was autoregressive until the target is reached.
+        annealing_steps: optimiser steps since the model was autoregressive until the target is reached; None: to the end of this run.
         annealing_schedule: "linear", "cosine", "exponential" or "step".
         initial_causal_ratio, final_causal_ratio: 1 is causal, 0 bidirectional; evaluation and generation are at the final one.
         annealing_decay: of "exponential".
@@ -56,7 +56,9 @@ class DiffusionSFTConfig(SFTConfig):
     right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
     time_embedding: bool | None = field(default=None, metadata={"help": "Tell the model the noise level."})
     annealing: str | None = field(default=None, metadata={"help": "soft, stochastic or block."})
-    annealing_steps: int = field(default=20_000, metadata={"help": "Optimiser steps until the target is reached."})
+    annealing_steps: int | None = field(
+        default=None, metadata={"help": "Optimiser steps until the target is reached; None: this run's."}
+    )
     annealing_schedule: str = field(default="cosine", metadata={"help": "linear, cosine, exponential or step."})
     initial_causal_ratio: float = field(default=1.0, metadata={"help": "1 is causal."})
     final_causal_ratio: float = field(default=0.0, metadata={"help": "0 is bidirectional."})
@@ -106,15 +108,15 @@ class DiffusionSFTConfig(SFTConfig):
         if self.loss_type != "nll":
             raise ValueError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
 
-    def way(self) -> Annealing | None:
-        """The checked settings of annealing, if there is any."""
+    def way(self, last_step: int = 1) -> Annealing | None:
+        """The checked settings of annealing, if there is any; `last_step` is where this run ends."""
         if self.annealing is None:
             if self.final_causal_ratio:
                 raise ValueError("`final_causal_ratio` belongs to `annealing`; set that to 'soft' or 'stochastic'.")
             return None
         way = Annealing(
             mode=self.annealing,
-            total_steps=self.annealing_steps,
+            total_steps=max(last_step, 1) if self.annealing_steps is None else self.annealing_steps,
             schedule=self.annealing_schedule,
             initial=self.initial_causal_ratio,
             final=self.final_causal_ratio,

@@ -1,0 +1,164 @@
+"""The staged recipe: one trainer after the other over the same weights, each with its own data, schedule and trained parameters.
+
+    stage       trains        what for
+    attention   attention     causal attention is annealed to its target; only what attends is adapted
+    diffusion   adapters      mask-and-denoise training
+    recovery    adapters      prompts stay clean, what the model could do before comes back; or everything, adapters merged
+
+The main job's two phases (`pretrain`, `sft`) are such stages. Every finished stage is saved with its log, so that a stopped run
+goes on where it was: finished stages are loaded, the one that was running resumes from its last checkpoint.
+Trade-off: a list of plain settings, no pipeline. Alternative: one run with annealing over its first steps (preset `gradual`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .attention import base_of, in_attention
+from .time_embedding import NAME as TIME_EMBEDDING
+from .trainers.sft import DiffusionSFTTrainer
+from .trainers.sft_config import DiffusionSFTConfig
+
+TRAINS = ("attention", "adapters", "everything")
+LOG = "stage.json"  # written last: a folder that has it is a finished stage
+
+
+@dataclass
+class Stage:
+    """One stage: its name, what it trains ("attention", "adapters" or "everything"), and its training settings."""
+
+    name: str
+    trains: str
+    arguments: DiffusionSFTConfig
+
+
+def select_parameters(model: torch.nn.Module, trains: str, adapters: set[str]) -> None:
+    """Sets which parameters train.
+
+    Args:
+        trains: "attention": of the adapters those in attention modules, with the mask token's row and the time embedding.
+            "adapters": all of them. Without adapters: the attention weights; all but embeddings and head. "everything": all.
+        adapters: names of the parameters that PEFT trains; empty for a model without adapters.
+
+    Raises:
+        ValueError: no parameter is left.
+    """
+    heads = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
+    outer = {id(parameter) for module in heads if module is not None for parameter in module.parameters()}
+    trained = 0
+    for name, parameter in model.named_parameters():
+        attends = in_attention(name) or TIME_EMBEDDING in name
+        if adapters:
+            chosen = name in adapters and (trains == "adapters" or attends or "lora_" not in name)
+        elif trains == "everything":
+            chosen = parameter.is_floating_point()
+        else:
+            chosen = attends if trains == "attention" else id(parameter) not in outer
+        parameter.requires_grad_(chosen)
+        trained += chosen
+    if not trained:
+        raise ValueError(f"`stages.trains`: {trains!r} leaves nothing to train in {type(base_of(model)).__name__}.")
+
+
+def run_stages(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    stages: list[Stage],
+    train: Dataset,
+    test: Dataset,
+    output: Path,
+    peft_config: PeftConfig | None = None,
+    callbacks: Callable[[str], list[Any]] = lambda stage: [],
+    load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
+    started: Callable[[], None] = lambda: None,
+) -> dict[str, list[dict]]:
+    """Trains stage after stage; the last one is saved as `<output>/sft_model`, the others as `<output>/<name>_model`.
+
+    Args:
+        model: a converted model, bare or under PEFT.
+        peft_config: adapters for the first stage to make.
+        callbacks: name of a stage -> callbacks of its trainer.
+        load: loads a saved stage; given, a stopped run is resumed.
+        started: called when everything that can be checked has been, before the first step.
+
+    Returns:
+        The log history of every stage.
+    """
+    folders = {stage.name: output / f"{stage.name}_model" for stage in stages} | {stages[-1].name: output / "sft_model"}
+    finished = 0
+    while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():
+        finished += 1
+    histories = {stage.name: json.loads((folders[stage.name] / LOG).read_text()) for stage in stages[:finished]}
+    if finished == len(stages):
+        return histories
+    if finished and load is not None:
+        (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
+
+    def build(stage: Stage, model: torch.nn.Module, peft_config: PeftConfig | None) -> DiffusionSFTTrainer:
+        trainer = DiffusionSFTTrainer(
+            model,
+            stage.arguments,
+            train_dataset=train,
+            eval_dataset=test,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks(stage.name),
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    # Trainers are built before the first one runs, so that data that a later stage refuses stops the job at once. Where adapters
+    # are merged on the way that is not possible.
+    trainers: dict[str, DiffusionSFTTrainer] = {}
+    for stage in stages[finished:]:
+        if stage.trains == "everything" and (isinstance(model, PeftModel) or peft_config is not None):
+            break
+        trainers[stage.name] = build(stage, model, peft_config)
+        model, peft_config = trainers[stage.name].model, None
+    adapters = _trainable(model)
+    started()
+    for stage in stages[finished:]:
+        if stage.trains == "everything":
+            model, adapters = _merged(model), set()
+        trainer = trainers.get(stage.name) or build(stage, model, peft_config)
+        model, peft_config = trainer.model, None
+        select_parameters(model, stage.trains, adapters)
+        trainer.train(resume_from_checkpoint=_checkpoint(stage) if load is not None else None)
+        trainer.evaluate()
+        folder = folders[stage.name]
+        trainer.save_model(str(folder))
+        (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
+        histories[stage.name] = trainer.state.log_history
+    return histories
+
+
+def _trainable(model: torch.nn.Module) -> set[str]:
+    """Names of what PEFT trains, nothing for a bare model."""
+    if not isinstance(model, PeftModel):
+        return set()
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _merged(model: torch.nn.Module) -> torch.nn.Module:
+    """The adapters in the weights, so that everything can train."""
+    if getattr(base_of(model), "is_quantized", False):
+        raise ValueError(
+            "`stages.trains`: 'everything' cannot train a quantised base; set `use_qlora` to false, or train adapters."
+        )
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+def _checkpoint(stage: Stage) -> str | None:
+    folder = Path(stage.arguments.output_dir)
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
