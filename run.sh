@@ -19,7 +19,7 @@ test)
     .venv/bin/lint-imports
     exec .venv/bin/python -m pytest -q "$@"
     ;;
-chat | generate | -*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
+chat | generate | convert | analyze | -*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
 *)
     preset="${1:-tiny}"
     [ $# -gt 0 ] && shift

@@ -21,15 +21,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": str(2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**20),
     "OMP_NUM_THREADS": "1",
 }
 QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
@@ -241,7 +240,7 @@ def measure(name: str, device: str) -> dict[str, float]:
 
     case = CASES[device][name]
     shape, kind, *_ = case
-    small = {"num_hidden_layers": 2} | ({"hidden_size": 64} if shape != "gpt2" else {"n_embd": 48})
+    small = {"num_hidden_layers": 2, "vocab_size": 1024}
     train(build_model(config_of(shape, **small), kind, device), (shape, kind, 4, 16, *case[4:]), device)
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -262,11 +261,11 @@ def measure(name: str, device: str) -> dict[str, float]:
 
 def run_case(name: str, device: str) -> dict[str, Any]:
     """Measures a case in a fresh process and estimates it in this one."""
-    from llm_diffusion.analysis import TrainingSetup, training_memory
+    from llm_diffusion.analysis import ModelMemory, TrainingSetup
 
     shape, kind, rows, length, attention, checkpointing = CASES[device][name]
     setup = TrainingSetup(kind, rows, length, 16, attention, checkpointing)
-    estimate = asdict(training_memory(config_of(shape), setup, device))
+    estimate = ModelMemory(config_of(shape)).training(setup, device)
     environment = {**os.environ, **QUIET, **(ALLOCATOR if device == "cpu" else {})}
     command = [sys.executable, __file__, "--device", device, "--measure", name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

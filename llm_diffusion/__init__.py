@@ -16,7 +16,7 @@ from typing import Any
 _PUBLIC = {
     "load_diffusion_model": "modeling",
     "convert_to_diffusion": "modeling",
-    "probe_attention": "attention",
+    "probe_attention": "probing",
     "patch_causal_attention": "attention",
     "DiffusionSFTConfig": "trainers.sft_config",
     "DiffusionSFTTrainer": "trainers.sft",

@@ -1,34 +1,34 @@
 """What a model is made of, what it needs in memory, and which cards train it: `llm-diffusion analyze`.
 
-Everything comes from the config; weights are never loaded. To be counted, the model is built on the meta device. For training,
-one micro-batch as `DiffusionSFTTrainer` runs it is run forward and backward on fake tensors (shapes without data) at two small
-depths, every storage that comes and goes is counted, and the depth is extrapolated, because layers are alike.
-Trade-off: seconds instead of a formula's microseconds, and architectures whose forward looks at its data cannot be traced.
-Alternative: a formula of saved tensors per layer. It has to be counted anew for every architecture and misses what the hosts
-add: PEFT copies the vocabulary matrix to train the mask token's row, autocast keeps 16-bit copies of fp32 weights, QLoRA runs its
-residual stream in fp32.
+Everything comes from the config; weights are never loaded. To be counted, the model is built on the meta device. For training, a
+micro-batch as `DiffusionSFTTrainer` runs it goes forward and backward on fake tensors (shapes without data) through one layer and
+through two; storages are counted as they come and go, and depth is extrapolated, because layers are alike.
+Trade-off: seconds instead of a formula's microseconds, and no figure for remote code that looks at its data.
+Alternative: a formula of saved tensors per layer. It must be counted anew for every architecture and misses what the hosts add:
+PEFT copies the vocabulary matrix to train the mask token's row, autocast keeps 16-bit copies of fp32 weights, QLoRA's residual
+stream is fp32.
 """
 
 from __future__ import annotations
 
 import copy
-import types
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
+from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from .attention import base_of
@@ -38,25 +38,27 @@ from .tiny import TINY_MODEL_PATH
 
 GIB = 2**30
 KINDS = ("lora", "qlora", "full")
-ATTENTIONS = ("bidirectional", "block")
-PAGED = "paged_adamw_8bit"
-CARDS = {"RTX 4080": 16, "RTX A4500": 20, "RTX 3090/4090": 24, "RTX A6000": 48, "A100/H100": 80}
-CUDA_CONTEXT_GIB = 1.0  # driver, kernels and cuBLAS workspaces
+CARDS = {"RTX 4080": 16, "RTX A4500": 20, "RTX 3090/4090": 24, "RTX A6000": 48, "A100/H100": 80}  # GiB
+CUDA_CONTEXT_GIB = 1.0  # driver, kernels, cuBLAS workspaces
 FRAGMENTATION = 1.05  # what the caching allocator cannot reuse
-# NF4 in blocks of 64 with 8-bit scales, and these in blocks of 256 with fp32 scales.
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-SHORTER = (512, 256)
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # blocks of 64 with 8-bit scales; 256 of these share an fp32 one
+PAGED = "paged_adamw_8bit"
+SHORTER_LENGTHS = (512, 256)
+ASSUMPTIONS = (
+    "lora: bf16 base, fp32 adapters on all linear layers; qlora: NF4 linear layers, all else fp32, bf16 adapters; full: fp32 "
+    "weights, gradients and moments under bf16 autocast; every token masked, gradients accumulated"
+)
 _ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}
-_MLP_NAMES = {"mlp", "ffn", "feed_forward", "feedforward", "moe", "block_sparse_moe", "experts", "fc1", "fc2"}
-_LORA_DROPOUT = 0.05  # default of the main job: its masks are kept for backward
-_TILE = (4096, 32768)  # rows and columns of logits that TRL's streaming head holds
-# Autocast computes these in fp32 on CUDA and in 16 bits, or as they come, on a CPU.
+_MLP_NAMES = {"mlp", "ffn", "feed_forward", "moe", "block_sparse_moe", "experts", "fc1", "fc2"}
+_LORA_DROPOUT = 0.05  # the main job's default: its masks wait for backward
+_TILE = (4096, 32768)  # the piece of the logits that TRL's head holds on CUDA
+# Autocast runs these in fp32 on CUDA, not on a CPU, where the trace runs.
 _FP32_ON_CUDA = {"layer_norm", "pow", "__pow__", "rsqrt", "softmax", "log_softmax", "cumsum", "exp", "softplus"}
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """A training run: kind "lora", "qlora" (NF4) or "full"; rows and tokens of a micro-batch; and how memory is saved."""
+    """A way to train: kind "lora", "qlora" (NF4) or "full"; rows of a micro-batch and tokens of a row."""
 
     kind: str = "lora"
     batch_size: int = 16
@@ -69,60 +71,32 @@ class TrainingSetup:
 
 
 @dataclass
-class TrainingMemory:
-    """GiB at the peak of an optimiser step, gradients of earlier micro-batches present (accumulation).
-
-    `logits` is all that has the size of the vocabulary: logits, copies of the vocabulary matrix and gradients of it; with every
-    maskable token masked, the worst case. `masks` are attention masks. `total` has no reserve.
-    """
-
-    kind: str
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-    masks: float
-    total: float
-
-
-@dataclass
 class CardFit:
-    """Whether one kind of training fits a card; if not, the first changes that make it fit, empty when none does.
-
-    `total` and `total_changed` are GiB with the reserve for context and fragmentation.
-    """
+    """Whether a kind of training fits a card, in GiB with the reserve; if not, the first changes that make it fit, if any."""
 
     card: str
     gib: int
     kind: str
-    fits: bool
     total: float
+    fits: bool
     changes: list[str] = field(default_factory=list)
     total_changed: float | None = None
 
 
 @dataclass
 class Analysis:
-    """What `analyze` found. Counts are numbers of parameters, memory is in GiB."""
+    """What `analyze` found: facts of the model, parameters by part, GiB of weights and of inference by type of weight.
+
+    `training`: by kind, the GiB of `ModelMemory.training`; empty, as `cards`, where there is no estimate (`notes` says why).
+    """
 
     name: str
-    architecture: str
-    layers: int
-    heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    hidden_size: int
-    vocabulary: int
-    context_length: int | None
-    sliding_window: int | None
-    softmax_attention: bool
+    model: dict[str, Any]
     parameters: dict[str, int]
     weights: dict[str, float]
-    kv_cache: float
     inference: dict[str, float]
     setup: dict[str, Any]
-    training: list[TrainingMemory] = field(default_factory=list)
+    training: dict[str, dict[str, float]] = field(default_factory=dict)
     cards: list[CardFit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -137,69 +111,203 @@ def analyze(
     gradient_checkpointing: bool = True,
     trust_remote_code: bool = False,
 ) -> Analysis:
-    """Counts a causal language model and estimates what it needs on CUDA, from its config alone.
+    """Counts a causal language model and estimates, from its config alone, what it needs on CUDA.
 
     Args:
-        name_or_path: hub name, folder (a saved adapter's too), "tiny", or a config.
-        batch_size, length: rows and tokens a row of a micro-batch; `length` is also the KV cache's.
-        lora_rank: rank on every linear layer, for LoRA and QLoRA.
-        attention: "bidirectional", or "block", which runs noisy and clean halves of 2 x `length` tokens.
-        gradient_checkpointing: as TRL does by default.
+        name_or_path: hub name, folder of a model or adapter, "tiny", or a config.
+        batch_size, length: rows of a micro-batch and tokens of a row; inference caches one row of `length` tokens.
+        attention: "bidirectional", or "block": noisy and clean halves, 2 x `length` tokens.
 
     Raises:
         ValueError: not a decoder-only causal model, or a setting out of range.
-        OSError: no such model.
+        OSError: there is no such model.
     """
     setup = TrainingSetup("lora", batch_size, length, lora_rank, attention, gradient_checkpointing)
-    for key in ("batch_size", "length", "lora_rank"):
-        if getattr(setup, key) < (least := 2 if key == "length" else 1):
+    for key, least in (("batch_size", 1), ("length", 2), ("lora_rank", 1)):
+        if getattr(setup, key) < least:
             raise ValueError(f"`{key}` must be at least {least}, got {getattr(setup, key)}.")
-    if attention not in ATTENTIONS:
-        raise ValueError(f"`attention` must be one of {ATTENTIONS}, got {attention!r}.")
-    config = load_config(name_or_path, trust_remote_code)
-    subject = _Subject(config, trust_remote_code)
-    analysis = _describe(subject, name_or_path if isinstance(name_or_path, str) else config.model_type, setup)
-    try:
-        analysis.training = [subject.memory(replace(setup, kind=kind)) for kind in KINDS]
-    except Exception as error:  # remote code may fail in any way on tensors without data; the counts above still hold
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        analysis.notes.append(f"training memory unknown: {analysis.architecture} cannot run without data ({reason})")
+    if attention not in ("bidirectional", "block"):
+        raise ValueError(f"`attention` must be 'bidirectional' or 'block', got {attention!r}.")
+    memory = ModelMemory(load_config(name_or_path, trust_remote_code), trust_remote_code)
+    analysis = _describe(memory, setup)
+    if isinstance(name_or_path, str):
+        analysis.name = name_or_path
+    if not analysis.model["softmax_attention"]:
         return analysis
-    analysis.cards = [_fit(subject, card, replace(setup, kind=kind)) for kind in KINDS for card in CARDS]
+    try:
+        analysis.training = {kind: memory.training(replace(setup, kind=kind)) for kind in KINDS}
+    except Exception as error:  # remote code may fail in any way on tensors without data; the counts hold all the same
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        analysis.notes.append(f"no estimate of training: the forward does not run without data ({reason})")
+        return analysis
+    analysis.cards = [_fit(memory, card, replace(setup, kind=kind)) for kind in KINDS for card in CARDS]
     return analysis
 
 
-def training_memory(config: PreTrainedConfig, setup: TrainingSetup, device: str = "cuda") -> TrainingMemory:
-    """GiB of one training setup: on "cuda" under bf16 autocast with TRL's streaming head, on "cpu" in fp32 with full logits."""
-    return _Subject(config).memory(setup, device)
-
-
 def load_config(name_or_path: str | PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a decoder-only causal model; ValueError for any other kind, OSError where there is none."""
+    """The config of a decoder-only causal model. ValueError: it is of another kind. OSError: there is none."""
     config = name_or_path
     if not isinstance(config, PreTrainedConfig):
         path = Path(TINY_MODEL_PATH if name_or_path == "tiny" else name_or_path).expanduser()
         if (path / "adapter_config.json").exists():
             return load_config(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, trust_remote_code)
-        source = str(path) if path.exists() else name_or_path
         try:
+            source = str(path) if path.exists() else name_or_path
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OSError(f"`model`: {name_or_path!r} has no readable config: {reason}") from error
-    wanted = "give a decoder-only causal LM, for example Qwen3, Llama or GPT-2"
-    if config.is_encoder_decoder:
-        raise ValueError(f"`model`: {config.model_type!r} is an encoder-decoder; {wanted}.")
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        raise ValueError(f"`model`: {config.model_type!r} is an encoder, bidirectional already; {wanted}.")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
-        raise ValueError(f"`model`: {config.model_type!r} has no causal language model; {wanted}.")
+    found = None
+    if config.is_encoder_decoder:
+        found = "is an encoder-decoder"
+    elif type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        found = "is an encoder"
+    elif type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        found = "has no causal language model"
+    if found:
+        advice = "give a decoder-only causal LM, for example Qwen3, Llama or GPT-2"
+        raise ValueError(f"`model`: {config.model_type!r} {found}; {advice}.")
     return config
 
 
-class _Subject:
-    """One model under analysis: its config, its exact counts, and the traces made of it so far."""
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters by part; a head tied to the embedding is counted once, as embedding."""
+    head = model.get_output_embeddings()
+    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+    counts = dict.fromkeys(("embeddings", "attention", "mlp", "other", "head"), 0)
+    for name, parameter in model.named_parameters():
+        words = [word for word in name.split(".") if word in _ATTENTION_NAMES | _MLP_NAMES]
+        part = "other" if not words else "attention" if words[0] in _ATTENTION_NAMES else "mlp"
+        part = "embeddings" if id(parameter) in tables else "head" if id(parameter) in heads else part
+        counts[part] += parameter.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
+    text, total = memory.text, memory.parameters["total"]
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        kv_heads = 1  # Falcon-7B
+    window = getattr(text, "sliding_window", None)
+    if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
+        window = None
+    paths = [name.split(".") for name, _ in memory.model.named_modules()]
+    attending = [p for p in paths if p[-1] in _ATTENTION_NAMES and not _ATTENTION_NAMES & {*p[:-1]}]
+    softmax = heads is not None and len(attending) == memory.layers
+    linear = sum(shape.numel() for shape in memory.linear)
+    sizes = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2), "nf4": (NF4_BITS / 8, 2)}  # of linear layers, of all else
+    weights = {k: (linear * a + (total - linear) * b) / GIB for k, (a, b) in sizes.items()}
+    cache = 2 * 2 * memory.layers * kv_heads * head_dim * setup.length / GIB if softmax else 0.0
+    facts = {
+        "architecture": type(memory.model).__name__,
+        "layers": memory.layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_size": text.hidden_size,
+        "vocabulary": text.vocab_size,
+        "context_length": getattr(text, "max_position_embeddings", None),
+        "sliding_window": window,
+        "softmax_attention": softmax,
+    }
+    shown = {k: v for k, v in asdict(setup).items() if k not in ("kind", "optimizer", "cards")}
+    inference = {"kv_cache": cache, **{kind: weights[kind] + cache for kind in ("bf16", "int8", "nf4")}}
+    notes = [f"sliding window of {window} tokens: conversion refuses it"] if window else []
+    notes += [] if softmax else ["not every layer is softmax attention: conversion refuses it"]
+    return Analysis(memory.config.model_type, facts, memory.parameters, weights, inference, shown, notes=notes)
+
+
+def _fit(memory: ModelMemory, card: str, setup: TrainingSetup) -> CardFit:
+    def needed(tried: TrainingSetup) -> float:
+        return memory.training(tried)["total"] * FRAGMENTATION + CUDA_CONTEXT_GIB
+
+    fit = CardFit(card, CARDS[card], setup.kind, needed(setup), needed(setup) <= CARDS[card])
+    for changes, tried in [] if fit.fits else _changes(setup):
+        # No trace where weights alone are too much.
+        if sum(memory.fixed(tried).values()) / tried.cards / GIB < fit.gib and needed(tried) <= fit.gib:
+            fit.changes, fit.total_changed = changes, needed(tried)
+            break
+    return fit
+
+
+def _changes(setup: TrainingSetup) -> Iterator[tuple[list[str], TrainingSetup]]:
+    """What to try, in order: checkpointing, a smaller batch, shorter rows; then the same with QLoRA, with an 8-bit paged
+    optimiser too, and on two cards too."""
+    ways = [([], setup)]
+    if setup.kind == "lora":
+        ways.append((["use_qlora: true"], replace(setup, kind="qlora")))
+    ways.append(([*ways[-1][0], f"optim: {PAGED}"], replace(ways[-1][1], optimizer=PAGED)))
+    ways.append(([*ways[-1][0], "two such cards by device_map"], replace(ways[-1][1], cards=2)))
+    for told, tried in ways:
+        yield told, tried
+        if not setup.gradient_checkpointing:
+            told, tried = [*told, "gradient_checkpointing: true"], replace(tried, gradient_checkpointing=True)
+            yield told, tried
+        rows, fewer = setup.batch_size, told
+        while rows > 1:
+            rows //= 2
+            fewer = [*told, f"batch_size: {rows} and {-(-setup.batch_size // rows)} x accumulation"]
+            yield fewer, replace(tried, batch_size=rows)
+        for length in (length for length in SHORTER_LENGTHS if length < setup.length):
+            yield [*fewer, f"max_length: {length}"], replace(tried, batch_size=1, length=length)
+
+
+def analysis_tables(analysis: Analysis) -> list[Table]:
+    """Tables of the model, parameters, weights and, where there are figures, of training by kind and of the cards."""
+    shown = {
+        k: "-" if v is None else ("no", "yes")[v] if isinstance(v, bool) else str(v) for k, v in analysis.model.items()
+    }
+    facts = [(key.replace("_", " "), value) for key, value in shown.items()]
+    counts = [(k, f"{n:,}", f"{100 * n / analysis.parameters['total']:.1f}") for k, n in analysis.parameters.items()]
+    running = {k: f"{v:.2f}" for k, v in analysis.inference.items()}
+    weights = [(k, f"{v:.2f}", running.get(k, "-")) for k, v in analysis.weights.items()]
+    cache = f"with KV cache of {analysis.setup['length']:,} tokens"
+    tables = [
+        _table("Model", ["name", analysis.name], facts, "\n".join(analysis.notes)),
+        _table("Parameters", ["part", "count", "%"], counts),
+        _table("Weights, GiB", ["type", "alone", cache], weights),
+    ]
+    if not analysis.cards:
+        return tables
+    setup = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in analysis.setup.items())
+    parts = [(kind, *(f"{size:.2f}" for size in analysis.training[kind].values())) for kind in KINDS]
+    tables.append(
+        _table("Training on CUDA, GiB", ["kind", *analysis.training["lora"]], parts, f"{setup}\n{ASSUMPTIONS}")
+    )
+    verdicts = {(fit.card, fit.kind): _verdict(fit) for fit in analysis.cards}
+    cards = [(f"{card}, {gib}", *(verdicts[card, kind] for kind in KINDS)) for card, gib in CARDS.items()]
+    reserve = (
+        f"with {CUDA_CONTEXT_GIB:g} GiB for the CUDA context and {100 * FRAGMENTATION - 100:.0f} % for fragmentation"
+    )
+    return [*tables, _table("Cards, GiB", ["card", *KINDS], cards, reserve)]
+
+
+def _verdict(fit: CardFit) -> str:
+    if fit.total_changed is None:
+        return f"{fit.total:.1f} {'fits' if fit.fits else 'does not fit'}"
+    return "\n".join([f"{fit.total:.1f} does not fit; {fit.total_changed:.1f} with", *fit.changes])
+
+
+def _table(title: str, columns: list[str], rows: list[tuple[str, ...]], caption: str = "") -> Table:
+    table = Table(
+        title=title,
+        caption=caption,
+        caption_justify="left",
+        show_lines=any("\n" in cell for row in rows for cell in row),
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and not table.show_lines else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+class ModelMemory:
+    """Memory that training a model takes. Holds the exact counts of the whole model, and what was traced so far."""
 
     def __init__(self, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
         self.config, self.trust_remote_code = config, trust_remote_code
@@ -207,174 +315,129 @@ class _Subject:
         self.layers = self.text.num_hidden_layers
         self.model = self.build(self.layers)
         self.parameters = count_parameters(self.model)
-        self.quantizable = sum(m.weight.numel() for m in _linear_layers(self.model))
-        self._traces: dict[tuple[TrainingSetup, str], tuple[dict[str, float], float]] = {}
+        self.linear = [layer.weight.shape for layer in _linear_layers(self.model)]
+        self.experts = [parameter.shape for parameter in self.model.parameters() if parameter.dim() == 3]
+        self._peaks: dict[tuple[TrainingSetup, str], dict[str, float]] = {}
 
     def build(self, layers: int, dtype: torch.dtype = torch.float32, causal: bool = True) -> PreTrainedModel:
         """The model with its first `layers` layers, on the meta device."""
         config = copy.deepcopy(self.config)
         text = config.get_text_config()
-        for name, value in vars(text).items():
-            if isinstance(value, list) and len(value) == self.layers:  # one entry a layer, `layer_types` for one
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == self.layers:  # one entry a layer, as in `layer_types`
                 setattr(text, name, value[:layers])
         text.num_hidden_layers = layers
         config.is_causal = text.is_causal = causal
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=self.trust_remote_code)
 
-    def memory(self, setup: TrainingSetup, device: str = "cuda") -> TrainingMemory:
-        """Peak of an optimiser step; two cards share all but what stands at the head evenly."""
-        weights, gradients, optimizer = (
-            self.fixed(setup, device)[key] for key in ("weights", "gradients", "optimizer")
-        )
-        peak, _ = self.trace(setup, device)
-        shared = setup.cards
-        sizes = {
-            "weights": weights / shared,
-            "gradients": gradients / shared,
-            "optimizer": optimizer / shared,
-            "activations": peak["activations"] / shared,
-            "logits": peak["logits"],
-            "masks": peak["masks"],
-        }
-        return TrainingMemory(
-            setup.kind, **{name: size / GIB for name, size in sizes.items()}, total=sum(sizes.values()) / GIB
-        )
+    def training(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
+        """GiB on one card at the peak of an optimiser step, gradients of earlier micro-batches there, and their `total`.
+
+        `logits` is all that is as wide as the vocabulary: logits, every maskable token masked (the worst case), copies and
+        gradients of the vocabulary matrix. `masks` are attention masks. Two cards share evenly all but these.
+
+        Args:
+            device: "cuda", under bf16 autocast with TRL's streaming head, or "cpu", in fp32 with whole logits.
+        """
+        sizes = {**self.fixed(setup, device), **self.peak(replace(setup, optimizer="adamw", cards=1), device)}
+        sizes = {k: v / GIB / (1 if k in ("logits", "masks") else setup.cards) for k, v in sizes.items()}
+        return {**sizes, "total": sum(sizes.values())}
 
     def fixed(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
-        """Bytes of weights, gradients and AdamW's two moments.
+        """Bytes of weights, gradients and AdamW's two moments on all cards.
 
-        Full: fp32 weights, as bf16 autocast wants them, 4 + 4 + 8 bytes a parameter. LoRA: 16-bit weights on CUDA, fp32 adapters.
-        QLoRA: NF4 linear layers, all else in fp32 (`prepare_model_for_kbit_training`), bf16 adapters and moments (TRL).
+        Full: fp32 weights, as bf16 autocast wants them: 4 + 4 + 8 bytes a parameter. LoRA: bf16 weights on CUDA, fp32 adapters.
+        QLoRA: NF4 linear layers, all else fp32 (`prepare_model_for_kbit_training`), bf16 adapters and moments (TRL).
         """
-        total, embeddings = self.parameters["total"], self.parameters["embeddings"]
+        total, linear = self.parameters["total"], sum(shape.numel() for shape in self.linear)
+        adapters = sum(map(sum, self.linear)) + sum(n * (i + o) for n, i, o in self.experts)
+        trained, size, wide, frozen = setup.lora_rank * adapters + self.text.hidden_size, 4, 0, 0.0
         if setup.kind == "full":
-            trained, size, frozen, wide = total, 4, 0.0, embeddings
+            trained, wide = total, self.parameters["embeddings"]
+        elif setup.kind == "qlora":
+            size, frozen = 2, linear * NF4_BITS / 8 + (total - linear) * 4
         else:
-            trained, wide = self.trace(setup, device)[1], 0
-            size = 2 if setup.kind == "qlora" and device == "cuda" else 4
             frozen = total * (2 if device == "cuda" else 4)
-            if setup.kind == "qlora":
-                frozen = self.quantizable * NF4_BITS / 8 + (total - self.quantizable) * 4
-        moments = 2 * size * trained
-        if setup.optimizer == PAGED:
-            moments = 2 * (trained - wide) + 8 * wide  # the host keeps embeddings' moments in fp32
+        # With 8-bit moments the host keeps those of embeddings in fp32.
+        moments = 2 * (trained - wide) + 8 * wide if setup.optimizer == PAGED else 2 * size * trained
         return {"weights": frozen + size * trained, "gradients": size * trained, "optimizer": moments}
 
-    def trace(self, setup: TrainingSetup, device: str) -> tuple[dict[str, float], float]:
-        """Bytes by part at the peak of a micro-batch, and the number of trained parameters, at full depth."""
-        setup = replace(setup, optimizer="adamw", cards=1)  # which change neither
-        if (setup, device) not in self._traces:
-            depths = (2, 3) if self.layers > 3 else (self.layers,)
-            traces = [_trace(self, setup, depth, device) for depth in depths]
-            (low, _), (high, _) = traces[0], traces[-1]
-            extra = self.layers - depths[-1]
-            segments = [
-                {part: b[part] + extra * (b[part] - a[part]) for part in b} for a, b in zip(low, high, strict=True)
-            ]
-            trained = traces[-1][1] + extra * (traces[-1][1] - traces[0][1])
-            self._traces[setup, device] = max(segments, key=lambda peak: sum(peak.values())), trained
-        return self._traces[setup, device]
+    def peak(self, setup: TrainingSetup, device: str) -> dict[str, float]:
+        """Bytes of activations, logits and masks at the peak of a micro-batch, all layers there."""
+        if (setup, device) not in self._peaks:
+            depths = (1, min(2, self.layers))
+            one, two = (_trace(self._trainable(setup, depth, device), setup, device) for depth in depths)
+            more = self.layers - 1
+            moments = [{k: a[k] + more * (b[k] - a[k]) for k in a} for a, b in zip(one, two, strict=True)]
+            peak = max(moments, key=lambda live: sum(live.values()))
+            if setup.kind == "qlora":  # one layer's weight at a time is 16 bits wide
+                peak["activations"] += 2 * max(shape.numel() for shape in self.linear)
+            self._peaks[setup, device] = peak
+        return self._peaks[setup, device]
 
-
-def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters by part; a head tied to the embedding is counted once, as embedding."""
-    head = model.get_output_embeddings()
-    heads = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    embedded = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
-    counts = dict.fromkeys(("embeddings", "attention", "mlp", "other", "head"), 0)
-    for name, parameter in model.named_parameters():
-        words = name.split(".")
-        part = next((_part_of(word) for word in words if _part_of(word)), "other")
-        part = "embeddings" if id(parameter) in embedded else "head" if id(parameter) in heads else part
-        counts[part] += parameter.numel()
-    return {**counts, "total": sum(counts.values())}
-
-
-def _part_of(word: str) -> str | None:
-    return "attention" if word in _ATTENTION_NAMES else "mlp" if word in _MLP_NAMES else None
+    def _trainable(self, setup: TrainingSetup, layers: int, device: str) -> torch.nn.Module:
+        """The model as the trainer gets it, with adapters and the types that its tensors have in training."""
+        sixteen = torch.bfloat16 if device == "cuda" else torch.float32
+        model = self.build(layers, torch.float32 if setup.kind == "full" else sixteen, setup.attention == "block")
+        if setup.kind == "full":
+            return model
+        if setup.kind == "qlora":
+            linear = _linear_layers(model)
+            for parameter in {*model.parameters()} - {layer.weight for layer in linear}:
+                parameter.data = parameter.data.float()
+            for layer in linear:
+                # bitsandbytes gives back the type it was given, here fp32; a copy of the weight is counted in `peak`.
+                layer.forward = lambda x, forward=layer.forward: forward(x).to(x.dtype)
+        lora = LoraConfig(
+            r=setup.lora_rank,
+            lora_dropout=0.0 if self.experts else _LORA_DROPOUT,  # PEFT adapts experts, but without dropout
+            target_modules="all-linear",
+            trainable_token_indices=[0],  # stands for the mask token
+            fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
+        )
+        model = get_peft_model(model, lora)
+        for parameter in model.parameters():
+            if parameter.requires_grad and setup.kind == "qlora":
+                parameter.data = parameter.data.to(sixteen)
+        return model
 
 
 def _linear_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that bitsandbytes quantises: linear ones but the head; experts in one 3-D tensor stay as they are."""
+    """What LoRA adapts and bitsandbytes quantises: linear layers but the head."""
     head = base_of(model).get_output_embeddings()
     return [m for m in model.modules() if (type(m) is torch.nn.Linear or isinstance(m, Conv1D)) and m is not head]
 
 
-def _describe(subject: _Subject, name: str, setup: TrainingSetup) -> Analysis:
-    text, total, quantizable = subject.text, subject.parameters["total"], subject.quantizable
-    heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        kv_heads = 1  # Falcon-7B
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
-    window = getattr(text, "sliding_window", None)
-    if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
-        window = None
-    names = [n.split(".") for n, _ in subject.model.named_modules()]
-    attending = {tuple(n) for n in names if n[-1] in _ATTENTION_NAMES and not _ATTENTION_NAMES & set(n[:-1])}
-    softmax = heads is not None and len(attending) == subject.layers
-    weights = {
-        "fp32": 4 * total / GIB,
-        "bf16": 2 * total / GIB,
-        "int8": (quantizable + 2 * (total - quantizable)) / GIB,
-        "nf4": (quantizable * NF4_BITS / 8 + 2 * (total - quantizable)) / GIB,
-    }
-    cache = 2 * 2 * subject.layers * kv_heads * head_dim * setup.length / GIB if softmax else 0.0
-    notes = [f"sliding window of {window}: conversion refuses it"] if window else []
-    return Analysis(
-        name=str(name),
-        architecture=type(subject.model).__name__,
-        layers=subject.layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=text.hidden_size,
-        vocabulary=text.vocab_size,
-        context_length=getattr(text, "max_position_embeddings", None),
-        sliding_window=window,
-        softmax_attention=softmax,
-        parameters=subject.parameters,
-        weights=weights,
-        kv_cache=cache,
-        inference={kind: weights[kind] + cache for kind in ("bf16", "int8", "nf4")},
-        setup={
-            k: getattr(setup, k) for k in ("batch_size", "length", "lora_rank", "attention", "gradient_checkpointing")
-        },
-        notes=notes + ([] if softmax else ["not every layer is softmax attention: conversion cannot open it"]),
-    )
-
-
 class _LiveBytes(TorchDispatchMode):
-    """Counts storages as they come and go; keeps, by part, the peak of every segment of a step.
+    """Counts storages as they come and go; `peaks` are the fullest moments, by part, of the segments of a step.
 
-    A segment ends where the backward pass reaches an embedding. Inside one, all that depends on depth grows by the same amount
-    a layer, so that every segment's peak, though not their maximum, is linear in depth.
+    A segment ends where the backward pass reaches an embedding. All moments of one segment grow by the same bytes with every
+    layer, so that its peak is linear in depth; the peak of the whole step is not.
     """
 
-    def __init__(self, known: Iterator[torch.Tensor], vocabulary: int, length: int) -> None:
+    def __init__(self, known: list[torch.Tensor], vocabulary: int, length: int) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._wide, self._length = {vocabulary, _TILE[1]}, length
+        self._wide, self._square = {vocabulary, _TILE[1]}, (length, length)
         self._live = {"activations": 0, "logits": 0, "masks": 0}
         self.peaks = [dict(self._live)]
 
-    def cut(self, *_: Any) -> None:
+    def cut(self, _: torch.Tensor) -> None:
         self.peaks.append(dict(self._live))
 
     def __torch_dispatch__(self, func: Any, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                self._add(tensor)
+                self._add(tensor.untyped_storage(), tensor.shape)
         if sum(self._live.values()) > sum(self.peaks[-1].values()):
             self.peaks[-1] = dict(self._live)
         return output
 
-    def _add(self, tensor: torch.Tensor) -> None:
-        storage, shape = tensor.untyped_storage(), tensor.shape
-        square = shape[-2:] == (self._length, self._length) and (len(shape) == 3 or shape[1:2] == (1,))
-        part = "logits" if self._wide & set(shape) else "masks" if square else "activations"
+    def _add(self, storage: torch.UntypedStorage, shape: torch.Size) -> None:
+        mask = shape[-2:] == self._square and (len(shape) == 3 or shape[1:2] == (1,))
+        part = "logits" if self._wide & {*shape} else "masks" if mask else "activations"
         self._known.add(storage._cdata)
         self._live[part] += storage.nbytes()
         weakref.finalize(storage, self._free, storage._cdata, part, storage.nbytes())
@@ -385,16 +448,13 @@ class _LiveBytes(TorchDispatchMode):
 
 
 class _CudaRules(TorchFunctionMode):
-    """Lets a trace on CPU tensors keep what CUDA keeps: dropout's one-byte masks, fused attention's none, autocast's fp32."""
+    """Lets CPU tensors keep for backward what CUDA keeps: one-byte dropout masks, none in attention, autocast's fp32."""
 
     def __torch_function__(self, func: Any, _: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.dropout:
-            p, training = (
-                kwargs.get(k, args[i] if len(args) > i else d)
-                for i, (k, d) in ((1, ("p", 0.5)), (2, ("training", True)))
-            )
-            return torch.native_dropout(args[0], p, True)[0] if training and p else args[0]
+            kept = torch.native_dropout(args[0], kwargs["p"], True) if kwargs["training"] and kwargs["p"] else args
+            return kept[0]
         if func is F.scaled_dot_product_attention:
             kwargs["dropout_p"] = 0.0
         elif getattr(func, "__name__", "") in _FP32_ON_CUDA:
@@ -402,133 +462,74 @@ class _CudaRules(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Dequantised(torch.autograd.Function):
-    """bitsandbytes' product: a 16-bit copy of the weight lives as long as the product does, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        copied = weight.clone()
-        return x @ (copied.t() if copied.shape[-1] == x.shape[-1] else copied)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        copied = ctx.saved_tensors[0].to(gradient.dtype, copy=True)
-        return gradient @ (copied if copied.shape[0] == gradient.shape[-1] else copied.t()), None
-
-
-def _quantised_forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    output = _Dequantised.apply(x.to(self.weight.dtype), self.weight)
-    return (output if self.bias is None else output + self.bias.to(output.dtype)).to(x.dtype)
-
-
 class _StreamingHead(torch.autograd.Function):
-    """What TRL's head on CUDA allocates: one tile of logits, and fp32 gradients of hidden states and, if trained, the matrix."""
+    """What TRL's head allocates on CUDA: a tile of logits, and fp32 gradients of hidden states and, if it trains, the matrix."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight)
-        ctx.tile = min(len(hidden), _TILE[0]), _TILE[1]
-        hidden.new_empty(ctx.tile, dtype=torch.bfloat16)
+        hidden.new_empty(min(len(hidden), _TILE[0]), _TILE[1], dtype=torch.bfloat16)
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tile = gradient.new_empty(ctx.tile, dtype=torch.bfloat16)
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
-        gradients = [torch.zeros_like(x, dtype=torch.float32) if needed else None for x, needed in wanted]
-        del tile
-        return tuple(None if g is None else g.to(x.dtype) for g, x in zip(gradients, ctx.saved_tensors, strict=True))
+        pairs = list(zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True))
+        wide = [torch.zeros_like(x, dtype=torch.float32) if needed else None for x, needed in pairs]
+        gradient.new_empty(min(len(gradient), _TILE[0]), _TILE[1], dtype=torch.bfloat16)
+        return tuple(None if g is None else g.to(x.dtype) for g, (x, _) in zip(wide, pairs, strict=True))
 
 
-def _trace(subject: _Subject, setup: TrainingSetup, layers: int, device: str) -> tuple[list[dict[str, int]], int]:
-    """Peaks of the segments of a micro-batch in bytes by part, and the number of trained parameters."""
-    model = subject.build(
-        layers,
-        torch.bfloat16 if device == "cuda" and setup.kind != "full" else torch.float32,
-        causal=setup.attention == "block",
-    )
-    if setup.kind == "qlora":
-        for layer in _linear_layers(model):
-            layer.forward = types.MethodType(_quantised_forward, layer)
-    if setup.kind != "full":
-        experts = any(
-            parameter.dim() == 3 for parameter in model.parameters()
-        )  # PEFT adapts these without dropout alone
-        lora = LoraConfig(
-            r=setup.lora_rank,
-            lora_dropout=0.0 if experts else _LORA_DROPOUT,
-            target_modules="all-linear",
-            trainable_token_indices=[0],  # stands for the mask token
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(model, lora)
+def _trace(model: torch.nn.Module, setup: TrainingSetup, device: str) -> list[dict[str, int]]:
+    """Peaks of the segments of a micro-batch, in bytes by part. `model` is on the meta device."""
+    base, fakes = base_of(model), {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _materialise(model, setup, device)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, old in ((name, old) for name, old in tensors.items() if old is not None):
+                    if old not in fakes:  # tied tensors stay one
+                        fakes[old] = torch.empty_like(old, device="cpu").requires_grad_(old.requires_grad)
+                    tensors[name] = fakes[old]
+        for tensor in (tensor for tensor in fakes.values() if tensor.requires_grad):
+            tensor.grad = torch.zeros_like(tensor)
+        known = [*fakes.values(), *(tensor.grad for tensor in fakes.values() if tensor.grad is not None)]
         length = setup.length * (2 if setup.attention == "block" else 1)
-        live = _LiveBytes(known, subject.text.vocab_size, length)
-        base_of(model).get_input_embeddings().register_forward_hook(
-            lambda _, __, output: output.register_hook(live.cut) and None
-        )
+        live = _LiveBytes(known, base.config.get_text_config().vocab_size, length)
+        base.get_input_embeddings().register_forward_hook(lambda *call: call[-1].register_hook(live.cut) and None)
         with live:
             _micro_batch(model, setup, device)
-    return live.peaks, sum(parameter.numel() for parameter in trained)
-
-
-def _materialise(model: torch.nn.Module, setup: TrainingSetup, device: str) -> None:
-    """Turns meta parameters and buffers, shared ones once, into fake CPU ones of the types that training gives them."""
-    kept: dict[torch.Tensor, torch.Tensor] = {}
-    quantised = {id(layer.weight) for layer in _linear_layers(model)}
-    for module in model.modules():
-        for group in (module._parameters, module._buffers):
-            for name, old in group.items():
-                if old is None:
-                    continue
-                if old not in kept:
-                    dtype = old.dtype
-                    if setup.kind == "qlora" and device == "cuda" and old.is_floating_point():
-                        dtype = torch.bfloat16 if old.requires_grad or id(old) in quantised else torch.float32
-                    new = torch.empty_like(old, dtype=dtype, device="cpu")
-                    kept[old] = torch.nn.Parameter(new, old.requires_grad) if group is module._parameters else new
-                group[name] = kept[old]
+    return live.peaks
 
 
 def _micro_batch(model: torch.nn.Module, setup: TrainingSetup, device: str) -> None:
-    """Forward and backward as `DiffusionSFTTrainer.compute_loss` does them, in the same two parts of a batch."""
+    """Forward and backward as `DiffusionSFTTrainer.compute_loss` does them, with the same two parts of a batch."""
     model.train()
     rules = _CudaRules if device == "cuda" else nullcontext
     if setup.gradient_checkpointing:
-        # Function modes end where backward begins: the recomputation enters its own.
+        # Function modes are off in backward: the recomputation enters its own.
         again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), rules())}
         base_of(model).activation_checkpointing_enable(again)
         if setup.kind != "full":
             base_of(model).enable_input_require_grads()
     rows = setup.batch_size
     parts = [rows] if rows < 3 else [2 * rows // 3, rows - 2 * rows // 3]
-    with rules(), torch.autocast("cpu", torch.bfloat16, enabled=device == "cuda"):
+    with rules():
         loss = sum(_part_loss(model, part, setup, device) for part in parts)
     loss.backward()
 
 
 def _part_loss(model: torch.nn.Module, rows: int, setup: TrainingSetup, device: str) -> torch.Tensor:
-    base, length = base_of(model), setup.length
-    mask = torch.ones(rows, length, dtype=torch.long)
-    ids = torch.zeros(rows, length * (2 if setup.attention == "block" else 1), dtype=torch.long)
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask if rows > 1 else None, "use_cache": False}
-    if setup.attention == "block":
+    base, block = base_of(model), setup.attention == "block"
+    mask = torch.ones(rows, setup.length, dtype=torch.long)
+    ids = torch.zeros(rows, setup.length * (2 if block else 1), dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": mask if rows > 1 else None, "use_cache": False}  # one row: no padding
+    if block:
         wide = additive(block_diffusion(mask, 4, "causal"))
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        inputs["attention_mask"] = torch.zeros_like(wide, dtype=dtype).masked_fill(wide < 0, torch.finfo(dtype).min)
-        inputs["position_ids"] = torch.zeros_like(ids)
-    scored = torch.arange(length)
-    if device == "cuda":
-        hidden = base.base_model(**inputs).last_hidden_state[:, scored]
-        return _StreamingHead.apply(hidden.flatten(0, 1), base.get_output_embeddings().weight).sum()
-    logits = model(**inputs, logits_to_keep=scored).logits.flatten(0, 1)
-    terms = token_nll(logits, torch.zeros(len(logits), dtype=torch.long))
-    logits.detach().argmax(-1)
-    return terms.sum()
+        inputs |= {"attention_mask": wide.to(base.dtype, copy=True), "position_ids": torch.zeros_like(ids)}
+    scored = torch.arange(setup.length)
+    # The host wraps the forward alone, so each part casts the weights anew.
+    with torch.autocast("cpu", torch.bfloat16, enabled=device == "cuda"):
+        if device == "cuda":
+            hidden = base.base_model(**inputs).last_hidden_state[:, scored].flatten(0, 1)
+            return _StreamingHead.apply(hidden, base.get_output_embeddings().weight).sum()
+        logits = model(**inputs, logits_to_keep=scored).logits.flatten(0, 1)
+    return token_nll(logits, torch.zeros(len(logits), dtype=torch.long)).sum()

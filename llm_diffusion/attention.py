@@ -4,7 +4,8 @@ Purpose: the one unforgivable bug of a conversion is a model that stays silently
 mechanism that works for it, and then probed: every token is perturbed, and which positions react says who attends to whom.
 
     mechanism   what is changed                                             saved with the model
-    config      `config.is_causal = False`, the modules' flag beside it     yes (the flag is not: StableLM)
+    config      `config.is_causal = False`; beside it the modules' own      yes (what is beside it is not: StableLM,
+                flag, and the triangles that they keep as buffers           Nemotron, GPT-Neo)
     mask        the forward is handed a full 4-D mask                       no
     sdpa        calls of `scaled_dot_product_attention` inside its          no
                 attention modules, for code that makes its own causal mask
@@ -17,70 +18,26 @@ which every other model in it would see.
 
 from __future__ import annotations
 
+import copy
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from .attention_masks import additive, annealed, block_causal
+from .attention_masks import annealed
+from .patching import Patch, base_of, wrap_forward
+from .probing import attention_pattern, causal_layers, probe_attention, probe_ids, recurrent_layers, sees_padding
 
-_MISSING = object()
-PROBE_LENGTH = 8
 MINIMUM_TRANSFORMERS = (5, 2)  # before that `config.is_causal` is silently ignored
 METHODS = ("config", "mask", "sdpa")
 # How configs call the reach of local attention.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
-
-
-def base_of(model: torch.nn.Module) -> PreTrainedModel:
-    """The transformers model under any number of PEFT, DDP or compile wrappers."""
-    while True:
-        if isinstance(model, PeftModel):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), torch.nn.Module) and not isinstance(model, PreTrainedModel):
-            model = model.module
-        else:
-            return model
-
-
-class AttentionPatch:
-    """What `patch_causal_attention` changed; `undo()`, or the end of a `with` block, puts it back.
-
-    `mechanism` names what worked, see the module's docstring.
-    """
-
-    mechanism: str | None = None
-
-    def __init__(self) -> None:
-        self._changes: list[tuple[Any, str, Any]] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        # A module's own attributes only: a bound `forward` hides the class's, and must be deleted to give it back.
-        module = isinstance(owner, torch.nn.Module)
-        before = vars(owner).get(name, _MISSING) if module else getattr(owner, name, _MISSING)
-        self._changes.append((owner, name, before))
-        setattr(owner, name, value)
-
-    def undo(self) -> None:
-        while self._changes:
-            owner, name, value = self._changes.pop()
-            delattr(owner, name) if value is _MISSING else setattr(owner, name, value)
-
-    def __enter__(self) -> AttentionPatch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -90,17 +47,45 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 # -- the mechanisms
 
 
-def _switch(patch: AttentionPatch, model: PreTrainedModel, is_causal: bool) -> None:
+def _switch(patch: Patch, model: PreTrainedModel, is_causal: bool) -> None:
     """The setting that transformers honours, saves and reloads."""
     for config in _configs(model):
         patch.set(config, "is_causal", is_causal)
-    for module in model.modules():
+    for name, module in model.named_modules():
         # StableLM does not hand the switch to its attention function; the module's own flag does the rest.
         if isinstance(getattr(module, "is_causal", None), bool):
             patch.set(module, "is_causal", is_causal)
+        if in_attention(name):
+            _switch_triangles(patch, module, is_causal)
 
 
-def _widen(patch: AttentionPatch, model: PreTrainedModel) -> None:
+def _switch_triangles(patch: Patch, module: torch.nn.Module, is_causal: bool) -> None:
+    """GPT-Neo and GPT keep their causal mask as a buffer; it is filled, and kept for the way back."""
+    kept = vars(module).get("causal_triangles", {})
+    if is_causal:
+        for name, triangle in kept.items():
+            patch.set(module, name, triangle)
+        return
+    triangles = {name: buffer for name, buffer in module.named_buffers(recurse=False) if _is_triangle(buffer)}
+    if triangles:
+        patch.set(module, "causal_triangles", {**kept, **triangles})
+        for name, triangle in triangles.items():
+            patch.set(module, name, torch.ones_like(triangle))
+
+
+def _is_triangle(buffer: torch.Tensor) -> bool:
+    """Whether a buffer is a square of zeros and ones with nothing above the diagonal, windowed or not."""
+    if buffer.dim() < 2 or buffer.shape[-1] != buffer.shape[-2] or buffer.shape[-1] < 2:
+        return False
+    corner = buffer[..., :64, :64]  # real ones have a row for every position
+    return bool(
+        ((corner == 0) | (corner == 1)).all()
+        and (corner.triu(1) == 0).all()
+        and (corner.diagonal(dim1=-2, dim2=-1) == 1).all()
+    )
+
+
+def _widen(patch: Patch, model: PreTrainedModel) -> None:
     """Local attention that reaches over the whole context; what it was is kept in `config.causal_windows`.
 
     The layers keep their types: some architectures choose rotary embeddings by them.
@@ -120,7 +105,7 @@ def _widen(patch: AttentionPatch, model: PreTrainedModel) -> None:
                     patch.set(module, name, reach)
 
 
-def _narrow(patch: AttentionPatch, model: PreTrainedModel) -> None:
+def _narrow(patch: Patch, model: PreTrainedModel) -> None:
     """The windows as they were before `_widen`."""
     for config in _configs(model):
         for name, value in (getattr(config, "causal_windows", None) or {}).items():
@@ -137,12 +122,24 @@ def _check_windows(model: PreTrainedModel) -> None:
     The probe is shorter than a real window, so it cannot see one. But if the setting is alive, a window of one changes the logits.
     """
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ["sliding"]
+    if any("causal_triangles" in vars(module) for module in model.modules()):
+        return  # the window was in the triangles
     if not any(getattr(config, "causal_windows", None) for config in _configs(model)) or not any(
         "full" not in layer for layer in layers
     ):
         return
-    ids = torch.arange(PROBE_LENGTH, device=model.device)[None]
-    wide, patch = model(input_ids=ids, use_cache=False).logits, AttentionPatch()
+    original = copy.deepcopy(model.config)
+    for config in (original, original.get_text_config()):
+        for name, value in (getattr(config, "causal_windows", None) or {}).items():
+            setattr(config, name, value)
+    with torch.device("meta"):
+        shapes = [
+            [p.shape for p in type(model)(config).parameters()] for config in (copy.deepcopy(model.config), original)
+        ]
+    if shapes[0] != shapes[1]:
+        raise ValueError("its weights have the shape of its sliding window")
+    ids = probe_ids(model, 8)
+    wide, patch = model(input_ids=ids, use_cache=False).logits, Patch()
     for config in _configs(model):
         for name in getattr(config, "causal_windows", None) or {}:
             patch.set(config, name, 1)
@@ -154,22 +151,7 @@ def _check_windows(model: PreTrainedModel) -> None:
         raise ValueError("its sliding window does not follow the config")
 
 
-def wrap_forward(patch: AttentionPatch, module: torch.nn.Module, function: Callable[..., Any], inner: str) -> None:
-    """Binds `function` as the module's forward; what it was before is the module's attribute `inner`.
-
-    Bound, not closed over: a deep copy of the module calls its own forward. With the old signature, which hosts read.
-    """
-    if inner in vars(module):
-        return
-    before = module.forward
-    wrapper = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-    wrapper.__kwdefaults__, wrapper.__defaults__ = function.__kwdefaults__, function.__defaults__
-    wrapper.__signature__ = inspect.signature(getattr(before, "__func__", before))  # type: ignore[attr-defined]
-    patch.set(module, inner, before)
-    patch.set(module, "forward", types.MethodType(wrapper, module))
-
-
-def lift_masks(patch: AttentionPatch, model: PreTrainedModel, causal_ratio: float = 0.0) -> None:
+def lift_masks(patch: Patch, model: PreTrainedModel, causal_ratio: float = 0.0) -> None:
     """The model's forward makes a 4-D mask of the 2-D padding mask that it is given; 4-D masks pass as they are.
 
     Args:
@@ -238,7 +220,7 @@ def symmetric(mask: torch.Tensor) -> torch.Tensor:
     return torch.where(causal, bias, mask)
 
 
-def _patch_sdpa(patch: AttentionPatch, model: PreTrainedModel) -> None:
+def _patch_sdpa(patch: Patch, model: PreTrainedModel) -> None:
     """The modules that call the kernel, found by running them, run inside `_BidirectionalSDPA` from now on."""
     for module in _callers_of_sdpa(model):
         patch.set(module, "bidirectional_sdpa", True)
@@ -286,9 +268,9 @@ def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(callers.values())
 
 
-def _try(model: PreTrainedModel, method: str) -> tuple[AttentionPatch, str]:
-    """Applies one mechanism; the patch, and what the probe says of the model then."""
-    patch = AttentionPatch()
+def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch, str]:
+    """Applies one mechanism; the patch, and what the probes say of the model then."""
+    patch = Patch()
     try:
         if method == "config":
             _switch(patch, model, is_causal=False)
@@ -301,13 +283,18 @@ def _try(model: PreTrainedModel, method: str) -> tuple[AttentionPatch, str]:
             _patch_sdpa(patch, model)
             _check_windows(model)
         found = f"attention is {probe_attention(model)!r}"
+        layers = sorted({*causal_layers(model), *causal_layers(model, left_padding=3)})
+        if layers and not recurrent_layers(model):
+            found = f"layers {layers} stay causal"
+        elif padded_well and sees_padding(model):
+            found = "real tokens see the padding"
     except Exception as error:  # an architecture may choke on a change in any way
         found = f"forward fails ({type(error).__name__}: {error})"
     patch.mechanism = method
     return patch, found
 
 
-def patch_causal_attention(model: torch.nn.Module, method: str | None = None) -> AttentionPatch:
+def patch_causal_attention(model: torch.nn.Module, method: str | None = None) -> Patch:
     """Makes `model` attend in both directions, in place and for good, and checks that it does.
 
     Safe to call twice, right under PEFT, quantisation, gradient checkpointing and `torch.compile`; two models in one process do not
@@ -327,9 +314,10 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
     check_transformers()
     model = base_of(model)
     _check_decoder(model)
-    reasons = []
+    # A recurrent layer may have seen padding all along.
+    padded_well, reasons = not recurrent_layers(model) or not sees_padding(model), []
     for mechanism in (method,) if method else METHODS:
-        patch, found = _try(model, mechanism)
+        patch, found = _try(model, mechanism, padded_well)
         if found == "attention is 'bidirectional'":
             return patch
         patch.undo()
@@ -338,6 +326,26 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
         f"`model`: {type(model).__name__} cannot be made bidirectional{_why(model)} ({'; '.join(reasons)}). Use an architecture "
         "that honours `config.is_causal`, for example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
     )
+
+
+def check_block_attention(model: torch.nn.Module, block_length: int, purpose: str = "block attention") -> None:
+    """Refuses a model that does not attend as a block-causal 4-D mask says.
+
+    Block models keep their causal config, because their clean context is causal: masks are handed to them by training and
+    decoding. Annealing and packing hand masks to bidirectional models.
+
+    Raises:
+        ValueError: the architecture ignores, changes or rejects 4-D masks.
+    """
+    name = type(base_of(model)).__name__
+    try:
+        found = probe_attention(model, block_length)
+    except Exception as error:  # rejected in as many ways as there are architectures
+        raise ValueError(f"`model`: {name} rejects 4-D attention masks, which {purpose} needs: {error}") from error
+    if found != "block":
+        raise ValueError(
+            f"`model`: {name} does not follow 4-D attention masks, which {purpose} needs: it attends {found!r}."
+        )
 
 
 def check_transformers() -> None:
@@ -380,25 +388,6 @@ def in_attention(name: str) -> bool:
     return any(part.endswith(("attn", "attention")) for part in name.split("."))
 
 
-def recurrent_layers(model: torch.nn.Module) -> list[str]:
-    """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
-    kinds = (
-        "mamba",
-        "mixer",
-        "rwkv",
-        "ssm",
-        "recurrent",
-        "deltanet",
-        "linearattention",
-        "lightning",
-        "shortconv",
-        "xlstm",
-        "mlstm",
-    )
-    names = {type(module).__name__ for module in base_of(model).modules()}
-    return sorted(name for name in names if any(kind in name.lower() for kind in kinds))
-
-
 def _why(model: PreTrainedModel) -> str:
     layers = recurrent_layers(model)
     return f": {', '.join(layers)} are recurrent, which no mask can turn around" if layers else ""
@@ -407,7 +396,7 @@ def _why(model: PreTrainedModel) -> str:
 @contextmanager
 def causal_attention(model: torch.nn.Module) -> Iterator[None]:
     """Attention as the autoregressive model had it, for decoding or scoring without gradients."""
-    model, patch = base_of(model), AttentionPatch()
+    model, patch = base_of(model), Patch()
     _switch(patch, model, is_causal=True)
     _narrow(patch, model)
     if getattr(model, "lifted_causal_ratio", None) is not None:
@@ -419,88 +408,3 @@ def causal_attention(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         patch.undo()
-
-
-@torch.no_grad()
-def attention_pattern(
-    model: torch.nn.Module, left_padding: int = 0, length: int = PROBE_LENGTH, block_length: int | None = None
-) -> torch.Tensor:
-    """Who depends on whom: (length, length) bool, [i, j] = the output at position i changes when token j changes.
-
-    One forward: row 0 is a text, row j + 1 the same text with token j replaced. With `left_padding` > 0 the text stands after
-    that many padding tokens. With `block_length` the model is handed a block-causal 4-D mask, as block decoding does.
-    """
-    base = base_of(model)
-    vocab = base.get_input_embeddings().weight.shape[0]
-    device = base.get_input_embeddings().weight.device
-    text = torch.arange(length, device=device) * 7 % (vocab // 2)
-    ids = text.repeat(length + 1, 1)
-    ids[1:].diagonal().add_(vocab // 2)
-    inputs: dict[str, torch.Tensor] = {"input_ids": ids}
-    if left_padding:
-        ids = torch.nn.functional.pad(ids, (left_padding, 0))
-        mask = torch.ones_like(ids)
-        mask[:, :left_padding] = 0
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-    if block_length:
-        mask = inputs.get("attention_mask", torch.ones_like(ids))
-        inputs["attention_mask"] = additive(block_causal(mask, block_length), base.dtype)
-    if hasattr(base, "time_embedding"):
-        inputs["timesteps"] = torch.zeros(ids.shape, device=device)  # a mask among the tokens must not look like noise
-    training = model.training
-    model.eval()  # dropout would look like dependence
-    try:
-        logits = model(**inputs, use_cache=False).logits[:, left_padding:].float()
-    finally:
-        model.train(training)
-    change = (logits[1:] - logits[:1]).abs().amax(-1)
-    # Experts of mixture models are run in groups: identical rows may differ by rounding, never by this much.
-    return (change > 1e-4 * logits.abs().max()).T
-
-
-def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> str:
-    """Finds out by perturbation, with and without padding, who attends to whom.
-
-    Args:
-        block_length: of a block model, which is handed its mask; read from `config.diffusion` when left out.
-
-    Returns:
-        "causal", "bidirectional", "block" (block-causal) or "mixed" (none of these, or different with padding).
-    """
-    record = getattr(base_of(model).config, "diffusion", None) or {}
-    block_length = block_length or record.get("block_length")  # set on block models alone
-    length = max(PROBE_LENGTH, 2 * (block_length or 0))
-    index = torch.arange(length)
-    patterns = {"causal": index[:, None] >= index[None], "bidirectional": torch.ones(length, length, dtype=torch.bool)}
-    if block_length:  # first: blocks of one are causal, and meant to be
-        patterns = {"block": index[:, None] // block_length >= index[None] // block_length, **patterns}
-    found = [attention_pattern(model, left_padding, length, block_length).cpu() for left_padding in (0, 3)]
-    for name, pattern in patterns.items():
-        if all(torch.equal(pattern, dependence) for dependence in found):
-            return name
-    return "mixed"
-
-
-def check_block_attention(model: torch.nn.Module, block_length: int, purpose: str = "block attention") -> None:
-    """Refuses a model that does not attend as a block-causal 4-D mask says.
-
-    Block models keep their causal config, because their clean context is causal: masks are handed to them by training and
-    decoding. Annealing and packing hand masks to bidirectional models.
-
-    Raises:
-        ValueError: the architecture ignores, changes or rejects 4-D masks.
-    """
-    name = type(base_of(model)).__name__
-    try:
-        found = probe_attention(model, block_length)
-    except Exception as error:  # rejected in as many ways as there are architectures
-        raise ValueError(f"`model`: {name} rejects 4-D attention masks, which {purpose} needs: {error}") from error
-    if found != "block":
-        raise ValueError(
-            f"`model`: {name} does not follow 4-D attention masks, which {purpose} needs: it attends {found!r}."
-        )
-
-
-def bind(model: torch.nn.Module, name: str, function: Any) -> None:
-    """Binds `function` as a method of this one model (a bound method follows `copy.deepcopy`, a closure would not)."""
-    setattr(model, name, types.MethodType(function, model))

@@ -24,10 +24,10 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache
 
-from .attention import base_of
 from .attention_masks import additive, block_causal
 from .denoising import ban, commit, eos_ids, finish, mask_share, output_of, record_of, row_keys, steps_per_block
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
+from .patching import base_of
 
 
 class BlockDecoder:

@@ -197,23 +197,26 @@ def build(given: dict[str, Any]) -> HyperParameters:
             check_training_key(key, name)
             nested[key] = check_training_value(key, nested[key])
     check_ranges(hp)
-    hp.stages = check_stages(hp)
+    hp.stages = check_stages(hp.stages)
     memory = hp.model_init_kwargs.get("max_memory")
     if isinstance(memory, dict):  # JSON has no integer keys, and accelerate numbers the cards by integers
         hp.model_init_kwargs["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in memory.items()}
     return hp
 
 
-def check_stages(hp: HyperParameters) -> list[dict[str, Any]]:
+def stages_of(hp: HyperParameters) -> list[dict[str, Any]]:
     """The stages as given, or the phases as stages."""
-    if not hp.stages:
-        phases = {"pretrain": {"completion_only_loss": False, **hp.pretrain_config}, "sft": hp.sft_config}
-        return [{"name": phase, **phases[phase]} for phase in hp.phases]
-    names = [stage.get("name") for stage in hp.stages]
+    phases = {"pretrain": {"completion_only_loss": False, **hp.pretrain_config}, "sft": hp.sft_config}
+    return hp.stages or [{"name": phase, **phases[phase]} for phase in hp.phases]
+
+
+def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stages with checked names, keys and types."""
+    names = [stage.get("name") for stage in stages]
     if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
         raise ValueError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
     checked = []
-    for stage in hp.stages:
+    for stage in stages:
         where = f"stages.{stage['name']}"
         if stage.get("trains", "adapters") not in TRAINS:
             raise ValueError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")

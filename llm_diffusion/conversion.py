@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from .attention import base_of, in_attention
+from .attention import in_attention
+from .patching import base_of
 from .time_embedding import NAME as TIME_EMBEDDING
 from .trainers.sft import DiffusionSFTTrainer
 from .trainers.sft_config import DiffusionSFTConfig

@@ -18,9 +18,9 @@ import torch
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from . import masking, unmasking
-from .attention import base_of
 from .attention_masks import additive, block_decoding
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
+from .patching import base_of
 
 BANNED = -1e9  # large, finite, and applied last: an infinite ban turns into NaN in later arithmetic
 

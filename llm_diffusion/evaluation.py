@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .attention import base_of
 from .generation import generate, generate_autoregressive
+from .patching import base_of
 
 Decode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 BATCH_SIZE = 50

@@ -13,10 +13,11 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from .attention import base_of, causal_attention
+from .attention import causal_attention
 from .block_decoding import decode_blocks
 from .denoising import eos_ids, fill_masks, record_of
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
+from .patching import base_of
 
 
 def _settings(

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .attention import base_of
 from .denoising import fill_masks
 from .generation import generate
 from .generation_config import DiffusionGenerationConfig
 from .modeling import load_diffusion_model
+from .patching import base_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,8 @@
 
     python -m llm_diffusion.main --hyper-parameters-json '{"model": "tiny", "dataset": "tiny"}'
     llm-diffusion --preset tiny
+    llm-diffusion analyze Qwen/Qwen3-4B
+    llm-diffusion convert --preset tiny-3stage
     llm-diffusion chat output/sft_model "Sort the letters: k d e a"
 
 The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters, save,
@@ -207,6 +209,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     from peft import PeftModel
 
     from .callbacks import plot_loss
+    from .config import stages_of
     from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
     from .modeling import CONVERSION_OPTIONS, best_device, check_device, load_diffusion_model, quantization_config
     from .report import show
@@ -220,7 +223,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     check_device(device)
     check_writable(output, "output_dir")
     report_to = start_wandb(hp)
-    arguments = [training_arguments(hp, stage, output, device, report_to) for stage in hp.stages]
+    arguments = [training_arguments(hp, stage, output, device, report_to) for stage in stages_of(hp)]
     print_settings(hp)
     limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
     train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
@@ -312,7 +315,7 @@ def train_stages(
 ) -> dict[str, list[dict]]:
     """Stage after stage over the same weights; returns their log histories. `resume`: how a saved stage is loaded."""
     from .callbacks import LogLinesCallback
-    from .config import as_dict
+    from .config import as_dict, stages_of
     from .conversion import Stage, run_stages
     from .modeling import load_diffusion_model
 
@@ -324,7 +327,7 @@ def train_stages(
         )
     stages = [
         Stage(stage["name"], stage.get("trains", "adapters"), chosen)
-        for stage, chosen in zip(hp.stages, arguments, strict=True)
+        for stage, chosen in zip(stages_of(hp), arguments, strict=True)
     ]
 
     def started() -> None:
@@ -398,18 +401,22 @@ def lora(hp: HyperParameters, model: torch.nn.Module) -> Any:
     """LoRA settings with target modules that this architecture has.
 
     The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
-    user chose are never replaced: unmatched ones are an error.
+    user chose are never replaced: unmatched ones are an error. "attention" is every linear layer of the attention, whatever it
+    is called.
     """
     import torch
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
+    from .attention import in_attention
     from .config import SEED_LORA_TARGETS
 
     settings = dict(hp.lora_config)
     layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     names = {layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"}
     targets = settings.get("target_modules")
+    if targets == "attention":
+        settings["target_modules"] = [layer for layer in layers if in_attention(layer)]
     if isinstance(targets, list):
         missing = [
             target for target in targets if not any(layer == target or layer.endswith(f".{target}") for layer in layers)

@@ -31,18 +31,11 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from . import time_embedding as time_embeddings
-from .attention import (
-    AttentionPatch,
-    base_of,
-    bind,
-    check_block_attention,
-    check_transformers,
-    lift_masks,
-    patch_causal_attention,
-    recurrent_layers,
-)
+from .attention import check_block_attention, check_transformers, lift_masks, patch_causal_attention
 from .generation import generate
 from .noise_schedules import get_noise_schedule
+from .patching import Patch, base_of, bind, keep_logits
+from .probing import recurrent_layers
 from .tiny import TINY_MODEL_PATH
 
 logger = logging.getLogger(__name__)
@@ -235,6 +228,7 @@ def convert_to_diffusion(
     """
     check_transformers()
     base = base_of(model)
+    keep_logits(base)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights at the first evaluation, the probe below for one, and train with wrong
@@ -295,7 +289,7 @@ def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
 def set_final_causal_ratio(model: PreTrainedModel, ratio: float) -> None:
     """What stays of the causal mask for good, in evaluation and generation too: 0 is fully bidirectional."""
     if ratio:
-        lift_masks(AttentionPatch(), model, ratio)
+        lift_masks(Patch(), model, ratio)
 
 
 def fingerprint(model: PreTrainedModel) -> list[float]:

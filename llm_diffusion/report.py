@@ -16,11 +16,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from .attention import base_of
 from .config import HyperParameters
 from .denoising import record_of
 from .evaluation import AnswerReport, encode_prompts, evaluate_answers, prompt_and_reference
 from .generation import generate
+from .patching import base_of
 
 
 def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .attention import AttentionPatch, wrap_forward
+from .patching import Patch, wrap_forward
 
 DIM, MAX_TIMESTEPS = 256, 1000
 NAME = "time_embedding"  # of the submodule, and so of its weights in a checkpoint
@@ -58,7 +58,7 @@ def attach(model: PreTrainedModel) -> None:
     embedding = TimeEmbedding(model.get_input_embeddings().weight.shape[1])
     # A quantised model computes in its own type and holds its weights in another.
     model.add_module(NAME, embedding.to(device=model.device, dtype=model.dtype))
-    wrap_forward(AttentionPatch(), model, _timed_forward, "_untimed_forward")
+    wrap_forward(Patch(), model, _timed_forward, "_untimed_forward")
 
 
 def _timed_forward(

@@ -29,6 +29,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
+    OpenAIGPTConfig,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
@@ -37,17 +38,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llm_diffusion.attention import (
-    METHODS,
-    _BidirectionalSDPA,
-    attention_pattern,
-    base_of,
-    causal_attention,
-    patch_causal_attention,
-    probe_attention,
-    symmetric,
-)
+from llm_diffusion.attention import METHODS, _BidirectionalSDPA, causal_attention, patch_causal_attention, symmetric
 from llm_diffusion.attention_masks import block_causal
+from llm_diffusion.patching import base_of
+from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention
 
 VOCAB = 64
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -256,24 +250,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, kernel):
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
 
 
-def test_models_that_stay_causal_are_refused_unchanged():
-    config = GPTNeoConfig(
-        **TOKENS,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        attention_types=[[["global"], 2]],
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    before = flags(model)
-    with pytest.raises(ValueError, match="`model`: GPTNeoForCausalLM cannot be made bidirectional.*'causal'"):
-        patch_causal_attention(model)
-    assert flags(model) == before
-    assert probe_attention(model) == "causal"
-
-
 # -- the way back for decoding
 
 
@@ -414,8 +390,8 @@ class OwnKernel(torch.nn.Module):
         return self.o(out.transpose(1, 2).reshape(b, n, -1)), None
 
 
-def remote_model(seed=0):
-    """A Llama whose attention is `OwnKernel`, and which hands the padding mask down as it came."""
+def remote_model(attention=OwnKernel, seed=0):
+    """A Llama whose attention is its own, and which hands the padding mask down as it came."""
     torch.manual_seed(seed)
     model = build("llama")
 
@@ -428,10 +404,77 @@ def remote_model(seed=0):
 
     model.model.__class__ = Backbone
     for layer in model.model.layers:
-        layer.self_attn = OwnKernel(32)
+        layer.self_attn = attention(32)
         for parameter in layer.self_attn.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+class OwnSoftmax(OwnKernel):
+    """Attention that no switch, mask or kernel reaches."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        b, n, _ = hidden_states.shape
+        q = self.q(hidden_states).view(b, n, self.heads, self.size).transpose(1, 2)
+        scores = (q @ q.transpose(-1, -2)).masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -1e9)
+        return self.o((scores.softmax(-1) @ q).transpose(1, 2).reshape(b, n, -1)), None
+
+
+def test_models_that_stay_causal_are_refused_unchanged():
+    model = remote_model(OwnSoftmax)
+    before = flags(model)
+    with pytest.raises(
+        ValueError, match=r"cannot be made bidirectional \(config: its layers \[0, 1\] stay causal.*sdpa"
+    ):
+        patch_causal_attention(model)
+    assert flags(model) == before
+    assert causal_layers(model) == [0, 1]
+
+
+def test_one_causal_layer_among_bidirectional_ones_is_found():
+    model = remote_model()
+    patch_causal_attention(model)
+    assert causal_layers(model) == causal_layers(model, left_padding=3) == []
+    with causal_attention(model):
+        assert causal_layers(model) == [0, 1]
+    mixed = remote_model()
+    mixed.model.layers[0].self_attn = OwnSoftmax(32)
+    for parameter in mixed.model.layers[0].self_attn.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(ValueError, match=r"sdpa: its layers \[0\] stay causal"):
+        patch_causal_attention(mixed)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "openai_gpt"])
+@torch.no_grad()
+def test_triangles_kept_as_buffers_are_filled(kind):
+    torch.manual_seed(0)
+    if kind == "gpt_neo":
+        config = GPTNeoConfig(
+            **TOKENS,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=3,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+        )
+    else:
+        config = OpenAIGPTConfig(**TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), some_ids((2, 12))
+    want = model(ids).logits
+    patch = patch_causal_attention(model)
+    assert probe_attention(model) == "bidirectional"
+    assert causal_layers(model) == []
+    assert attention_pattern(model, length=12).all()
+    twin = copy.deepcopy(model)
+    with causal_attention(model):
+        assert torch.equal(model(ids).logits, want)
+    assert probe_attention(twin) == "bidirectional"
+    patch.undo()
+    assert torch.equal(model(ids).logits, want)
+    assert probe_attention(twin) == "bidirectional"
 
 
 def test_remote_code_with_its_own_kernel_call_is_patched_there():

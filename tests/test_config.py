@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from llm_diffusion.config import (
+    PRESETS,
     TRAINING_KEYS,
     HyperParameters,
     as_dict,
@@ -17,6 +19,7 @@ from llm_diffusion.config import (
     preset_names,
     read_preset,
     resolve,
+    stages_of,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +56,74 @@ def test_every_preset_is_valid(name):
 def test_presets_are_joined_from_left_to_right():
     joined = read_preset("qwen3-0.6b+tiny")
     assert joined["model"] == "tiny" and joined["lora_config"]["r"] == read_preset("tiny")["lora_config"]["r"]
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (PRESETS / "model").glob("*.yaml")))
+def test_models_join_with_every_training_and_hardware_preset(model):
+    for training in (PRESETS / "training").glob("*.yaml"):
+        for hardware in (PRESETS / "hardware").glob("*.yaml"):
+            hp = resolve(f"{model}+{training.stem}+{hardware.stem}")
+            assert hp.model == read_preset(model)["model"]
+            for key, value in read_preset(hardware.stem).items():
+                if isinstance(value, int | str):
+                    assert getattr(hp, key, hp.training.get(key)) == value
+    assert read_preset(f"{model}+3stage") == read_preset(f"{model}-3stage") or f"{model}-3stage" in preset_names()
+
+
+def test_every_key_of_a_preset_is_explained():
+    for path in PRESETS.glob("*/*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# "), path.name
+        if (
+            path.parent.name != "model"
+        ):  # what a model preset sets is what the model needs, explained once in config.yaml
+            for line in lines:
+                assert not re.match(r"\w+: \S", line) or "#" in line or line in lines[-3:], (path.name, line)
+
+
+def test_gradual_is_the_long_recipe():
+    hp = resolve("llama-3.2-3b+gradual")
+    assert hp.use_qlora and hp.phases == ["pretrain"] and hp.lora_config["target_modules"] == "attention"
+    assert (hp.lora_config["r"], hp.lora_config["lora_alpha"]) == (32, 64)
+    names = ("warmup_steps", "annealing_steps", "max_steps", "annealing", "annealing_schedule", "time_embedding")
+    assert [hp.training[name] for name in names] == [1000, 20000, 50000, "soft", "cosine", True]
+    assert (hp.batch_size, hp.gradient_accumulation_steps, hp.learning_rate) == (8, 4, 1e-4)
+
+
+def test_unequal_cards_are_numbered_by_integers():
+    assert resolve("mistral-7b+a6000-a4500").model_init_kwargs["max_memory"] == {0: "40GiB", 1: "14GiB"}
+    given = build({"model_init_kwargs": {"max_memory": {"0": "1GiB", "cpu": "2GiB"}}})
+    assert given.model_init_kwargs["max_memory"] == {0: "1GiB", "cpu": "2GiB"}
+
+
+def test_stages_stand_for_phases():
+    hp = build({"pretrain_config": {"max_steps": 3}, "sft_config": {"max_steps": 4}})
+    assert stages_of(hp) == [
+        {"name": "pretrain", "completion_only_loss": False, "max_steps": 3},
+        {"name": "sft", "max_steps": 4},
+    ]
+    hp = resolve("phi-2-3stage")
+    assert [(stage["name"], stage["trains"], stage["num_train_epochs"]) for stage in stages_of(hp)] == [
+        ("attention", "attention", 2),
+        ("diffusion", "adapters", 4),
+        ("recovery", "adapters", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "match"),
+    [
+        ([{"trains": "adapters"}], "every stage needs a `name`"),
+        ([{"name": "a"}, {"name": "a"}], "every stage needs a `name` of its own"),
+        ([{"name": "../a"}], "every stage needs a `name`"),
+        ([{"name": "a", "trains": "most"}], "`stages.a.trains` must be one of"),
+        ([{"name": "a", "max_stepz": 1}], "unknown key `max_stepz` in `stages.a`"),
+        ([{"name": "a", "max_steps": "many"}], "`max_steps` must be int"),
+    ],
+)
+def test_bad_stages_are_refused(stages, match):
+    with pytest.raises(ValueError, match=match):
+        build({"stages": stages})
 
 
 def test_every_field_of_the_trainer_is_a_key():

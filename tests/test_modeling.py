@@ -10,10 +10,10 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, T5Config
 
 import llm_diffusion as ld
-from llm_diffusion.attention import base_of
 from llm_diffusion.attention_masks import annealed
 from llm_diffusion.modeling import load_diffusion_model as load
 from llm_diffusion.modeling import save_record
+from llm_diffusion.patching import base_of
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..annealing import Annealing
-from ..attention import base_of, check_block_attention
+from ..attention import check_block_attention
 from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
 from ..losses import token_nll
@@ -39,6 +40,7 @@ from ..modeling import (
     save_record,
     set_final_causal_ratio,
 )
+from ..patching import base_of
 from ..time_embedding import NAME as TIME_EMBEDDING
 from .sft_config import DiffusionSFTConfig
 
@@ -344,8 +346,11 @@ def _prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, mask_token
     peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
     if hasattr(base_of(model), TIME_EMBEDDING):
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
-        if peft_config.exclude_modules is None:  # trained whole, so not adapted
-            peft_config.exclude_modules = rf"(.*\.)?{TIME_EMBEDDING}\..*"
+    if peft_config.exclude_modules is None and peft_config.target_modules == "all-linear":
+        # The time embedding is trained whole; routers of experts return tuples, which adapters cannot.
+        unfit = re.compile(rf"(.*\.)?({TIME_EMBEDDING}|router|gate)(\..*)?")
+        if any(unfit.fullmatch(name) for name, _ in model.named_modules()):
+            peft_config.exclude_modules = unfit.pattern
     return peft_config
 
 
