@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -198,8 +198,13 @@ def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
     paths = [name.split(".") for name, _ in memory.model.named_modules()]
     attending = [p for p in paths if p[-1] in _ATTENTION_NAMES and not _ATTENTION_NAMES & {*p[:-1]}]
     softmax = heads is not None and len(attending) == memory.layers
-    linear = sum(shape.numel() for shape in memory.linear)
-    sizes = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2), "nf4": (NF4_BITS / 8, 2)}  # of linear layers, of all else
+    linear = sum(memory.quantizable)
+    sizes = {
+        "fp32": (4, 4),
+        "bf16": (2, 2),
+        "int8": (1, 2),
+        "nf4": (NF4_BITS / 8, 2),
+    }  # of quantizable layers, of all else
     weights = {k: (linear * a + (total - linear) * b) / GIB for k, (a, b) in sizes.items()}
     cache = 2 * 2 * memory.layers * kv_heads * head_dim * setup.length / GIB if softmax else 0.0
     facts = {
@@ -315,8 +320,9 @@ class ModelMemory:
         self.layers = self.text.num_hidden_layers
         self.model = self.build(self.layers)
         self.parameters = count_parameters(self.model)
-        self.linear = [layer.weight.shape for layer in _linear_layers(self.model)]
-        self.experts = [parameter.shape for parameter in self.model.parameters() if parameter.dim() == 3]
+        self.quantizable = [layer.weight.numel() for layer in _quantizable(self.model)]
+        self.depths = (1, 2) if self.layers > 1 else (1, 1)
+        self._adapters: dict[int, int] = {}
         self._peaks: dict[tuple[TrainingSetup, str], dict[str, float]] = {}
 
     def build(self, layers: int, dtype: torch.dtype = torch.float32, causal: bool = True) -> PreTrainedModel:
@@ -350,29 +356,37 @@ class ModelMemory:
         Full: fp32 weights, as bf16 autocast wants them: 4 + 4 + 8 bytes a parameter. LoRA: bf16 weights on CUDA, fp32 adapters.
         QLoRA: NF4 linear layers, all else fp32 (`prepare_model_for_kbit_training`), bf16 adapters and moments (TRL).
         """
-        total, linear = self.parameters["total"], sum(shape.numel() for shape in self.linear)
-        adapters = sum(map(sum, self.linear)) + sum(n * (i + o) for n, i, o in self.experts)
-        trained, size, wide, frozen = setup.lora_rank * adapters + self.text.hidden_size, 4, 0, 0.0
+        total, quantized = self.parameters["total"], sum(self.quantizable)
+        trained, size, wide, frozen = self.trained(setup), 4, 0, 0.0
         if setup.kind == "full":
-            trained, wide = total, self.parameters["embeddings"]
+            wide = self.parameters["embeddings"]
         elif setup.kind == "qlora":
-            size, frozen = 2, linear * NF4_BITS / 8 + (total - linear) * 4
+            size, frozen = 2, quantized * NF4_BITS / 8 + (total - quantized) * 4
         else:
             frozen = total * (2 if device == "cuda" else 4)
         # With 8-bit moments the host keeps those of embeddings in fp32.
         moments = 2 * (trained - wide) + 8 * wide if setup.optimizer == PAGED else 2 * size * trained
         return {"weights": frozen + size * trained, "gradients": size * trained, "optimizer": moments}
 
+    def trained(self, setup: TrainingSetup) -> int:
+        """How many parameters are trained."""
+        if setup.kind == "full":
+            return self.parameters["total"]
+        if setup.lora_rank not in self._adapters:
+            adapted = (self._trainable(replace(setup, kind="lora"), depth, "cpu") for depth in self.depths)
+            one, two = (sum(p.numel() for p in model.parameters() if p.requires_grad) for model in adapted)
+            self._adapters[setup.lora_rank] = one + (self.layers - 1) * (two - one)
+        return self._adapters[setup.lora_rank]
+
     def peak(self, setup: TrainingSetup, device: str) -> dict[str, float]:
         """Bytes of activations, logits and masks at the peak of a micro-batch, all layers there."""
         if (setup, device) not in self._peaks:
-            depths = (1, min(2, self.layers))
-            one, two = (_trace(self._trainable(setup, depth, device), setup, device) for depth in depths)
+            one, two = (_trace(self._trainable(setup, depth, device), setup, device) for depth in self.depths)
             more = self.layers - 1
             moments = [{k: a[k] + more * (b[k] - a[k]) for k in a} for a, b in zip(one, two, strict=True)]
             peak = max(moments, key=lambda live: sum(live.values()))
             if setup.kind == "qlora":  # one layer's weight at a time is 16 bits wide
-                peak["activations"] += 2 * max(shape.numel() for shape in self.linear)
+                peak["activations"] += 2 * max(self.quantizable, default=0)
             self._peaks[setup, device] = peak
         return self._peaks[setup, device]
 
@@ -383,15 +397,16 @@ class ModelMemory:
         if setup.kind == "full":
             return model
         if setup.kind == "qlora":
-            linear = _linear_layers(model)
-            for parameter in {*model.parameters()} - {layer.weight for layer in linear}:
+            quantized = _quantizable(model)
+            for parameter in {*model.parameters()} - {layer.weight for layer in quantized}:
                 parameter.data = parameter.data.float()
-            for layer in linear:
+            for layer in quantized:
                 # bitsandbytes gives back the type it was given, here fp32; a copy of the weight is counted in `peak`.
                 layer.forward = lambda x, forward=layer.forward: forward(x).to(x.dtype)
+        experts = any(parameter.dim() == 3 for parameter in model.parameters())
         lora = LoraConfig(
             r=setup.lora_rank,
-            lora_dropout=0.0 if self.experts else _LORA_DROPOUT,  # PEFT adapts experts, but without dropout
+            lora_dropout=0.0 if experts else _LORA_DROPOUT,  # PEFT adapts experts, but without dropout
             target_modules="all-linear",
             trainable_token_indices=[0],  # stands for the mask token
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
@@ -403,8 +418,8 @@ class ModelMemory:
         return model
 
 
-def _linear_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What LoRA adapts and bitsandbytes quantises: linear layers but the head."""
+def _quantizable(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that transformers hands to bitsandbytes: plain linear ones but the head; not experts in one 3-D tensor."""
     head = base_of(model).get_output_embeddings()
     return [m for m in model.modules() if (type(m) is torch.nn.Linear or isinstance(m, Conv1D)) and m is not head]
 
@@ -458,7 +473,9 @@ class _CudaRules(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             kwargs["dropout_p"] = 0.0
         elif getattr(func, "__name__", "") in _FP32_ON_CUDA:
-            args = tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs)
+            )
         return func(*args, **kwargs)
 
 

@@ -134,7 +134,7 @@ def analyze(model: str, batch_size: int, length: int, block: bool, download: boo
         if json_path is not None:
             Path(json_path).expanduser().write_text(json.dumps(asdict(analysis), indent=1) + "\n")
         if download:
-            from .modeling import download as fetch
+            from .hub import download as fetch
 
             console.print(f"weights: {fetch(model)}", markup=False)
 

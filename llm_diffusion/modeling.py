@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
@@ -25,14 +25,16 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from . import time_embedding as time_embeddings
 from .attention import check_block_attention, check_transformers, lift_masks, patch_causal_attention
 from .generation import generate
+from .hub import from_hub, gguf_path, has_file, load_gguf, resolve_path
 from .noise_schedules import get_noise_schedule
 from .patching import Patch, base_of, bind, keep_logits
 from .probing import recurrent_layers
@@ -98,47 +100,6 @@ def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAn
         "bnb_4bit_compute_dtype": compute,
     }
     return BitsAndBytesConfig(**{**defaults, **options})
-
-
-def _resolve(name_or_path: str | Path) -> str:
-    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is asked for it."""
-    name_or_path = str(name_or_path)
-    if name_or_path == "tiny":
-        return str(TINY_MODEL_PATH)
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    path = Path(name_or_path).expanduser()
-    if looks_local and not path.exists():
-        raise FileNotFoundError(
-            f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name."
-        )
-    return str(path) if path.exists() else name_or_path
-
-
-def _from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
-    name = arguments[-1]
-    try:
-        return loader.from_pretrained(*arguments, **options)
-    except ImportError:
-        raise  # says itself what to install
-    except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
-        if Path(name).exists():
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}") from error
-        raise OSError(
-            f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
-            "log in with `hf auth login`, or give a local folder."
-        ) from error
-
-
-def download(name: str) -> str:
-    """Fetches a model's files from the hub; the folder they are in."""
-    path = _resolve(name)
-    if Path(path).exists():
-        return path
-    try:
-        return snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"])
-    except Exception as error:  # offline, unknown, gated: as many types as there are ways
-        raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
 
 
 def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -320,6 +281,7 @@ def load_diffusion_model(
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
     **options: Any,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Loads an AR model and converts it, or reloads a converted model or adapter with the attention it was saved with.
@@ -331,12 +293,14 @@ def load_diffusion_model(
         quantization: None, "nf4" or "int8" (bitsandbytes).
         dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
         device: "cuda", "mps" or "cpu"; None picks the best.
+        gguf_file: a GGUF file in the folder or hub repository, whose weights are unpacked (2 or 4 bytes a parameter, by `dtype`).
+            `quantization` takes them through bf16 in the host's memory, 2 bytes a parameter. An adapter remembers its file.
         options: further keywords of `from_pretrained` (`device_map`, `max_memory`, `revision`, …).
 
     Returns:
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
-    path, device = _resolve(name_or_path), device or best_device()
+    path, device = resolve_path(name_or_path), device or best_device()
     if dtype == "auto" and device == "cpu":
         dtype = torch.float32
     quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
@@ -348,9 +312,14 @@ def load_diffusion_model(
         options.setdefault("device_map", {"": device})
     adapter = (Path(path) / "adapter_config.json").exists()
     base_path = _adapter_base(path) if adapter else path
-    _check_config(base_path, trust_remote_code)
-    model = _from_hub(AutoModelForCausalLM, base_path, **options)
-    tokenizer = _from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    gguf_file = gguf_file or (_read_sidecar(path).get("gguf_file") if adapter else None)
+    gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
+    config = _check_config(base_path, trust_remote_code, gguf)
+    load = partial(load_gguf, config) if gguf else partial(from_hub, AutoModelForCausalLM)
+    model = load(base_path, **options, **gguf)
+    own_tokenizer = adapter or not gguf or has_file(path, "tokenizer.json")
+    gguf = {} if own_tokenizer else gguf
+    tokenizer = from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code, **gguf)
     if base_path == str(TINY_MODEL_PATH):
         model.config._name_or_path = "tiny"
     if "device_map" not in options:
@@ -369,19 +338,24 @@ def load_diffusion_model(
         right_shift_logits=right_shift_logits,
         time_embedding=time_embedding,
     )
-    if not adapter and base_of(model).config.diffusion.get("time_embedding"):
+    if gguf_file:
+        base_of(model).config.diffusion["gguf_file"] = gguf_file
+    elif not adapter and base_of(model).config.diffusion.get("time_embedding"):
         _load_time_embedding(model, path)
     if adapter:
-        model = _from_hub(PeftModel, model, path, is_trainable=True)
+        model = from_hub(PeftModel, model, path, is_trainable=True)
     return model.eval(), tokenizer
 
 
-def _check_config(path: str, trust_remote_code: bool) -> None:
-    config = _from_hub(AutoConfig, path, trust_remote_code=trust_remote_code)
+def _check_config(path: str, trust_remote_code: bool, gguf: dict[str, str]) -> PretrainedConfig:
+    if gguf and has_file(path, CONFIG_NAME):  # knows more than GGUF metadata: rope scaling, an unusual head size
+        gguf = {}
+    config = from_hub(AutoConfig, path, trust_remote_code=trust_remote_code, **gguf)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"`model`: {path!r} is an encoder-decoder ({config.model_type}); a decoder-only causal LM is needed."
         )
+    return config
 
 
 def _check_fingerprint(model: PreTrainedModel, record: dict[str, Any], path: str) -> None:
@@ -443,7 +417,7 @@ def _adapter_base(path: str) -> str:
     if base != "tiny":  # the embedded base may lie elsewhere on this machine
         base = PeftConfig.from_pretrained(path).base_model_name_or_path
     try:
-        return _resolve(base)
+        return resolve_path(base)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."

@@ -75,14 +75,15 @@ def test_debug_limits_the_data_and_marks_the_run(tmp_path):
     from llm_diffusion.main import training_arguments
 
     hp = build({**FAST, "debug": True})
-    assert training_arguments(hp, "sft", tmp_path, "cpu", "none").run_name == "debug-tiny-sft"
+    assert training_arguments(hp, {"name": "sft"}, tmp_path, "cpu", "none").run_name == "debug-tiny-sft"
 
 
 def test_settings_reach_the_trainer(tmp_path):
+    from llm_diffusion.config import stages_of
     from llm_diffusion.main import training_arguments
 
     hp = build({**FAST, "warmup_steps": 7, "max_grad_norm": 0.5, "sft_config": {"learning_rate": 1e-5}})
-    pretrain, sft = (training_arguments(hp, phase, tmp_path, "cpu", "none") for phase in ("pretrain", "sft"))
+    pretrain, sft = (training_arguments(hp, stage, tmp_path, "cpu", "none") for stage in stages_of(hp))
     assert (pretrain.warmup_steps, pretrain.max_grad_norm) == (7, 0.5)
     assert (pretrain.learning_rate, sft.learning_rate) == (2e-4, 1e-5)
     assert pretrain.completion_only_loss is False and sft.completion_only_loss is None

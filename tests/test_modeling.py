@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config
 
 import llm_diffusion as ld
 from llm_diffusion.attention_masks import annealed
@@ -193,11 +193,8 @@ def test_a_foreign_tokenizer_is_refused(random_llama, tokenizer):
 
 
 def test_a_model_that_stays_causal_is_not_converted(tokenizer):
-    options = {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "max_position_embeddings": 64}
-    tokens = {"vocab_size": 512, "bos_token_id": None, "eos_token_id": 2}
-    model = GPTNeoForCausalLM(
-        GPTNeoConfig(attention_types=[[["global"], 1]], initializer_range=0.2, **options, **tokens)
-    ).eval()
+    config = MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = MambaForCausalLM(config).eval()
     with pytest.raises(ValueError, match="`model`"):
         ld.convert_to_diffusion(model, tokenizer)
     assert getattr(model.config, "diffusion", None) is None

@@ -1,0 +1,102 @@
+"""The hosts' loaders, with errors that name what was asked for; and bases from GGUF files.
+
+Trade-off: every failure of a loader becomes one OSError with its first line, because they raise a dozen types. Alternative: letting
+them through, which on the command line means a traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .tiny import TINY_MODEL_PATH
+
+
+def resolve_path(name_or_path: str | Path) -> str:
+    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is asked for it."""
+    name_or_path = str(name_or_path)
+    if name_or_path == "tiny":
+        return str(TINY_MODEL_PATH)
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    path = Path(name_or_path).expanduser()
+    if looks_local and not path.exists():
+        raise FileNotFoundError(
+            f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name."
+        )
+    return str(path) if path.exists() else name_or_path
+
+
+def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
+    name = arguments[-1]
+    try:
+        return loader.from_pretrained(*arguments, **options)
+    except ImportError:
+        raise  # says itself what to install
+    except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
+        if Path(name).exists():
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}") from error
+        raise OSError(
+            f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
+            "log in with `hf auth login`, or give a local folder."
+        ) from error
+
+
+def download(name: str) -> str:
+    """Fetches a model's files from the hub; the folder they are in."""
+    path = resolve_path(name)
+    if Path(path).exists():
+        return path
+    try:
+        return snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"])
+    except Exception as error:  # offline, unknown, gated: as many types as there are ways
+        raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
+
+
+def has_file(path: str, file: str) -> bool:
+    return cached_file(path, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
+class _Once:
+    """A tensor that leaves its dict as the loader reads it, so that it is freed once it is quantised."""
+
+    def __init__(self, held: dict[str, torch.Tensor], name: str) -> None:
+        self.held, self.name = held, name
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self.held.pop(self.name)
+
+
+def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrainedModel:
+    """A base from a GGUF file; transformers refuses to quantise one while it reads it, so that is a second step."""
+    if options["dtype"] == "auto":
+        options["dtype"] = config.dtype or torch.bfloat16  # the host would take fp32
+    quantized = options.pop("quantization_config", None)
+    last = {}
+    if quantized is not None:
+        last = {key: options.pop(key) for key in ("device_map", "max_memory", "dtype") if key in options}
+        options["dtype"] = torch.bfloat16
+    # Without `dequantize` the model would pass for a quantised one, which is neither trained nor saved.
+    unpack = GgufConfig(dequantize=True)
+    model = from_hub(AutoModelForCausalLM, path, config=config, quantization_config=unpack, **options)
+    if quantized is not None:
+        host, config, held = type(model), model.config, dict(model.state_dict())
+        del model
+        weights = {name: _Once(held, name) for name in held}
+        model = host.from_pretrained(None, config=config, state_dict=weights, quantization_config=quantized, **last)
+    model.name_or_path = model.config._name_or_path = path  # where PEFT looks for the base
+    return model
+
+
+def gguf_path(path: str, gguf_file: str) -> str:
+    """transformers takes a bare name from the working directory first, hence the whole path."""
+    file = Path(path) / gguf_file
+    if Path(path).is_dir() and not file.is_file():
+        there = ", ".join(sorted(entry.name for entry in Path(path).glob("*.gguf"))) or "none"
+        raise FileNotFoundError(f"`gguf_file`: {path!r} has no {gguf_file!r}; GGUF files there: {there}.")
+    return str(file.resolve()) if file.is_file() else gguf_file
