@@ -321,7 +321,7 @@ class ModelMemory:
         self.model = self.build(self.layers)
         self.parameters = count_parameters(self.model)
         self.quantizable = [layer.weight.numel() for layer in _quantizable(self.model)]
-        self.depths = (1, 2) if self.layers > 1 else (1, 1)
+        self.depths = (1, 2)[: self.layers]
         self._adapters: dict[int, int] = {}
         self._peaks: dict[tuple[TrainingSetup, str], dict[str, float]] = {}
 
@@ -373,17 +373,17 @@ class ModelMemory:
         if setup.kind == "full":
             return self.parameters["total"]
         if setup.lora_rank not in self._adapters:
-            adapted = (self._trainable(replace(setup, kind="lora"), depth, "cpu") for depth in self.depths)
-            one, two = (sum(p.numel() for p in model.parameters() if p.requires_grad) for model in adapted)
-            self._adapters[setup.lora_rank] = one + (self.layers - 1) * (two - one)
+            adapted = [self._trainable(replace(setup, kind="lora"), depth, "cpu") for depth in self.depths]
+            counts = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in adapted]
+            self._adapters[setup.lora_rank] = counts[0] + (self.layers - 1) * (counts[-1] - counts[0])
         return self._adapters[setup.lora_rank]
 
     def peak(self, setup: TrainingSetup, device: str) -> dict[str, float]:
         """Bytes of activations, logits and masks at the peak of a micro-batch, all layers there."""
         if (setup, device) not in self._peaks:
-            one, two = (_trace(self._trainable(setup, depth, device), setup, device) for depth in self.depths)
-            more = self.layers - 1
-            moments = [{k: a[k] + more * (b[k] - a[k]) for k in a} for a, b in zip(one, two, strict=True)]
+            traces = [_trace(self._trainable(setup, depth, device), setup, device) for depth in self.depths]
+            more, segments = self.layers - 1, zip(traces[0], traces[-1], strict=True)
+            moments = [{part: one[part] + more * (two[part] - one[part]) for part in one} for one, two in segments]
             peak = max(moments, key=lambda live: sum(live.values()))
             if setup.kind == "qlora":  # one layer's weight at a time is 16 bits wide
                 peak["activations"] += 2 * max(self.quantizable, default=0)

@@ -546,3 +546,38 @@ def test_models_that_ignore_masks_are_not_annealed(tmp_path, tokenizer):
     model.config.is_causal = None
     with pytest.raises(ValueError, match="does not follow 4-D attention masks, which `annealing` needs"):
         make(tmp_path, tokenizer, model, annealing="soft")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"attention": "block"}, "gives the causal model: block attention"),
+        ({"time_embedding": True}, "ignores the time embedding"),
+        ({"annealing": "soft", "final_causal_ratio": 0.5}, "not what was trained"),
+        ({}, "honours `config.is_causal`"),
+    ],
+)
+def test_the_card_says_what_plain_loaders_make_of_it(tmp_path, tokenizer, settings, said):
+    trainer = make(tmp_path / "out", tokenizer, max_steps=1, **settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert said in card and "ld.DiffusionInference.from_pretrained" in card and "1 steps" in card
+    trainer.create_model_card(model_name="mine", tags="own")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# mine" in card and "- own" in card and "- masked-diffusion" in card
+
+
+def test_the_card_of_an_adapter_tells_whether_its_base_is_converted(tmp_path, tokenizer):
+    model, own = load_diffusion_model("tiny", device="cpu")
+    model.save_pretrained(tmp_path / "converted")
+    own.save_pretrained(tmp_path / "converted")
+    for source, said in (
+        ("tiny", "because the base of this adapter is one"),
+        ("converted", "honours `config.is_causal`"),
+    ):
+        path = source if source == "tiny" else str(tmp_path / source)
+        model, own = load_diffusion_model(path, device="cpu")
+        trainer = make(tmp_path / "out", own, model, peft_config=LORA)
+        trainer.save_model(str(tmp_path / "saved"))
+        assert said in (tmp_path / "saved" / "README.md").read_text()

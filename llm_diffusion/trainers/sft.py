@@ -12,24 +12,20 @@ training loop, which would lose PEFT, accelerate, hub and callbacks.
 
 from __future__ import annotations
 
-import copy
-import logging
-import re
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..annealing import Annealing
-from ..attention import check_block_attention
-from ..collators import DataCollatorForMaskedDiffusion
-from ..data import as_prompt_completion
+from ..card import model_card
 from ..losses import token_nll
 from ..masking import IGNORE_INDEX
 from ..modeling import (
@@ -38,13 +34,18 @@ from ..modeling import (
     load_diffusion_model,
     read_record,
     save_record,
-    set_final_causal_ratio,
 )
 from ..patching import base_of
-from ..time_embedding import NAME as TIME_EMBEDDING
+from .preparation import (
+    by_length,
+    clean_prompts,
+    make_collator,
+    prepare_adapter,
+    prepare_quantised,
+    report_dropped,
+    set_way,
+)
 from .sft_config import DiffusionSFTConfig
-
-logger = logging.getLogger(__name__)
 
 
 class DiffusionSFTTrainer(SFTTrainer):
@@ -100,17 +101,17 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "`ar_loss_weight` needs block attention with a causal clean half, the model has "
                 f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
             )
-        _set_way(model, record, args)
-        _prepare_quantised(model, args)
+        set_way(model, record, args)
+        prepare_quantised(model, args)
         if peft_config is not None:
-            peft_config = _prepare_adapter(model, peft_config, record["mask_token_id"])
-        self.diffusion_collator = _collator(processing_class, record, args)
+            peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
+        self.diffusion_collator = make_collator(processing_class, record, args)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_clean_prompts(train_dataset, split),
-            eval_dataset=_clean_prompts(eval_dataset, split),
+            train_dataset=clean_prompts(train_dataset, split),
+            eval_dataset=clean_prompts(eval_dataset, split),
             processing_class=processing_class,
             peft_config=peft_config,
             # The host packs for its own collator only; ours takes its place below.
@@ -119,7 +120,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         )
         self.data_collator = self.diffusion_collator
         if not args.packing:
-            _report_dropped(train_dataset, self.train_dataset, args)
+            report_dropped(train_dataset, self.train_dataset, args)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
             raise ValueError(
                 f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
@@ -307,122 +308,25 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._update_record()
         super()._save(output_dir, state_dict)
-        if self.args.should_save and isinstance(self.model, PeftModel):
-            save_record(self.model, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if isinstance(self.model, PeftModel):
+                save_record(self.model, folder)
+            (folder / "README.md").write_text(self._card(folder.name))
 
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Our card in place of the host's, whose quick start decodes from left to right."""
+        if self.is_world_process_zero():
+            name = model_name or self.hub_model_id or Path(self.args.output_dir).name
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(self.args.output_dir) / "README.md").write_text(self._card(name, tags))
 
-def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
-    """The shorter two thirds and the longer third of a batch's rows, each cut to its own longest row.
-
-    Text lengths are skewed: this saves a third or more of the padding, and changes nothing else, because noise belongs to rows
-    and losses are sums.
-    """
-    lengths = (batch["attention_mask"] > 0).sum(-1)
-    n = len(lengths)
-    if n < 3:
-        return [batch]
-    order, parts = lengths.argsort(stable=True), []
-    for rows in (order[: 2 * n // 3], order[2 * n // 3 :]):
-        longest = -(-int(lengths[rows].max()) // multiple) * multiple
-        part = {name: batch[name][rows, :longest] for name in ("input_ids", "labels", "attention_mask")}
-        if "noise_rows" in batch:
-            part |= {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
-        parts.append(part)
-    return parts
-
-
-def _prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, mask_token_id: int) -> PeftConfig:
-    """Trains the mask token's row, and the time embedding if there is one, beside the adapters."""
-    peft_config = copy.deepcopy(peft_config)
-    if not hasattr(peft_config, "trainable_token_indices"):
-        raise ValueError(
-            f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
-        )
-    rows = peft_config.trainable_token_indices
-    groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
-    for group in groups.values():
-        if mask_token_id not in group:
-            group.append(mask_token_id)
-    peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
-    if hasattr(base_of(model), TIME_EMBEDDING):
-        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
-    if peft_config.exclude_modules is None and peft_config.target_modules == "all-linear":
-        # The time embedding is trained whole; routers of experts return tuples, which adapters cannot.
-        unfit = re.compile(rf"(.*\.)?({TIME_EMBEDDING}|router|gate)(\..*)?")
-        if any(unfit.fullmatch(name) for name, _ in model.named_modules()):
-            peft_config.exclude_modules = unfit.pattern
-    return peft_config
-
-
-def _prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
-    """Readies a quantised base for training, once; adapters that were loaded on it stay trainable."""
-    base = base_of(model)
-    if not getattr(base, "is_quantized", False) or getattr(base, "prepared_for_training", False):
-        return
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    prepare_model_for_kbit_training(
-        base,
-        use_gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-    )
-    for parameter in trainable if isinstance(model, PeftModel) else []:
-        parameter.requires_grad_(True)
-    base.prepared_for_training = True
-
-
-def _collator(
-    processing_class: PreTrainedTokenizerBase, record: dict[str, Any], args: DiffusionSFTConfig
-) -> DataCollatorForMaskedDiffusion:
-    return DataCollatorForMaskedDiffusion(
-        pad_token_id=processing_class.pad_token_id,
-        mask_token_id=record["mask_token_id"],
-        eos_token_id=processing_class.eos_token_id,
-        eos_tail=args.eos_tail,
-        random_canvas=args.random_canvas,
-        noise_schedule=args.noise_schedule or record["noise_schedule"],
-        loss_weight=args.loss_weight,
-        right_shift_logits=record["right_shift_logits"],
-        attention=record["attention"],
-        block_length=record["block_length"],
-        clean_context=record["clean_context"],
-        ar_loss_weight=args.ar_loss_weight,
-        min_mask_probability=args.min_mask_probability,
-        max_mask_probability=args.max_mask_probability,
-        pad_to_multiple_of=args.pad_to_multiple_of,
-        packing=args.packing,
-        time_embedding=record.get("time_embedding", False),
-    )
-
-
-def _set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
-    """Records where annealing ends, after a check that the model follows the masks on the way."""
-    way = args.way()
-    if record["attention"] == "block":
-        if way is not None and way.mode != "block":
-            raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
-    elif way is not None or args.packing:
-        check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
-    if way is not None:
-        record["final_causal_ratio"] = way.final
-        set_final_causal_ratio(base_of(model), way.final)
-
-
-def _report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:
-    if isinstance(given, Dataset) and isinstance(kept, Dataset) and 0 < len(kept) < len(given):
-        logger.warning(
-            "%d of %d rows have nothing left to train on after truncation to `max_length`=%s and are dropped",
-            len(given) - len(kept),
-            len(given),
-            args.max_length,
-        )
-
-
-def _clean_prompts(dataset: Any, split: bool) -> Any:
-    """`messages` -> prompt and completion, for one dataset or a dict of them."""
-    if isinstance(dataset, dict):
-        return {name: _clean_prompts(part, split) for name, part in dataset.items()}
-    if dataset is None or "messages" not in (dataset.column_names or []):
-        return dataset
-    # The host takes any `prompt` column for prompt and completion; chats are told by `messages` alone.
-    dataset = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
-    return as_prompt_completion(dataset) if split else dataset
+    def _card(self, name: str, tags: str | list[str] | None = None) -> str:
+        base = base_of(self.model)
+        more = [tags] if isinstance(tags, str) else list(tags or [])
+        folder = Path(base.config._name_or_path) / "config.json"
+        converted_base = folder.is_file() and "diffusion" in json.loads(folder.read_text())
+        adapter = isinstance(self.model, PeftModel)
+        return model_card(base.config.diffusion, name, [*self._tag_names, *more], adapter, converted_base)

@@ -1,0 +1,57 @@
+"""The model card that is saved with a converted model: what it is, and what which loader makes of it.
+
+Trade-off: a few facts from the record. Alternative: the host's card, whose quick start decodes from left to right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def plain_loader(record: dict[str, Any], adapter: bool, converted_base: bool) -> str:
+    """What `AutoModelForCausalLM`, or `PeftModel` for an adapter, gives without llm_diffusion.
+
+    Args:
+        record: `config.diffusion`.
+        converted_base: whether an adapter's base folder is a converted model itself.
+    """
+    if record["attention"] != "bidirectional":
+        return "A plain loader gives the causal model: block attention is handed in as a mask by llm_diffusion."
+    if record.get("time_embedding"):
+        return "A plain loader ignores the time embedding, so its outputs are wrong: load it with llm_diffusion."
+    if record.get("final_causal_ratio"):
+        return "A plain loader attends fully in both directions, which is not what was trained: load it with llm_diffusion."
+    if adapter and not converted_base:
+        return (
+            "A plain loader gives a causal model, because the base of this adapter is one: load it with llm_diffusion."
+        )
+    return (
+        "A plain loader gives the bidirectional model where transformers (5.2 or newer) honours `config.is_causal`, as for Qwen, "
+        "Llama, Mistral, Phi and GPT-2; its own `generate` would still decode from left to right."
+    )
+
+
+def model_card(record: dict[str, Any], name: str, tags: list[str], adapter: bool, converted_base: bool) -> str:
+    """Markdown with the hub's metadata."""
+    base = record["base_model"]
+    kind = f"blocks of {record['block_length']}" if record["attention"] == "block" else "full attention"
+    read_out = "right-shifted" if record["right_shift_logits"] else "own position"
+    header = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
+    if "/" in base and not base.startswith(("/", ".")):
+        header.append(f"base_model: {base}")
+    header += ["tags:", *[f"- {tag}" for tag in tags], "---"]
+    return "\n".join(
+        [
+            *header,
+            f"\n# {name}\n",
+            f"A masked-diffusion language model, converted from `{base}` with llm_diffusion {record['version']}: {kind}, "
+            f"{read_out} read-out, {record['conversion_steps']:,} steps, {record['training_tokens']:,} tokens.\n",
+            "```python",
+            "import llm_diffusion as ld\n",
+            f'inference = ld.DiffusionInference.from_pretrained("{name}")',
+            'print(inference.chat([{"role": "user", "content": "…"}]))',
+            "```\n",
+            plain_loader(record, adapter, converted_base),
+            "",
+        ]
+    )

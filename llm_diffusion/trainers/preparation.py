@@ -1,0 +1,143 @@
+"""What trainers do to models, adapters, data and batches before the first step.
+
+Trade-off: plain functions, so that every trainer is ready in the same way. Alternative: a common base class of the trainers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from transformers import PreTrainedTokenizerBase
+
+from ..attention import check_block_attention
+from ..collators import DataCollatorForMaskedDiffusion
+from ..data import as_prompt_completion
+from ..modeling import set_final_causal_ratio
+from ..patching import base_of
+from ..time_embedding import NAME as TIME_EMBEDDING
+from .sft_config import DiffusionSFTConfig
+
+logger = logging.getLogger(__name__)
+
+
+def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
+    """The shorter two thirds and the longer third of a batch's rows, each cut to its own longest row.
+
+    Text lengths are skewed: this saves a third or more of the padding, and changes nothing else, because noise belongs to rows
+    and losses are sums.
+    """
+    lengths = (batch["attention_mask"] > 0).sum(-1)
+    n = len(lengths)
+    if n < 3:
+        return [batch]
+    order, parts = lengths.argsort(stable=True), []
+    for rows in (order[: 2 * n // 3], order[2 * n // 3 :]):
+        longest = -(-int(lengths[rows].max()) // multiple) * multiple
+        part = {name: batch[name][rows, :longest] for name in ("input_ids", "labels", "attention_mask")}
+        if "noise_rows" in batch:
+            part |= {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
+        parts.append(part)
+    return parts
+
+
+def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, mask_token_id: int) -> PeftConfig:
+    """Trains the mask token's row, and the time embedding if there is one, beside the adapters."""
+    peft_config = copy.deepcopy(peft_config)
+    if not hasattr(peft_config, "trainable_token_indices"):
+        raise ValueError(
+            f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
+        )
+    rows = peft_config.trainable_token_indices
+    groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
+    for group in groups.values():
+        if mask_token_id not in group:
+            group.append(mask_token_id)
+    peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
+    if hasattr(base_of(model), TIME_EMBEDDING):
+        peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
+    if peft_config.exclude_modules is None and peft_config.target_modules == "all-linear":
+        # The time embedding is trained whole; routers of experts return tuples, which adapters cannot.
+        unfit = re.compile(rf"(.*\.)?({TIME_EMBEDDING}|router|gate)(\..*)?")
+        if any(unfit.fullmatch(name) for name, _ in model.named_modules()):
+            peft_config.exclude_modules = unfit.pattern
+    return peft_config
+
+
+def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
+    """Readies a quantised base for training, once; adapters that were loaded on it stay trainable."""
+    base = base_of(model)
+    if not getattr(base, "is_quantized", False) or getattr(base, "prepared_for_training", False):
+        return
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    prepare_model_for_kbit_training(
+        base,
+        use_gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+    )
+    for parameter in trainable if isinstance(model, PeftModel) else []:
+        parameter.requires_grad_(True)
+    base.prepared_for_training = True
+
+
+def make_collator(
+    processing_class: PreTrainedTokenizerBase, record: dict[str, Any], args: DiffusionSFTConfig
+) -> DataCollatorForMaskedDiffusion:
+    return DataCollatorForMaskedDiffusion(
+        pad_token_id=processing_class.pad_token_id,
+        mask_token_id=record["mask_token_id"],
+        eos_token_id=processing_class.eos_token_id,
+        eos_tail=args.eos_tail,
+        random_canvas=args.random_canvas,
+        noise_schedule=args.noise_schedule or record["noise_schedule"],
+        loss_weight=args.loss_weight,
+        right_shift_logits=record["right_shift_logits"],
+        attention=record["attention"],
+        block_length=record["block_length"],
+        clean_context=record["clean_context"],
+        ar_loss_weight=args.ar_loss_weight,
+        min_mask_probability=args.min_mask_probability,
+        max_mask_probability=args.max_mask_probability,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        packing=args.packing,
+        time_embedding=record.get("time_embedding", False),
+    )
+
+
+def set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
+    """Records where annealing ends, after a check that the model follows the masks on the way."""
+    way = args.way()
+    if record["attention"] == "block":
+        if way is not None and way.mode != "block":
+            raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
+    elif way is not None or args.packing:
+        check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
+    if way is not None:
+        record["final_causal_ratio"] = way.final
+        set_final_causal_ratio(base_of(model), way.final)
+
+
+def report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:
+    if isinstance(given, Dataset) and isinstance(kept, Dataset) and 0 < len(kept) < len(given):
+        logger.warning(
+            "%d of %d rows have nothing left to train on after truncation to `max_length`=%s and are dropped",
+            len(given) - len(kept),
+            len(given),
+            args.max_length,
+        )
+
+
+def clean_prompts(dataset: Any, split: bool) -> Any:
+    """`messages` -> prompt and completion, for one dataset or a dict of them."""
+    if isinstance(dataset, dict):
+        return {name: clean_prompts(part, split) for name, part in dataset.items()}
+    if dataset is None or "messages" not in (dataset.column_names or []):
+        return dataset
+    # The host takes any `prompt` column for prompt and completion; chats are told by `messages` alone.
+    dataset = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
+    return as_prompt_completion(dataset) if split else dataset
