@@ -31,19 +31,19 @@ from llm_diffusion.analysis import (
 from llm_diffusion.tiny import TINY_MODEL_PATH
 
 IDS = {"vocab_size": 576, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
-SMALL = {**IDS, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "num_attention_heads": 4}
+SMALL = {**IDS, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4}
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 TINY = {
     "qwen3": hf.Qwen3Config(**GROUPED, head_dim=16, tie_word_embeddings=True),
     "llama": hf.LlamaConfig(**SMALL),
-    "gpt2": hf.GPT2Config(**IDS, n_embd=64, n_layer=8, n_head=4),
+    "gpt2": hf.GPT2Config(**IDS, n_embd=64, n_layer=6, n_head=4),
     "phi": hf.PhiConfig(**SMALL),
     "mistral": hf.MistralConfig(**GROUPED),
     "stablelm": hf.StableLmConfig(**SMALL),
     "gemma2": hf.Gemma2Config(**GROUPED, head_dim=16),
     "mixtral": hf.MixtralConfig(**GROUPED, num_local_experts=4),
     "gpt_neox": hf.GPTNeoXConfig(**SMALL),
-    "falcon": hf.FalconConfig(**IDS, hidden_size=64, num_hidden_layers=8, num_attention_heads=4),
+    "falcon": hf.FalconConfig(**IDS, hidden_size=64, num_hidden_layers=6, num_attention_heads=4),
 }
 QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
 QWEN3_SMALL = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16}
@@ -58,6 +58,15 @@ PUBLISHED = [
     (hf.LlamaConfig(**LLAMA, **LLAMA_3B, tie_word_embeddings=True), 3_212_749_824),
     (hf.LlamaConfig(**LLAMA, **LLAMA_8B), 8_030_261_248),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On tensors this small, threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small(name="qwen3", layers=2):
