@@ -654,13 +654,23 @@ def summary(all_found: list[dict[str, Any]]) -> str:
     ]
     for title, rows in (
         ("Not built", [(f["name"], _unbuilt_reason(f)) for f in unbuilt]),
-        ("Refused", [(f["name"], r) for kind, g in kinds.items() for f in g for r in _refusals(f, kind)]),
+        (
+            "Refused",
+            [(f["name"], r) for kind, g in kinds.items() if kind != "encoder" for f in g for r in _refusals(f, kind)],
+        ),
         ("Problems", [(f["name"], p) for f in all_found for p in _problems(f)]),
     ):
         lines += ["", f"{title}: {len({name for name, _ in rows})}", ""] + [
             f"- `{name}`: {text}" for name, text in rows
         ]
-    return "\n".join(lines)
+    encoders = [f["name"] for f in kinds.get("encoder", []) if _results(f) == {"refused"}]
+    lines += [
+        "",
+        f"Refused as encoders, which attend in both directions already: {len(encoders)}",
+        "",
+        ", ".join(encoders),
+    ]
+    return re.sub(r"'?/\S*/tmp\w+'?|'?/tmp/\w+'?", "the folder", "\n".join(lines))
 
 
 def _unbuilt_reason(found: dict[str, Any]) -> str:

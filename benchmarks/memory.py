@@ -1,7 +1,7 @@
 """Measures the peak memory of real training steps beside the estimates of `llm_diffusion.analysis`.
 
-    python benchmarks/memory.py                  # CPU, fp32, small random models: peak growth of resident memory
-    python benchmarks/memory.py --device cuda    # CUDA, bf16: Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes, random weights
+    python benchmarks/memory.py                  # CPU, fp32, random models of 80 to 90 million parameters, ten minutes (Linux)
+    python benchmarks/memory.py --device cuda    # CUDA, bf16: Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes; 48 GB, 20 GB of disk
     python benchmarks/memory.py --only qwen3-lora
 
 Every case runs in a process of its own: two optimiser steps of `DiffusionSFTTrainer`, two micro-batches each, random tokens, all of
@@ -16,6 +16,8 @@ Trade-off: random weights; memory does not depend on their values. Alternative: 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -242,6 +244,7 @@ def measure(name: str, device: str) -> dict[str, float]:
     shape, kind, *_ = case
     small = {"num_hidden_layers": 2, "vocab_size": 1024}
     train(build_model(config_of(shape, **small), kind, device), (shape, kind, 4, 16, *case[4:]), device)
+    gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
@@ -253,6 +256,7 @@ def measure(name: str, device: str) -> dict[str, float]:
             "peak": torch.cuda.max_memory_allocated() - before,
             "reserved": torch.cuda.max_memory_reserved() - before,
         }
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the small model left behind would be used again, uncounted
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     train(build_model(config_of(shape), kind, device), case, device)
@@ -294,6 +298,11 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.device)))
         return
+    if arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: there is no CUDA device here")
     names = [name for name in CASES[arguments.device] if (arguments.only or "") in name]
     print(f"GiB{'':<29} weights   grads   optim  activ.  logits   masks estimate measured ratio")
     rows = []

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .attention import base_of
 from .attention_masks import additive, block_diffusion
 from .losses import token_nll
+from .patching import base_of
 from .tiny import TINY_MODEL_PATH
 
 GIB = 2**30
@@ -138,7 +138,7 @@ def analyze(
         analysis.training = {kind: memory.training(replace(setup, kind=kind)) for kind in KINDS}
     except Exception as error:  # remote code may fail in any way on tensors without data; the counts hold all the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        analysis.notes.append(f"no estimate of training: the forward does not run without data ({reason})")
+        analysis.notes.append(f"no estimate of training: a step fails on tensors without data ({reason})")
         return analysis
     analysis.cards = [_fit(memory, card, replace(setup, kind=kind)) for kind in KINDS for card in CARDS]
     return analysis
@@ -197,7 +197,7 @@ def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
         window = None
     paths = [name.split(".") for name, _ in memory.model.named_modules()]
     attending = [p for p in paths if p[-1] in _ATTENTION_NAMES and not _ATTENTION_NAMES & {*p[:-1]}]
-    softmax = heads is not None and len(attending) == memory.layers
+    softmax = heads is not None and len(attending) >= memory.layers  # a vision tower has its own
     linear = sum(memory.quantizable)
     sizes = {
         "fp32": (4, 4),
@@ -221,7 +221,7 @@ def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
     }
     shown = {k: v for k, v in asdict(setup).items() if k not in ("kind", "optimizer", "cards")}
     inference = {"kv_cache": cache, **{kind: weights[kind] + cache for kind in ("bf16", "int8", "nf4")}}
-    notes = [f"sliding window of {window} tokens: conversion refuses it"] if window else []
+    notes = [f"sliding window of {window} tokens: conversion widens it to the whole context"] if window else []
     notes += [] if softmax else ["not every layer is softmax attention: conversion refuses it"]
     return Analysis(memory.config.model_type, facts, memory.parameters, weights, inference, shown, notes=notes)
 
@@ -394,16 +394,18 @@ class ModelMemory:
         """The model as the trainer gets it, with adapters and the types that its tensors have in training."""
         sixteen = torch.bfloat16 if device == "cuda" else torch.float32
         model = self.build(layers, torch.float32 if setup.kind == "full" else sixteen, setup.attention == "block")
+        experts = [parameter for parameter in model.parameters() if parameter.dim() == 3]
+        for parameter in experts:  # torch traces grouped products in this type alone
+            parameter.data = parameter.data.to(torch.bfloat16)
         if setup.kind == "full":
             return model
         if setup.kind == "qlora":
             quantized = _quantizable(model)
-            for parameter in {*model.parameters()} - {layer.weight for layer in quantized}:
+            for parameter in {*model.parameters()} - {layer.weight for layer in quantized} - {*experts}:
                 parameter.data = parameter.data.float()
             for layer in quantized:
                 # bitsandbytes gives back the type it was given, here fp32; a copy of the weight is counted in `peak`.
                 layer.forward = lambda x, forward=layer.forward: forward(x).to(x.dtype)
-        experts = any(parameter.dim() == 3 for parameter in model.parameters())
         lora = LoraConfig(
             r=setup.lora_rank,
             lora_dropout=0.0 if experts else _LORA_DROPOUT,  # PEFT adapts experts, but without dropout

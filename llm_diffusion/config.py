@@ -221,7 +221,7 @@ def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if stage.get("trains", "adapters") not in TRAINS:
             raise ValueError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")
         own = {key: stage[key] for key in ("name", "trains") if key in stage}
-        for key in set(stage) - set(own):
+        for key in [key for key in stage if key not in own]:
             check_training_key(key, where)
             own[key] = check_training_value(key, stage[key])
         checked.append(own)

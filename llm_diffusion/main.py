@@ -109,10 +109,23 @@ def convert(
 @click.argument("model")
 @click.option("--batch-size", type=int, default=4, show_default=True, help="Rows of a micro-batch.")
 @click.option("--length", type=int, default=768, show_default=True, help="Tokens of a row.")
+@click.option("--lora-rank", type=int, default=16, show_default=True, help="Rank of the adapters.")
 @click.option("--block", is_flag=True, help="Block attention, which trains on a noisy and a clean copy.")
+@click.option("--no-checkpointing", is_flag=True, help="Keep all activations for the backward pass.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
 @click.option("--download", is_flag=True, help="Fetch the weights too.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the analysis to FILE.")
-def analyze(model: str, batch_size: int, length: int, block: bool, download: bool, json_path: str | None) -> None:
+def analyze(
+    model: str,
+    batch_size: int,
+    length: int,
+    lora_rank: int,
+    block: bool,
+    no_checkpointing: bool,
+    trust_remote_code: bool,
+    download: bool,
+    json_path: str | None,
+) -> None:
     """Parameters, memory and fitting cards of MODEL, from its config alone."""
     with one_line_errors():
         from dataclasses import asdict
@@ -126,7 +139,13 @@ def analyze(model: str, batch_size: int, length: int, block: bool, download: boo
         if json_path is not None:
             check_writable(Path(json_path).expanduser(), "--json")
         analysis = analyze_model(
-            model, batch_size=batch_size, length=length, attention="block" if block else "bidirectional"
+            model,
+            batch_size=batch_size,
+            length=length,
+            lora_rank=lora_rank,
+            attention="block" if block else "bidirectional",
+            gradient_checkpointing=not no_checkpointing,
+            trust_remote_code=trust_remote_code,
         )
         console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
         for table in analysis_tables(analysis):
@@ -321,7 +340,7 @@ def train_stages(
 
     settings = json.dumps(as_dict(hp), indent=2) + "\n"
     file = output / "hyper_parameters.json"
-    if resume is not None and file.exists() and file.read_text() != settings:
+    if resume is not None and file.exists() and json.loads(file.read_text()) != json.loads(settings):
         raise ValueError(
             f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
         )
@@ -384,12 +403,14 @@ def show_analysis(hp: HyperParameters) -> None:
 
     from .analysis import analysis_tables, analyze
 
+    quiet_hosts()
     analysis = analyze(
         hp.model,
         batch_size=hp.batch_size,
         length=hp.max_length,
         lora_rank=hp.lora_config.get("r", 16),
         attention=hp.training.get("attention") or "bidirectional",
+        gradient_checkpointing=hp.training.get("gradient_checkpointing", True),
         trust_remote_code=hp.trust_remote_code,
     )
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)

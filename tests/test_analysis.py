@@ -12,9 +12,12 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.analysis import (
+    _TILE,
     CARDS,
     GIB,
     KINDS,
@@ -39,7 +42,7 @@ TINY = {
     "gpt2": hf.GPT2Config(**IDS, n_embd=64, n_layer=6, n_head=4),
     "phi": hf.PhiConfig(**SMALL),
     "mistral": hf.MistralConfig(**GROUPED),
-    "stablelm": hf.StableLmConfig(**SMALL),
+    "stablelm": hf.StableLmConfig(**GROUPED),
     "gemma2": hf.Gemma2Config(**GROUPED, head_dim=16),
     "mixtral": hf.MixtralConfig(**GROUPED, num_local_experts=4),
     "gpt_neox": hf.GPTNeoXConfig(**SMALL),
@@ -184,6 +187,10 @@ def test_depth_is_extrapolated_exactly(setup, device):
     assert sum(memory.peak(setup, device).values()) == max(sum(live.values()) for live in whole)
 
 
+def test_the_tile_of_logits_is_the_hosts():
+    assert _TILE == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
+
+
 def test_more_of_anything_takes_more():
     memory = ModelMemory(small(layers=1))
     full, lora = TrainingSetup("full", 1, 32), TrainingSetup("lora", 1, 32)
@@ -194,6 +201,12 @@ def test_more_of_anything_takes_more():
         assert memory.training(replace(full, **less))["total"] < least, less
     assert memory.training(replace(lora, lora_rank=32))["total"] > memory.training(lora)["total"]
     assert memory.training(replace(lora, kind="qlora"))["weights"] < memory.training(lora)["weights"]
+
+
+def test_experts_are_traced_too():
+    memory = ModelMemory(small("mixtral", layers=1))
+    sizes = [memory.training(TrainingSetup(kind, 1, 16), "cpu")["activations"] for kind in KINDS]
+    assert min(sizes) > 0
 
 
 def test_full_fine_tuning_is_sixteen_bytes_a_parameter():

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
+from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM, Qwen3Config
 
 from llm_diffusion import load_diffusion_model
-from llm_diffusion.config import build
+from llm_diffusion.config import build, layers, merge, read_preset, stages_of
 from llm_diffusion.main import cli, lora
 from llm_diffusion.modeling import save_record
 
@@ -217,6 +217,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("--preset", "tinny"), "did you mean 'tiny'"),
         (("chat", "{folder}/none", "hi"), "`model`"),
         (("chat", "tiny", "hi", "--settings", '{"step": 1}'), "step"),
+        (("analyze", "{folder}/none"), "`model`"),
+        (("analyze", "tiny", "--batch-size", "0"), "`batch_size` must be at least 1"),
+        (("analyze", "tiny", "--json", "/proc/none/a.json"), "`--json`"),
+        (("convert", "--preset", "phi-3stage"), "preset 'phi' is unknown"),
+        (("convert", "--hyper-parameters-json", '{"stages": [{"name": "a", "trains": "most"}]}'), "`stages.a.trains`"),
+        (("--hyper-parameters-json", '{"annealing": "soft", "annealing_schedule": "sudden"}'), "`annealing_schedule`"),
     ],
 )
 def test_bad_command_line(arguments, expected, tmp_path):
@@ -224,6 +230,64 @@ def test_bad_command_line(arguments, expected, tmp_path):
     result = invoke(*(argument.replace("{path}", path).replace("{folder}", str(tmp_path)) for argument in arguments))
     assert result.exit_code == 2
     assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
+
+
+def test_analyze_needs_no_weights(tmp_path, trained):
+    Qwen3Config(num_hidden_layers=2).save_pretrained(tmp_path)
+    file = tmp_path / "analysis.json"
+    result = invoke("analyze", str(tmp_path), "--batch-size", "2", "--length", "64", "--json", str(file))
+    assert result.exit_code == 0 and "RTX 4080" in result.stdout and "\x1b" not in result.stdout
+    assert json.loads(file.read_text())["model"]["layers"] == 2
+    # An adapter is analysed as its base; --download of what is here already says where it is.
+    result = invoke("analyze", str(trained[0] / "sft_model"), "--block", "--download")
+    assert result.exit_code == 0 and "weights:" in result.stdout
+
+
+def test_convert_runs_three_stages_and_goes_on_after_a_stop(tmp_path):
+    output = tmp_path / "out"
+    stages = [
+        {
+            "name": "attention",
+            "trains": "attention",
+            "max_steps": 1,
+            "completion_only_loss": False,
+            "annealing": "soft",
+        },
+        {"name": "recovery", "max_steps": 2},
+    ]
+    own = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False, "stages": stages}
+    arguments = ("--hyper-parameters-json", json.dumps({**FAST, **own, "output_dir": str(output)}))
+    first = invoke("convert", "tiny", *arguments)
+    assert first.exit_code == 0, first.output
+    assert "RTX 4080" in first.stdout and "Exact match" in first.stdout  # from analysis to evaluation
+    assert "attention" in first.stdout and "recovery" in first.stdout
+    record = json.loads((output / "sft_model" / "diffusion_config.json").read_text())
+    assert record["conversion_steps"] == 3
+    (output / "sft_model" / "stage.json").unlink()  # stopped before the end of the last stage
+    again = invoke("convert", "tiny", *arguments, "--resume")
+    assert again.exit_code == 0, again.output
+    assert (output / "sft_model" / "stage.json").exists()
+    other = invoke(
+        "convert",
+        "tiny",
+        "--hyper-parameters-json",
+        json.dumps({**FAST, **own, "output_dir": str(output), "seed": 1}),
+        "--resume",
+    )
+    assert other.exit_code == 2 and "`--resume`" in other.stderr
+
+
+def test_the_three_stages_are_what_convert_adds():
+    hp = build(merge(read_preset("3stage"), layers("qwen3-0.6b", None, None)))
+    assert [stage["name"] for stage in stages_of(hp)] == ["attention", "diffusion", "recovery"]
+    assert hp.training["load_best_model_at_end"] is True
+
+
+def test_lora_on_attention_alone_by_its_real_names():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64))
+    config = lora(build({"lora_config": {"target_modules": "attention"}}), model)
+    adapted = {name for name, _ in get_peft_model(model, config).named_parameters() if "lora_A" in name}
+    assert len(adapted) == 4 and all(".attn." in name for name in adapted)  # two layers, c_attn and c_proj
 
 
 def test_missing_bitsandbytes_is_one_line(tmp_path):

@@ -7,7 +7,17 @@ import huggingface_hub
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+)
 
 import llm_diffusion as ld
 from llm_diffusion.attention_masks import annealed
@@ -553,3 +563,20 @@ def test_a_checkpoint_that_disagrees_is_refused(base, tmp_path, options, match):
     tokenizer.save_pretrained(tmp_path / "block")
     with pytest.raises(ValueError, match=match):
         load(str(tmp_path / "block"), device="cpu", **options)
+
+
+def test_the_mask_token_of_qwen3_is_its_first_free_row():
+    """151,669 tokens in an embedding of 151,936 rows: the next id is also SDAR's mask, and nothing is resized."""
+    words = WordLevel({f"w{i}": i for i in range(151_669)}, unk_token="w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), eos_token="w1", pad_token="w1")
+    shape = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=151_936, intermediate_size=8, initializer_range=0.5, **shape))
+    ld.convert_to_diffusion(model, tokenizer)
+    assert tokenizer.mask_token_id == model.config.diffusion["mask_token_id"] == 151_669
+    assert model.get_input_embeddings().weight.shape[0] == model.config.vocab_size == 151_936

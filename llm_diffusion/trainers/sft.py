@@ -255,9 +255,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         return token_nll(logits, targets[keep]), logits.detach().argmax(-1) == targets[keep], keep
 
     def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
-        """An additive mask in the type that attention computes in; the most negative number of fp32 would overflow in bf16."""
-        device = mask.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base_of(self.model).dtype
+        """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
+        # Not `torch.is_autocast_enabled`: accelerate turns autocast on inside the model's forward.
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
     def _add(self, mode: str, **new: torch.Tensor) -> None:
