@@ -1,6 +1,6 @@
 """What conversion costs: the probe in milliseconds, and a training step of a converted model against a native one.
 
-    python benchmarks/conversion.py [--device cuda] [--rounds 30] [--output benchmarks/results/conversion.md]
+    python benchmarks/conversion.py [--device cuda] [--rounds 30] [--output benchmarks/results/conversion-cpu.md]
 
 The native call is the same kernel without a mask: the unpatched model, told `is_causal=False` call by call. Both take turns in one run,
 and the ratio of each pair is taken, so that a busy machine slows both.

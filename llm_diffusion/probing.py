@@ -109,27 +109,30 @@ def causal_layers(model: torch.nn.Module, left_padding: int = 0) -> list[int]:
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     found: list[int] = []
 
-    def rows_of(hidden: torch.Tensor) -> torch.Tensor:
-        return hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)  # parallel streams may come first
+    def token(hidden: torch.Tensor, index: int) -> torch.Tensor:
+        """A view of one token of the three rows, (3, …); hidden states of parallel streams have a further axis somewhere."""
+        hidden = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
+        sequence = 1 if hidden.shape[1] == PROBE_LENGTH + left_padding else 2
+        return hidden.movedim(sequence, 1)[:, index]
 
     def disturb(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = (args[0] if args else kwargs["hidden_states"]).clone()
         wave = torch.linspace(-3, 3, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
         wave = wave * hidden.float().square().mean().sqrt().clamp(min=1e-3).to(hidden.dtype)
-        for row, sign in ((1, 1), (2, -1)):
-            last = rows_of(hidden)[row].movedim(-2, 0)[-1]
-            last += sign * wave
+        token(hidden, -1)[1] += wave
+        token(hidden, -1)[2] -= wave
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def compare(index: int) -> Any:
         def hook(_: torch.nn.Module, __: tuple, output: Any) -> Any:
             hidden = (output[0] if isinstance(output, tuple) else output).clone()
-            first = rows_of(hidden).movedim(-2, 0)[left_padding]
+            first = token(hidden, left_padding)
             # By element: a few huge activations would drown the rest.
             same, change = first[:1].abs(), (first[1:] - first[:1]).abs()
             if not (change > 1e-5 * same + 1e-6 * same.max()).any():
                 found.append(index)
-            rows_of(hidden)[1:] = rows_of(hidden)[:1]
+            every = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
+            every[1:] = every[:1].clone()
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook

@@ -219,7 +219,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("chat", "tiny", "hi", "--settings", '{"step": 1}'), "step"),
         (("analyze", "{folder}/none"), "`model`"),
         (("analyze", "tiny", "--batch-size", "0"), "`batch_size` must be at least 1"),
-        (("analyze", "tiny", "--json", "/proc/none/a.json"), "`--json`"),
+        (("analyze", "tiny", "--json", "{path}/a.json"), "`--json`"),
         (("convert", "--preset", "phi-3stage"), "preset 'phi' is unknown"),
         (("convert", "--hyper-parameters-json", '{"stages": [{"name": "a", "trains": "most"}]}'), "`stages.a.trains`"),
         (("--hyper-parameters-json", '{"annealing": "soft", "annealing_schedule": "sudden"}'), "`annealing_schedule`"),
