@@ -47,12 +47,13 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         eos_tail: longest tail, in tokens.
         random_canvas: share of answers cut at a random place.
         noise_schedule: name, see `noise_schedules`.
-        loss_weight: "elbo" or "uniform".
+        loss_weight: see `losses.loss_weights`.
         right_shift_logits: whether hidden state i - 1 predicts token i.
         attention: "bidirectional" or "block"; a block model's answers are filled up with EOS to the end of their block.
         block_length, clean_context: of block attention, see `attention_masks.block_diffusion`.
         ar_loss_weight: weight of next-token prediction on the clean half of block attention.
         min_mask_probability, max_mask_probability: range of the mask probability; anything but (0, 1) is no ELBO.
+        exact_mask_count: whether the number of masks is drawn, see `masking.draw_exact_mask`, and not every token by itself.
         pad_to_multiple_of: as in transformers.
         packing: whether rows hold several texts.
         time_embedding: whether the model is told the noise level.
@@ -72,6 +73,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     ar_loss_weight: float = 0.0
     min_mask_probability: float = 0.0
     max_mask_probability: float = 1.0
+    exact_mask_count: bool = False
     pad_to_multiple_of: int | None = None
     packing: bool = False
     time_embedding: bool = False
@@ -150,16 +152,19 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         else:
             times = masking.stratified_times(seed, step, rows, n_rows)
         block_length = block_length or self.block_length
-        times = masking.times_of_parts(
-            times, _parts(attention_mask, block_length if self.attention == "block" else None)
-        )
+        part = _parts(attention_mask, block_length if self.attention == "block" else None)
+        times = masking.times_of_parts(times, part)
         probability, weights = get_noise_schedule(self.noise_schedule)(times)
         if (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
             low, high = self.min_mask_probability, self.max_mask_probability
             probability = low + (high - low) * probability
             weights = 1 / probability
-        masked = masking.draw_mask(seed, step, rows, probability, maskable)
-        weights = loss_weights(self.loss_weight, weights)
+        if self.exact_mask_count:
+            masked, probability = masking.draw_exact_mask(seed, step, rows, times, maskable, part)
+            weights = 1 / probability
+        else:
+            masked = masking.draw_mask(seed, step, rows, probability, maskable)
+        weights = loss_weights(self.loss_weight, weights, probability, masked, attention_mask)
         noisy = ids.masked_fill(masked, self.mask_token_id)
         if self.attention == "block":
             laid_out = self._blocks(noisy, ids, attention_mask, masked, maskable, weights, block_length)

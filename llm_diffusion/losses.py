@@ -21,11 +21,38 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-WEIGHTS = ("elbo", "uniform")
+WEIGHTS = ("elbo", "uniform", "clipped", "snr", "cart")
+CLIP = 10.0  # of "clipped": what a token weighs at most, reached below one mask in ten on the linear schedule
+CART_DECAY = 0.3  # of "cart": how fast a visible token's help falls with its distance
 
 
-def loss_weights(kind: str, elbo_weight: torch.Tensor) -> torch.Tensor:
-    """Weight of a masked token: `elbo` is w(t), an unbiased bound; `uniform` is 1, a reweighted objective (seed recipes)."""
+def loss_weights(
+    kind: str, elbo_weight: torch.Tensor, probability: torch.Tensor, masked: torch.Tensor, documents: torch.Tensor
+) -> torch.Tensor:
+    """Weight of every token if it is masked: (B, L) each -> (B, L) fp32. Only "elbo" gives a bound.
+
+    Args:
+        kind: "elbo", w(t). "uniform", 1. "clipped", min(w(t), 10): the rare tokens of almost clean texts weigh less.
+            "snr", sqrt(alpha / (1 - alpha)): for comparison; it is nothing at full masking, where sampling starts.
+            "cart", half the sum over visible tokens of Geo(0.3) of their distance: context decides, not time.
+        probability: mask probability, 1 - alpha.
+        masked: bool, which tokens are masked.
+        documents: see `attention_masks`; only tokens of the same text are context.
+
+    References: LLaDA (arXiv 2502.09992, eq. 3) for "elbo", Dream (arXiv 2508.15487, section 3.2) for "cart".
+    """
     if kind not in WEIGHTS:
         raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {kind!r}.")
-    return elbo_weight if kind == "elbo" else torch.ones_like(elbo_weight)
+    if kind == "elbo":
+        return elbo_weight
+    if kind == "uniform":
+        return torch.ones_like(elbo_weight)
+    if kind == "clipped":
+        return elbo_weight.clamp(max=CLIP)
+    if kind == "snr":
+        return ((1 - probability) / probability).clamp(min=0).sqrt()
+    index = torch.arange(masked.shape[-1], device=masked.device)
+    distance = (index[:, None] - index).abs()
+    kernel = 0.5 * CART_DECAY * (1 - CART_DECAY) ** (distance - 1).clamp(min=0).float() * (distance > 0)
+    visible = (~masked & (documents > 0))[:, None, :] & (documents[:, :, None] == documents[:, None, :])
+    return (visible * kernel).sum(-1)

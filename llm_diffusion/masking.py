@@ -104,6 +104,38 @@ def draw_mask(
     return (uniform(seed, step, rows[:, None], position, MASK_STREAM) < probability) & maskable
 
 
+def draw_exact_mask(
+    seed: int, step: int, rows: torch.Tensor, times: torch.Tensor, maskable: torch.Tensor, part: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks exactly k of the n maskable tokens of every part, k uniform on 1 … n: less noise than one draw a token.
+
+    Weighted n / k it estimates the same bound, whatever the schedule, because the number of masks is all that a time decides.
+
+    Args:
+        rows: (B,) keys of the rows.
+        times: (B, L) times of the parts, uniform on [MIN_TIME, 1], which decide k.
+        maskable: (B, L) bool.
+        part: (B, L) number of the text or block of every token, rising from the left.
+
+    Returns:
+        (B, L) bool, and (B, L) k / n.
+
+    References: LLaDA (arXiv 2502.09992, eq. 6).
+    """
+    position = maskable.long().cumsum(-1)
+    noise = uniform(seed, step, rows[:, None], position, MASK_STREAM).masked_fill(~maskable, 2.0)
+    # Sorted by part, and in each by noise; the rank of a token is its distance from the start of its part.
+    order = noise.argsort(-1)
+    order = order.gather(-1, part.gather(-1, order).argsort(dim=-1, stable=True))
+    index = torch.arange(part.shape[-1], device=part.device).expand_as(part)
+    parts = part.gather(-1, order)
+    first = torch.nn.functional.pad(parts[:, 1:] != parts[:, :-1], (1, 0), value=True)
+    rank = torch.zeros_like(part).scatter(-1, order, index - torch.where(first, index, 0).cummax(-1).values)
+    n = torch.zeros_like(part).scatter_add(-1, part, maskable.long()).gather(-1, part).clamp(min=1)
+    k = torch.maximum(torch.ceil((times - MIN_TIME) / (1 - MIN_TIME) * n), torch.ones_like(times)).clamp(max=n)
+    return maskable & (rank < k), k / n
+
+
 def align_with_readout(per_token: torch.Tensor, right_shift: bool, fill: float) -> torch.Tensor:
     """Moves values that belong to tokens to the hidden states that predict them: (B, L) -> (B, L).
 

@@ -7,7 +7,8 @@ The NELBO does not depend on the schedule (substitute u = p(t)); only the varian
 Trade-off: one plain function a schedule, closed forms in fp32, no classes. Alternative: `diffusers` schedulers, which carry
 state and step logic that a masked objective does not need.
 
-References: MDLM (arXiv 2406.07524, eq. 10-11), LLaDA (arXiv 2502.09992, eq. 3), SMDM (arXiv 2410.18514).
+References: MDLM (arXiv 2406.07524, eq. 10-11), LLaDA (arXiv 2502.09992, eq. 3), SMDM (arXiv 2410.18514), DDPM (arXiv 2006.11239,
+section 4) and Improved DDPM (arXiv 2102.09672, eq. 17) for the schedules by beta.
 """
 
 from __future__ import annotations
@@ -39,7 +40,33 @@ def cosine(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cos(angle), math.pi / 2 * torch.tan(angle)
 
 
-NOISE_SCHEDULES: dict[str, NoiseSchedule] = {"linear": linear, "cosine": cosine}
+def beta_linear(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """DDPM's betas from 1e-4 to 0.02 over 1000 steps, in continuous time: alpha = exp(-(0.1 t + 9.95 t^2)). Shapes as `linear`.
+
+    Rescaled so that nothing survives t = 1, where the original leaves 4e-5; the weight does not change by that.
+    """
+    t = t.float()
+    hazard = 0.1 * t + 9.95 * t**2
+    return torch.expm1(-hazard) / math.expm1(-10.05), (0.1 + 19.9 * t) / torch.expm1(hazard)
+
+
+def beta_cosine(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Improved DDPM's: alpha = cos^2(pi/2 (t + s) / (1 + s)) / cos^2(pi/2 s / (1 + s)), s = 0.008. Shapes as `linear`."""
+    start, t = math.pi / 2 * 0.008 / 1.008, t.float()
+    passed = math.pi / 2 * t / 1.008
+    # cos^2 a - cos^2 b = sin(a + b) sin(b - a): no cancellation at small times.
+    difference = torch.sin(2 * start + passed) * torch.sin(passed)
+    weight = math.pi / 2 / 1.008 * torch.sin(2 * (start + passed)) / difference
+    # The slope at t = 1 is zero up to rounding.
+    return (difference / math.cos(start) ** 2).clamp(max=1), weight.clamp(min=0)
+
+
+NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
+    "linear": linear,
+    "cosine": cosine,
+    "beta_linear": beta_linear,
+    "beta_cosine": beta_cosine,
+}
 
 
 def get_noise_schedule(name: str) -> NoiseSchedule:

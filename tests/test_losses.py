@@ -9,9 +9,9 @@ import torch
 from oracle import MarkovChain
 
 from llm_diffusion.collators import DataCollatorForMaskedDiffusion
-from llm_diffusion.losses import WEIGHTS, loss_weights, token_nll
+from llm_diffusion.losses import CLIP, loss_weights, token_nll
 from llm_diffusion.masking import IGNORE_INDEX, stratified_times
-from llm_diffusion.noise_schedules import get_noise_schedule
+from llm_diffusion.noise_schedules import NOISE_SCHEDULES, get_noise_schedule
 
 CHAIN = MarkovChain(n_states=8, length=32)
 N_ROWS = 4096
@@ -73,17 +73,40 @@ def test_nothing_masked_is_a_zero_with_a_gradient() -> None:
     assert loss.item() == 0 and terms.shape == (0,) and torch.equal(weight.grad, torch.zeros(4, 13))
 
 
+def weights_of(kind: str, t: float = 0.25, masked: str = "m.mm..m") -> torch.Tensor:
+    hidden = torch.tensor([[letter == "m" for letter in masked]])
+    times = torch.full(hidden.shape, t)
+    probability, elbo = get_noise_schedule("linear")(times)
+    return loss_weights(kind, elbo, probability, hidden, torch.ones_like(hidden, dtype=torch.long))
+
+
 def test_loss_weights() -> None:
-    elbo = torch.tensor([1.0, 2.5, 1000.0])
-    assert torch.equal(loss_weights("elbo", elbo), elbo)
-    assert torch.equal(loss_weights("uniform", elbo), torch.ones(3))
-    assert set(WEIGHTS) == {"elbo", "uniform"}
+    assert (weights_of("elbo") == 4).all()
+    assert (weights_of("uniform") == 1).all()
+    assert (weights_of("clipped") == 4).all() and (weights_of("clipped", 0.001) == CLIP).all()
+    torch.testing.assert_close(weights_of("snr"), torch.full((1, 7), 3**0.5))
+    assert (weights_of("snr", 1.0) == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["", "ELBO", "cart"])
+def test_cart_is_the_sum_over_visible_tokens() -> None:
+    """Written out token by token; with nothing visible it is nothing, and other texts are no context."""
+    for pattern in ("m.mm..m", "mmmmmmm", "......."):
+        for n in range(7):
+            want = 0.0
+            for i, letter in enumerate(pattern):
+                if letter == "." and i != n:
+                    want += 0.5 * 0.3 * 0.7 ** (abs(n - i) - 1)
+            assert weights_of("cart", masked=pattern)[0, n].item() == pytest.approx(want, abs=1e-6)
+    masked = torch.tensor([[True, False, False, True]])
+    ones = torch.ones(1, 4)
+    two_texts = loss_weights("cart", ones, ones, masked, torch.tensor([[1, 1, 2, 2]]))
+    assert two_texts[0].tolist() == pytest.approx([0.15, 0.0, 0.0, 0.15])
+
+
+@pytest.mark.parametrize("kind", ["", "ELBO", "mean"])
 def test_unknown_weight_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="loss_weight"):
-        loss_weights(kind, torch.ones(1))
+        weights_of(kind)
 
 
 def estimates(collator: DataCollatorForMaskedDiffusion, noisy: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -116,7 +139,7 @@ def collator_for(schedule: str, right_shift: bool = False) -> DataCollatorForMas
     )
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", sorted(NOISE_SCHEDULES))
 @pytest.mark.parametrize("right_shift, prompt", [(False, 0), (False, 12), (True, 1), (True, 12)])
 def test_loss_estimates_the_exact_likelihood(schedule: str, right_shift: bool, prompt: int) -> None:
     """Of the answer given the prompt; the chain makes the bound tight, so that only noise is left."""
@@ -162,3 +185,36 @@ def test_stratified_times_lower_the_variance(schedule: str, size: int) -> None:
     # Strata are dealt out at random, so that a few rows of a very large batch have independent times.
     independent = stratified_times(0, 0, torch.arange(n_steps * size), n_steps * size)
     assert deviation(stratified) < 1.5 / size**0.5 * deviation(independent)
+
+
+def exact_count(right_shift: bool = False) -> DataCollatorForMaskedDiffusion:
+    collator = collator_for("linear", right_shift)
+    collator.exact_mask_count = True
+    return collator
+
+
+@pytest.mark.parametrize("right_shift, prompt", [(False, 0), (False, 12), (True, 1), (True, 12)])
+def test_exact_counts_estimate_the_exact_likelihood(right_shift: bool, prompt: int) -> None:
+    collator, x = exact_count(right_shift), CHAIN.sample(1, seed=1)
+    noisy = collator.corrupt(repeated(x, N_ROWS, prompt), seed=0, step=0, rows=torch.arange(N_ROWS), n_rows=N_ROWS)
+    values = estimates(collator, noisy)
+    exact = -(CHAIN.log_prob(x) - (CHAIN.log_prob(x[:, :prompt]) if prompt else 0)).item()
+    error = (values.std() / N_ROWS**0.5).item()
+    assert abs(values.mean().item() - exact) < 3 * error
+
+
+def test_exact_counts_over_strata_are_far_less_noisy() -> None:
+    """Means of 8 draws: counts on strata against independent times with one draw a token."""
+    x, n_means = CHAIN.sample(1, seed=1), 400
+
+    def deviation(collator: DataCollatorForMaskedDiffusion, stratified: bool) -> float:
+        means = []
+        for step in range(n_means):
+            rows, n_rows = (torch.arange(8), 8) if stratified else (torch.arange(8) + 8 * step, 8 * n_means)
+            batch = repeated(x, 8)
+            noisy = collator.corrupt(batch, seed=0, step=step if stratified else 0, rows=rows, n_rows=n_rows)
+            means.append(estimates(collator, noisy).mean().item())
+        return torch.tensor(means).std().item()
+
+    independent = deviation(collator_for("linear"), False)
+    assert deviation(exact_count(), True) <= 0.65 * independent

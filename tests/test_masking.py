@@ -250,3 +250,31 @@ def test_shifted_values_keep_type_and_fill() -> None:
     weights = torch.full((2, 1), math.pi).expand(2, 3)
     shifted = masking.align_with_readout(weights, True, 0.0)
     assert shifted.dtype == weights.dtype and shifted[:, -1].eq(0).all() and shifted[:, :-1].eq(weights[:, 1:]).all()
+
+
+@few
+@given(st.data())
+def test_exact_masks_have_the_count_that_the_time_says(data) -> None:
+    """In every part by itself; which tokens is as good as random, and others than maskable never."""
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+    part = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]])
+    maskable = torch.tensor([data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths)))])
+    unit = torch.tensor([data.draw(st.floats(0, 1)) for _ in lengths])
+    times = (MIN_TIME + (1 - MIN_TIME) * unit)[part[0]][None]
+    masked, share = masking.draw_exact_mask(3, 1, torch.tensor([9]), times, maskable, part)
+    assert not (masked & ~maskable).any()
+    for i in range(len(lengths)):
+        inside = part == i
+        n = int((maskable & inside).sum())
+        k = int((masked & inside).sum())
+        if n:
+            assert 1 <= k <= n and abs(k - max(1, float(unit[i]) * n)) < 1.01
+            assert share[inside].unique().item() == pytest.approx(k / n)
+
+
+def test_exact_masks_choose_every_token_alike() -> None:
+    rows, ones = torch.arange(6000), torch.ones(6000, 5, dtype=torch.bool)
+    times = torch.full((6000, 5), MIN_TIME + (1 - MIN_TIME) * 0.4)
+    masked, _ = masking.draw_exact_mask(0, 0, rows, times, ones, torch.zeros(6000, 5, dtype=torch.long))
+    assert (masked.sum(-1) == 2).all()
+    assert (masked.float().mean(0) - 0.4).abs().max() < 0.025

@@ -14,7 +14,14 @@ from llm_diffusion.masking import MIN_TIME
 from llm_diffusion.noise_schedules import NOISE_SCHEDULES, get_noise_schedule
 
 # 1 - alpha(t) in fp64, written down again from the papers.
-MASK_PROBABILITY = {"linear": lambda t: t, "cosine": lambda t: math.cos(math.pi / 2 * (1 - t))}
+MASK_PROBABILITY = {
+    "linear": lambda t: t,
+    "cosine": lambda t: math.cos(math.pi / 2 * (1 - t)),
+    "beta_linear": lambda t: (1 - math.exp(-(0.1 * t + 9.95 * t * t))) / (1 - math.exp(-10.05)),
+    "beta_cosine": lambda t: (
+        1 - math.cos(math.pi / 2 * (t + 0.008) / 1.008) ** 2 / math.cos(math.pi / 2 * 0.008 / 1.008) ** 2
+    ),
+}
 
 every_schedule = pytest.mark.parametrize("name", sorted(NOISE_SCHEDULES))
 
@@ -64,7 +71,7 @@ def test_probability_rises_from_nothing_to_one(name: str) -> None:
     schedule = get_noise_schedule(name)
     probability, weight = schedule(torch.linspace(MIN_TIME, 1, 1000))
     assert (probability.diff() > 0).all() and (weight.diff() < 0).all()
-    assert probability[-1] == 1 and 0 < probability[0] < 2 * MIN_TIME
+    assert probability[-1] == pytest.approx(1, abs=1e-6) and 0 < probability[0] < 2 * MIN_TIME
     assert weight.isfinite().all() and (weight >= 0).all()
     assert schedule(torch.tensor(1e-6))[0] < 1e-5
 
@@ -93,6 +100,20 @@ def test_nelbo_by_quadrature_is_the_exact_likelihood(name: str, seed: int) -> No
     pattern_probability = p**n_masked * (1 - p) ** (chain.length - n_masked)  # (times, 2^L)
     nelbo = (torch.from_numpy(areas / 2) * weight * (pattern_probability @ cost)).sum()
     assert nelbo.item() == pytest.approx(-chain.log_prob(x).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["beta_linear", "beta_cosine"])
+def test_schedules_by_beta_follow_their_thousand_steps(name: str) -> None:
+    """Against the products of the discrete betas."""
+    steps = torch.arange(1, 1001, dtype=torch.float64)
+    if name == "beta_linear":
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    else:
+        alpha = torch.cos((torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - alpha[1:] / alpha[:-1]).clamp(0.0001, 0.9999)
+    want = 1 - torch.cumprod(1 - betas, 0)
+    probability, _ = get_noise_schedule(name)(steps / 1000)
+    torch.testing.assert_close(probability.double(), want, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["", "Linear", "quadratic"])

@@ -244,7 +244,8 @@ def test_metrics_are_logged(tmp_path, tokenizer):
     ("settings", "message"),
     [
         ({"noise_schedule": "sigmoid"}, "noise_schedule"),
-        ({"loss_weight": "snr"}, "loss_weight"),
+        ({"loss_weight": "mean"}, "loss_weight"),
+        ({"exact_mask_count": True, "max_mask_probability": 0.9}, "exact_mask_count"),
         ({"min_mask_probability": 0.9, "max_mask_probability": 0.1}, "min_mask_probability"),
         ({"max_mask_probability": 1.5}, "max_mask_probability"),
         ({"eos_tail": -1}, "eos_tail"),

@@ -103,6 +103,7 @@ def make_collator(
         ar_loss_weight=args.ar_loss_weight,
         min_mask_probability=args.min_mask_probability,
         max_mask_probability=args.max_mask_probability,
+        exact_mask_count=args.exact_mask_count,
         pad_to_multiple_of=args.pad_to_multiple_of,
         packing=args.packing,
         time_embedding=record.get("time_embedding", False),

@@ -38,9 +38,10 @@ class DiffusionSFTConfig(SFTConfig):
 
     > Parameters that control the objective
 
-        noise_schedule: "linear" or "cosine"; None is the one the model was converted with.
-        loss_weight: "elbo" (w(t), an unbiased bound) or "uniform" (1).
+        noise_schedule: "linear", "cosine", "beta_linear" or "beta_cosine"; None is the one the model was converted with.
+        loss_weight: "elbo" (w(t), an unbiased bound), "uniform" (1), "clipped", "snr" or "cart", see `losses.loss_weights`.
         min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
+        exact_mask_count: draw how many tokens are masked, then which; the same bound with less noise, whatever the schedule.
         ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
@@ -64,14 +65,15 @@ class DiffusionSFTConfig(SFTConfig):
     final_causal_ratio: float = field(default=0.0, metadata={"help": "0 is bidirectional."})
     annealing_decay: float = field(default=5.0, metadata={"help": "Decay of the exponential schedule."})
     annealing_points: list | None = field(default=None, metadata={"help": "[[step, share], ...] of the step schedule."})
-    noise_schedule: str | None = field(default=None, metadata={"help": "linear or cosine; None: as converted."})
-    loss_weight: str = field(default="elbo", metadata={"help": "elbo or uniform."})
+    noise_schedule: str | None = field(default=None, metadata={"help": "See noise_schedules; None: as converted."})
+    loss_weight: str = field(default="elbo", metadata={"help": "elbo, uniform, clipped, snr or cart."})
     min_mask_probability: float = field(
         default=0.0, metadata={"help": "Lowest mask probability; above 0 is not the ELBO."}
     )
     max_mask_probability: float = field(
         default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."}
     )
+    exact_mask_count: bool = field(default=False, metadata={"help": "Draw the number of masks, then which."})
     ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
@@ -87,15 +89,7 @@ class DiffusionSFTConfig(SFTConfig):
             if getattr(self, new) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
-        if self.noise_schedule is not None:
-            get_noise_schedule(self.noise_schedule)
-        if self.loss_weight not in WEIGHTS:
-            raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
-        if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
-            raise ValueError(
-                "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
-                f"{self.min_mask_probability} and {self.max_mask_probability}."
-            )
+        self._check_noise()
         if self.ar_loss_weight < 0:
             raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
         if self.eos_tail < 0:
@@ -107,6 +101,21 @@ class DiffusionSFTConfig(SFTConfig):
         self.way()
         if self.loss_type != "nll":
             raise ValueError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
+
+    def _check_noise(self) -> None:
+        if self.noise_schedule is not None:
+            get_noise_schedule(self.noise_schedule)
+        if self.loss_weight not in WEIGHTS:
+            raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
+        if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
+            raise ValueError(
+                "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
+                f"{self.min_mask_probability} and {self.max_mask_probability}."
+            )
+        if self.exact_mask_count and (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
+            raise ValueError(
+                "`exact_mask_count` draws every count from one to all; leave the mask probabilities at 0 and 1."
+            )
 
     def way(self, last_step: int = 1) -> Annealing | None:
         """The checked settings of annealing, if there is any; `last_step` is where this run ends."""
