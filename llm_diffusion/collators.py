@@ -142,7 +142,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         Returns:
             Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
             masks); `targets` (B, M), the token that each hidden state must predict, -100 = none; `weights` (B, M) fp32 of
-            these terms in the objective, and `ar_weights` (B, M) in the AR co-loss. Further `masked` and `times` (B, L).
+            these terms in the objective, and `ar_weights` (B, M) in the AR co-loss; `levels` (B, M), the mask probability they
+            were seen under, 0 on clean text. Further `masked` and `times` (B, L).
         """
         ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         maskable = (batch["labels"] != masking.IGNORE_INDEX) & attention_mask.bool()
@@ -167,9 +168,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         weights = loss_weights(self.loss_weight, weights, probability, masked, attention_mask)
         noisy = ids.masked_fill(masked, self.mask_token_id)
         if self.attention == "block":
-            laid_out = self._blocks(noisy, ids, attention_mask, masked, maskable, weights, block_length)
+            laid_out = self._blocks(noisy, ids, attention_mask, masked, maskable, weights, probability, block_length)
         else:
-            laid_out = self._whole(noisy, ids, attention_mask, masked, weights)
+            laid_out = self._whole(noisy, ids, attention_mask, masked, weights, probability)
         if self.time_embedding:
             # Not the time but the mask probability, which is what a sampler knows; clean context has none.
             noise = (
@@ -187,6 +188,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         attention_mask: torch.Tensor,
         masked: torch.Tensor,
         weights: torch.Tensor,
+        probability: torch.Tensor,
     ) -> dict[str, Any]:
         """Bidirectional attention: the noisy text, and its masked tokens as targets."""
         targets = ids.masked_fill(~masked, masking.IGNORE_INDEX)
@@ -199,7 +201,13 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             # `is_causal=False` ignores position ids, so packed texts would see each other.
             inputs["attention_mask"] = additive(bidirectional(attention_mask))
             inputs["position_ids"] = positions(attention_mask).clamp(min=0)
-        return {"inputs": inputs, "targets": targets, "weights": weights, "ar_weights": torch.zeros_like(weights)}
+        return {
+            "inputs": inputs,
+            "targets": targets,
+            "weights": weights,
+            "ar_weights": torch.zeros_like(weights),
+            "levels": masking.align_with_readout(probability, self.right_shift_logits, 0.0),
+        }
 
     def _blocks(
         self,
@@ -209,6 +217,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         masked: torch.Tensor,
         maskable: torch.Tensor,
         weights: torch.Tensor,
+        probability: torch.Tensor,
         block_length: int,
     ) -> dict[str, Any]:
         """Block attention: [noisy ; clean] in one pass; with the right shift a block's first token is read from the clean half.
@@ -246,6 +255,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             "targets": align(ids.masked_fill(~masked | from_clean, none), ids.masked_fill(~wanted, none), none),
             "weights": align(weights, from_clean.float(), 0.0),
             "ar_weights": align(torch.zeros_like(weights), self.ar_loss_weight * maskable, 0.0),
+            "levels": align(probability, torch.zeros_like(probability), 0.0),
         }
 
 

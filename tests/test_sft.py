@@ -464,9 +464,11 @@ def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
     ids = alone["input_ids"]
     noisy_ids = ids.masked_fill(masked, collator.mask_token_id)
     if settings:
-        laid = collator._blocks(noisy_ids, ids, alone["attention_mask"], masked, maskable, ones, collator.block_length)
+        laid = collator._blocks(
+            noisy_ids, ids, alone["attention_mask"], masked, maskable, ones, ones, collator.block_length
+        )
     else:
-        laid = collator._whole(noisy_ids, ids, (alone["attention_mask"] > 0).long(), masked, ones)
+        laid = collator._whole(noisy_ids, ids, (alone["attention_mask"] > 0).long(), masked, ones, ones)
     want, _, _ = trainer._score(model, laid)
     assert len(want) == len(terms) and places.max() == 13
     torch.testing.assert_close(terms.sort().values, want.sort().values, atol=1e-4, rtol=1e-4)
@@ -582,3 +584,22 @@ def test_the_card_of_an_adapter_tells_whether_its_base_is_converted(tmp_path, to
         trainer = make(tmp_path / "out", own, model, peft_config=LORA)
         trainer.save_model(str(tmp_path / "saved"))
         assert said in (tmp_path / "saved" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention": "block", "ar_loss_weight": 0.5}])
+def test_the_loss_by_noise_level_is_logged(tmp_path, tokenizer, settings):
+    """Against the terms of the same batch, sorted by hand into thirds of the mask probability."""
+    trainer = make(tmp_path, tokenizer, evaluation=tiny_dataset(24, split="test"), **settings)
+    logged = trainer.evaluate()
+    terms, levels = [], []
+    trainer.model.eval()
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            noisy = trainer.diffusion_collator.corrupt(batch, seed=trainer.args.seed, step=0)
+            nll, _, keep = trainer._score(trainer.model, noisy)
+            terms.append(nll)
+            levels.append(noisy["levels"][keep])
+    terms, levels = torch.cat(terms), torch.cat(levels)
+    for name, low, high in (("low", 1e-9, 1 / 3), ("middle", 1 / 3, 2 / 3), ("high", 2 / 3, 2)):
+        want = terms[(levels >= low) & (levels < high)].mean().item()
+        assert logged[f"eval_masked_nll_{name}_noise"] == pytest.approx(want, rel=1e-4)

@@ -47,6 +47,8 @@ from .preparation import (
 )
 from .sft_config import DiffusionSFTConfig
 
+LEVELS = ("low", "middle", "high")  # thirds of the mask probability
+
 
 class DiffusionSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
@@ -55,7 +57,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
 
     Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
-    `masked_accuracy`, `masked_nll`, `mask_ratio`.
+    `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -224,6 +226,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             right=(right & bound).sum(),
             scored=bound.sum(),
             masked=noisy["masked"].sum(),
+            **_by_level(terms.detach(), noisy["levels"][keep]),
         )
         return (terms * weights).sum(), (terms * ar_weights).sum()
 
@@ -279,6 +282,11 @@ class DiffusionSFTTrainer(SFTTrainer):
             "masked_accuracy": sums["right"] / scored,
             "masked_nll": sums["terms"] / scored,
             "mask_ratio": sums["masked"] / sums["maskable"],
+            **{
+                f"masked_nll_{name}_noise": sums[f"nll_{name}"] / sums[f"n_{name}"]
+                for name in LEVELS
+                if sums[f"n_{name}"]
+            },
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -331,3 +339,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         converted_base = folder.is_file() and "diffusion" in json.loads(folder.read_text())
         adapter = isinstance(self.model, PeftModel)
         return model_card(base.config.diffusion, name, [*self._tag_names, *more], adapter, converted_base)
+
+
+def _by_level(terms: torch.Tensor, levels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sum and count of the NLL in each third of the noise; what was read from clean text has none."""
+    third = torch.where(levels > 0, (levels * len(LEVELS)).long().clamp(max=len(LEVELS) - 1), -1)
+    sums = {f"nll_{name}": (terms * (third == i)).sum() for i, name in enumerate(LEVELS)}
+    return sums | {f"n_{name}": (third == i).sum() for i, name in enumerate(LEVELS)}
