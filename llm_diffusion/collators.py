@@ -128,6 +128,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         rows: torch.Tensor | None = None,
         n_rows: int | None = None,
         block_length: int | None = None,
+        complement: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Draws noise and lays out the model's inputs and targets.
 
@@ -138,6 +139,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
                 as evaluation wants it.
             n_rows: rows of the global batch, for the strata of the times.
             block_length: of this batch, while blocks still grow; None: the model's.
+            complement: mask exactly what the same draw without it leaves visible; the mean of the two estimates is unbiased too.
 
         Returns:
             Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
@@ -165,6 +167,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             weights = 1 / probability
         else:
             masked = masking.draw_mask(seed, step, rows, probability, maskable)
+        if complement:
+            # Substitute q = 1 - p in the bound's integral: dq = -p'(t) dt, so 1 / q weighs p'(t) / (1 - p) in t.
+            weights = weights * probability / (1 - probability).clamp(min=1e-6)
+            masked, probability = maskable & ~masked, 1 - probability
         weights = loss_weights(self.loss_weight, weights, probability, masked, attention_mask)
         noisy = ids.masked_fill(masked, self.mask_token_id)
         if self.attention == "block":

@@ -218,3 +218,19 @@ def test_exact_counts_over_strata_are_far_less_noisy() -> None:
 
     independent = deviation(collator_for("linear"), False)
     assert deviation(exact_count(), True) <= 0.65 * independent
+
+
+@pytest.mark.parametrize("schedule", sorted(NOISE_SCHEDULES))
+@pytest.mark.parametrize("right_shift, prompt", [(False, 0), (True, 12)])
+def test_complementary_masks_estimate_the_exact_likelihood(schedule: str, right_shift: bool, prompt: int) -> None:
+    """The mean of both passes, and the second alone too; no token is masked in both, none in neither."""
+    collator, x = collator_for(schedule, right_shift), CHAIN.sample(1, seed=1)
+    batch, key = repeated(x, N_ROWS, prompt), {"seed": 0, "step": 0, "rows": torch.arange(N_ROWS), "n_rows": N_ROWS}
+    first, second = (collator.corrupt(batch, **key, complement=complement) for complement in (False, True))
+    assert torch.equal(first["masked"] ^ second["masked"], batch["labels"] != IGNORE_INDEX)
+    exact = -(CHAIN.log_prob(x) - (CHAIN.log_prob(x[:, :prompt]) if prompt else 0)).item()
+    one, other = estimates(collator, first), estimates(collator, second)
+    for values in (other, (one + other) / 2):
+        assert abs(values.mean().item() - exact) < 3 * (values.std() / N_ROWS**0.5).item()
+    if schedule == "linear":  # where both passes are the same distribution of noise: better than two independent draws
+        assert ((one + other) / 2).std() < one.std() / 2**0.5

@@ -603,3 +603,26 @@ def test_the_loss_by_noise_level_is_logged(tmp_path, tokenizer, settings):
     for name, low, high in (("low", 1e-9, 1 / 3), ("middle", 1 / 3, 2 / 3), ("high", 2 / 3, 2)):
         want = terms[(levels >= low) & (levels < high)].mean().item()
         assert logged[f"eval_masked_nll_{name}_noise"] == pytest.approx(want, rel=1e-4)
+
+
+def test_complementary_masks_are_two_passes(tmp_path, tokenizer):
+    def loss(complementary):
+        trainer = make(tmp_path, tokenizer, complementary_masks=complementary)
+        batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+        trainer.model.train()
+        value = trainer.compute_loss(trainer.model, dict(batches[0]), num_items_in_batch=count)
+        return value.item(), trainer, batches[0], count
+
+    both, trainer, batch, count = loss(True)
+    single, *_ = loss(False)
+    noisy = trainer.diffusion_collator.corrupt(
+        batch,
+        seed=trainer.args.seed,
+        step=0,
+        rows=batch["noise_rows"],
+        n_rows=batch["n_noise_rows"],
+        complement=True,
+    )
+    terms, _, keep = trainer._score(trainer.model, noisy)
+    other = ((terms * noisy["weights"][keep]).sum() / count).item()
+    assert both == pytest.approx((single + other) / 2, rel=1e-5)

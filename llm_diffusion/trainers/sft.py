@@ -187,7 +187,12 @@ class DiffusionSFTTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """NELBO of the batch in nats a maskable token (training: its share of the whole step's)."""
         mode = "train" if self.model.training else "eval"
-        parts = [self._part_loss(model, part, mode) for part in by_length(inputs, self.args.pad_to_multiple_of or 1)]
+        passes = (False, True) if mode == "train" and self.args.complementary_masks else (False,)
+        parts = [
+            self._part_loss(model, part, mode, complement, 1 / len(passes))
+            for part in by_length(inputs, self.args.pad_to_multiple_of or 1)
+            for complement in passes
+        ]
         nll, ar = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         maskable = (inputs["labels"] != IGNORE_INDEX).sum()
         self._add(mode, nll=nll.detach(), maskable=maskable)
@@ -197,8 +202,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         # Distributed training averages gradients over processes; the denominator already counts all of them.
         return (nll + ar) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
-    def _part_loss(self, model: torch.nn.Module, part: dict[str, Any], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sums of the bound and of the AR co-loss over some rows, in nats."""
+    def _part_loss(
+        self, model: torch.nn.Module, part: dict[str, Any], mode: str, complement: bool, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weighted sums of the bound and of the AR co-loss over some rows, in nats; `share` of the rows' passes."""
         rows = part.get("noise_rows") if mode == "train" else None
         # Phases of one run share a seed and one way from causal attention: all steps so far count.
         step, way = self._start["conversion_steps"] + self.state.global_step, self._way()
@@ -210,6 +217,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             rows=rows,
             n_rows=part.get("n_noise_rows"),
             block_length=way.block_length(step, target) if way is not None and target and mode == "train" else None,
+            complement=complement,
         )
         if way is not None and self.diffusion_collator.attention == "bidirectional":
             # Evaluation is at the target, as generation is.
@@ -225,10 +233,10 @@ class DiffusionSFTTrainer(SFTTrainer):
             terms=(terms.detach() * bound).sum(),
             right=(right & bound).sum(),
             scored=bound.sum(),
-            masked=noisy["masked"].sum(),
+            masked=share * noisy["masked"].sum(),
             **_by_level(terms.detach(), noisy["levels"][keep]),
         )
-        return (terms * weights).sum(), (terms * ar_weights).sum()
+        return share * (terms * weights).sum(), share * (terms * ar_weights).sum()
 
     def _way(self) -> Annealing | None:
         return self.args.way(self._start["conversion_steps"] + self.state.max_steps)

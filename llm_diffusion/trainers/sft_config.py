@@ -42,6 +42,7 @@ class DiffusionSFTConfig(SFTConfig):
         loss_weight: "elbo" (w(t), an unbiased bound), "uniform" (1), "clipped", "snr" or "cart", see `losses.loss_weights`.
         min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
         exact_mask_count: draw how many tokens are masked, then which; the same bound with less noise, whatever the schedule.
+        complementary_masks: score every row twice, the second time with the other tokens masked: each token once, two forwards.
         ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
@@ -74,6 +75,7 @@ class DiffusionSFTConfig(SFTConfig):
         default=1.0, metadata={"help": "Highest mask probability; below 1 is not the ELBO."}
     )
     exact_mask_count: bool = field(default=False, metadata={"help": "Draw the number of masks, then which."})
+    complementary_masks: bool = field(default=False, metadata={"help": "Score every row twice, under opposite masks."})
     ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
