@@ -120,8 +120,20 @@ def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
     assert torch.equal(fused.is_top1[keep], right)
 
 
-@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-def test_one_batch_of_8_and_eight_of_1_give_the_same_gradient(tmp_path, tokenizer, peft_config):
+@pytest.mark.parametrize(
+    ("peft_config", "settings"),
+    [
+        (None, {}),
+        (LORA, {}),
+        (LORA, {"normalization": "sequence"}),
+        (LORA, {"normalization": "length"}),
+        (LORA, {"normalization": "masked"}),
+        (LORA, {"exact_mask_count": True}),
+        (LORA, {"complementary_masks": True}),
+        (LORA, {"attention": "block", "ar_loss_weight": 0.5, "normalization": "sequence"}),
+    ],
+)
+def test_one_batch_of_8_and_eight_of_1_give_the_same_gradient(tmp_path, tokenizer, peft_config, settings):
     after = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
         trainer = make(
@@ -135,6 +147,7 @@ def test_one_batch_of_8_and_eight_of_1_give_the_same_gradient(tmp_path, tokenize
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
             weight_decay=0.0,
+            **settings,
         )
         before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.train()
@@ -142,6 +155,29 @@ def test_one_batch_of_8_and_eight_of_1_give_the_same_gradient(tmp_path, tokenize
         after.append(torch.cat([(now[name].detach() - before[name]).flatten() for name in before]))
     assert after[0].norm() > 1e-3
     assert (after[0] - after[1]).norm() / after[0].norm() < 1e-5
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence", "length", "masked"])
+def test_normalizations_are_their_formulas(tmp_path, tokenizer, normalization):
+    trainer = make(tmp_path, tokenizer, normalization=normalization)
+    batches, count = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    batch = batches[0]
+    trainer.model.train()
+    got = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count).item()
+    noisy = trainer.diffusion_collator.corrupt(
+        batch, seed=trainer.args.seed, step=0, rows=batch["noise_rows"], n_rows=batch["n_noise_rows"]
+    )
+    logits = trainer.model(**noisy["inputs"], use_cache=False).logits
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), noisy["targets"], reduction="none")
+    rows, n = (nll * noisy["weights"]).sum(-1), (batch["labels"] != IGNORE_INDEX).sum(-1)
+    want = {
+        "token": rows.sum() / n.sum(),
+        "sequence": (rows / n).mean(),
+        "length": rows.sum() / batch["attention_mask"].sum(),
+        "masked": rows.sum() / noisy["masked"].sum(),
+    }
+    assert got == pytest.approx(want[normalization].item(), rel=1e-4)
+    assert len({round(value.item(), 4) for value in want.values()}) == 4  # the test can tell them apart
 
 
 def test_resumed_run_has_the_same_losses(tmp_path, tokenizer):
@@ -245,6 +281,7 @@ def test_metrics_are_logged(tmp_path, tokenizer):
     [
         ({"noise_schedule": "sigmoid"}, "noise_schedule"),
         ({"loss_weight": "mean"}, "loss_weight"),
+        ({"normalization": "batch"}, "normalization"),
         ({"exact_mask_count": True, "max_mask_probability": 0.9}, "exact_mask_count"),
         ({"min_mask_probability": 0.9, "max_mask_probability": 0.1}, "min_mask_probability"),
         ({"max_mask_probability": 1.5}, "max_mask_probability"),

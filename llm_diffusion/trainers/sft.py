@@ -164,7 +164,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | None]:
-        """The micro-batches of one optimiser step, told their rows' places in the global batch; and its maskable tokens."""
+        """The micro-batches of one optimiser step, told their rows' places in the global batch; and its loss's denominator."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         processes, index, seen = self.accelerator.num_processes, self.accelerator.process_index, 0
         for batch in batches:
@@ -172,11 +172,22 @@ class DiffusionSFTTrainer(SFTTrainer):
             # Loaders deal whole micro-batches to the processes in turn.
             batch["noise_rows"] = torch.arange(size) + seen * processes + index * size
             seen += size
-        maskable = torch.zeros((), dtype=torch.long, device=device)
+        items = torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
             batch["n_noise_rows"] = seen * processes
-            maskable += (batch["labels"] != IGNORE_INDEX).sum().to(device)
-        return batches, self.accelerator.gather(maskable).sum()
+            items += self._items(batch).to(device)
+        return batches, self.accelerator.gather(items).sum()
+
+    def _items(self, batch: dict[str, Any]) -> torch.Tensor:
+        """What the loss of a step is divided by, of one micro-batch."""
+        maskable = batch["labels"] != IGNORE_INDEX
+        if self.args.normalization == "token":
+            return maskable.sum()
+        if self.args.normalization == "sequence":
+            return maskable.any(-1).sum()
+        if self.args.normalization == "length":
+            return (batch["attention_mask"] > 0).sum()
+        return self._corrupt(batch, "train")["masked"].sum()
 
     def compute_loss(
         self,
@@ -193,19 +204,39 @@ class DiffusionSFTTrainer(SFTTrainer):
             for part in by_length(inputs, self.args.pad_to_multiple_of or 1)
             for complement in passes
         ]
-        nll, ar = (torch.stack(column).sum() for column in zip(*parts, strict=True))
+        nll, objective = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         maskable = (inputs["labels"] != IGNORE_INDEX).sum()
-        self._add(mode, nll=nll.detach(), maskable=maskable)
+        self._add(mode, nll=nll, maskable=maskable)
         if mode == "eval":
             return nll / maskable.clamp(min=1)
         self._tokens_seen = self._tokens_seen.to(maskable.device) + (inputs["attention_mask"] > 0).sum()
         # Distributed training averages gradients over processes; the denominator already counts all of them.
-        return (nll + ar) / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        return objective / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
     def _part_loss(
         self, model: torch.nn.Module, part: dict[str, Any], mode: str, complement: bool, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weighted sums of the bound and of the AR co-loss over some rows, in nats; `share` of the rows' passes."""
+        """The bound of some rows, in nats, and their part of the objective; `share` of the rows' passes."""
+        noisy = self._corrupt(part, mode, complement)
+        terms, right, keep = self._score(model, noisy)
+        weights, ar_weights = noisy["weights"][keep], noisy["ar_weights"][keep]
+        bound = weights > 0
+        self._add(
+            mode,
+            terms=(terms.detach() * bound).sum(),
+            right=(right & bound).sum(),
+            scored=bound.sum(),
+            masked=share * noisy["masked"].sum(),
+            **_by_level(terms.detach(), noisy["levels"][keep]),
+        )
+        nll, objective = (terms * weights).detach().sum(), terms * (weights + ar_weights)
+        if self.args.normalization == "sequence":
+            tokens = (part["labels"] != IGNORE_INDEX).sum(-1).clamp(min=1)
+            objective = objective / tokens[keep.nonzero()[:, 0]]
+        return share * nll, share * objective.sum()
+
+    def _corrupt(self, part: dict[str, Any], mode: str, complement: bool = False) -> dict[str, Any]:
+        """The rows under the noise and the attention of this step; in evaluation under fixed noise and at the target."""
         rows = part.get("noise_rows") if mode == "train" else None
         # Phases of one run share a seed and one way from causal attention: all steps so far count.
         step, way = self._start["conversion_steps"] + self.state.global_step, self._way()
@@ -225,18 +256,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             mask = way.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
             if mask is not None:
                 noisy["inputs"]["attention_mask"] = mask
-        terms, right, keep = self._score(model, noisy)
-        weights, ar_weights = noisy["weights"][keep], noisy["ar_weights"][keep]
-        bound = weights > 0
-        self._add(
-            mode,
-            terms=(terms.detach() * bound).sum(),
-            right=(right & bound).sum(),
-            scored=bound.sum(),
-            masked=share * noisy["masked"].sum(),
-            **_by_level(terms.detach(), noisy["levels"][keep]),
-        )
-        return share * (terms * weights).sum(), share * (terms * ar_weights).sum()
+        return noisy
 
     def _way(self) -> Annealing | None:
         return self.args.way(self._start["conversion_steps"] + self.state.max_steps)

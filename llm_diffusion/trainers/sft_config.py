@@ -14,6 +14,8 @@ from ..annealing import Annealing
 from ..losses import WEIGHTS
 from ..noise_schedules import get_noise_schedule
 
+NORMALIZATIONS = ("token", "sequence", "length", "masked")
+
 
 @dataclass
 class DiffusionSFTConfig(SFTConfig):
@@ -44,6 +46,9 @@ class DiffusionSFTConfig(SFTConfig):
         exact_mask_count: draw how many tokens are masked, then which; the same bound with less noise, whatever the schedule.
         complementary_masks: score every row twice, the second time with the other tokens masked: each token once, two forwards.
         ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
+        normalization: what the loss of an optimiser step is divided by: "token" (its maskable tokens; the NELBO a token), "sequence"
+            (every row by its own maskable tokens, then by rows; LLaDA's fine-tuning), "length" (all tokens, prompts too) or "masked"
+            (its masked tokens; no bound). In each, 1 x 8 and 8 x 1 rows give the same gradient.
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
 
@@ -77,6 +82,7 @@ class DiffusionSFTConfig(SFTConfig):
     exact_mask_count: bool = field(default=False, metadata={"help": "Draw the number of masks, then which."})
     complementary_masks: bool = field(default=False, metadata={"help": "Score every row twice, under opposite masks."})
     ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
+    normalization: str = field(default="token", metadata={"help": "token, sequence, length or masked."})
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
 
@@ -107,6 +113,8 @@ class DiffusionSFTConfig(SFTConfig):
     def _check_noise(self) -> None:
         if self.noise_schedule is not None:
             get_noise_schedule(self.noise_schedule)
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(f"`normalization` must be one of {NORMALIZATIONS}, got {self.normalization!r}.")
         if self.loss_weight not in WEIGHTS:
             raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
         if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
