@@ -249,7 +249,7 @@ def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
 
 def set_final_causal_ratio(model: PreTrainedModel, ratio: float) -> None:
     """What stays of the causal mask for good, in evaluation and generation too: 0 is fully bidirectional."""
-    if ratio:
+    if ratio or getattr(model, "lifted_causal_ratio", None) is not None:
         lift_masks(Patch(), model, ratio)
 
 
@@ -413,12 +413,13 @@ def _read_sidecar(path: str | Path) -> dict[str, Any]:
 
 def _adapter_base(path: str) -> str:
     """Path or name of the base under an adapter directory."""
-    base = _read_sidecar(path)["base_model"]
-    if base != "tiny":  # the embedded base may lie elsewhere on this machine
-        base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    record = _read_sidecar(path)
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
     try:
         return resolve_path(base)
     except FileNotFoundError as error:
+        if record["base_model"] == "tiny":  # the embedded base lies elsewhere on every machine
+            return resolve_path("tiny")
         raise FileNotFoundError(
             f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
         ) from error

@@ -663,3 +663,29 @@ def test_complementary_masks_are_two_passes(tmp_path, tokenizer):
     terms, _, keep = trainer._score(trainer.model, noisy)
     other = ((terms * noisy["weights"][keep]).sum() / count).item()
     assert both == pytest.approx((single + other) / 2, rel=1e-5)
+
+
+def test_a_model_may_be_annealed_further(tmp_path, tokenizer):
+    first = make(tmp_path, tokenizer, annealing="soft", final_causal_ratio=0.5)
+    model, own = first.model, first.processing_class
+    with pytest.raises(ValueError, match="`packing`: the model keeps a causal ratio of 0.5"):
+        make(tmp_path, own, model, packing=True)
+    ids = torch.arange(3, 12)[None]
+    half = model.eval()(ids).logits
+    make(tmp_path, own, model, annealing="soft", initial_causal_ratio=0.5)
+    assert model.config.diffusion["final_causal_ratio"] == 0.0
+    full = model(ids, attention_mask=torch.zeros(1, 1, 9, 9)).logits
+    torch.testing.assert_close(model(ids).logits, full, atol=1e-5, rtol=1e-5)
+    assert (half - full).abs().max() > 1e-3
+
+
+def test_an_adapter_over_a_fully_trained_model_is_loaded_on_it(tmp_path, tokenizer):
+    """The base's fingerprint is of the weights that the adapter was made on."""
+    model, own = load_diffusion_model("tiny", device="cpu")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    model.save_pretrained(tmp_path / "full")
+    own.save_pretrained(tmp_path / "full")
+    model, own = load_diffusion_model(str(tmp_path / "full"), device="cpu")
+    make(tmp_path / "out", own, model, peft_config=LORA).save_model(str(tmp_path / "adapter"))
+    load_diffusion_model(str(tmp_path / "adapter"), device="cpu")

@@ -118,6 +118,11 @@ def set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTCo
             raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
     elif way is not None or args.packing:
         check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
+    if way is None and args.packing and record.get("final_causal_ratio"):
+        raise ValueError(
+            f"`packing`: the model keeps a causal ratio of {record['final_causal_ratio']}, which packed rows would lose; leave `packing` "
+            "off, or give `annealing` and `final_causal_ratio` again."
+        )
     if way is not None:
         record["final_causal_ratio"] = way.final
         set_final_causal_ratio(base_of(model), way.final)

@@ -31,6 +31,7 @@ from ..masking import IGNORE_INDEX
 from ..modeling import (
     CONVERSION_OPTIONS,
     convert_to_diffusion,
+    fingerprint,
     load_diffusion_model,
     read_record,
     save_record,
@@ -107,6 +108,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         prepare_quantised(model, args)
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
+            record["base_fingerprint"] = fingerprint(base_of(model))  # full training may have moved it
         self.diffusion_collator = make_collator(processing_class, record, args)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
