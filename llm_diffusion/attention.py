@@ -32,7 +32,16 @@ from transformers import PreTrainedModel
 
 from .attention_masks import annealed
 from .patching import Patch, base_of, wrap_forward
-from .probing import attention_pattern, causal_layers, probe_attention, probe_ids, recurrent_layers, sees_padding
+from .probing import (
+    PADDING,
+    PROBE_LENGTH,
+    attention_pattern,
+    causal_layers,
+    probe_attention,
+    probe_ids,
+    recurrent_layers,
+    sees_padding,
+)
 
 MINIMUM_TRANSFORMERS = (5, 2)  # before that `config.is_causal` is silently ignored
 METHODS = ("config", "mask", "sdpa")
@@ -64,7 +73,7 @@ def _switch_triangles(patch: Patch, module: torch.nn.Module, is_causal: bool) ->
     kept = vars(module).get("causal_triangles", {})
     if is_causal:
         for name, triangle in kept.items():
-            patch.set(module, name, triangle)
+            patch.set(module, name, triangle.to(getattr(module, name).device))
         return
     triangles = {name: buffer for name, buffer in module.named_buffers(recurse=False) if _is_triangle(buffer)}
     if triangles:
@@ -255,9 +264,12 @@ def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
     def found() -> None:
         callers[id(running[-1])] = running[-1]
 
+    def finished(*_: Any) -> None:
+        running.pop()
+
     hooks = [
         torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: running.append(module)),
-        torch.nn.modules.module.register_module_forward_hook(lambda *_: running.pop() and None),
+        torch.nn.modules.module.register_module_forward_hook(finished),
     ]
     try:
         with _Spy(found):
@@ -282,16 +294,21 @@ def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch,
             _widen(patch, model)
             _patch_sdpa(patch, model)
             _check_windows(model)
-        found = f"attention is {probe_attention(model)!r}"
-        layers = sorted({*causal_layers(model), *causal_layers(model, left_padding=3)})
-        if layers and not recurrent_layers(model):
-            found = f"layers {layers} stay causal"
-        elif padded_well and sees_padding(model):
-            found = "real tokens see the padding"
+        complaint = _complaint(model, padded_well)
     except Exception as error:  # an architecture may choke on a change in any way
-        found = f"forward fails ({type(error).__name__}: {error})"
+        complaint = f"forward fails ({type(error).__name__}: {error})"
     patch.mechanism = method
-    return patch, found
+    return patch, complaint
+
+
+def _complaint(model: PreTrainedModel, padded_well: bool) -> str:
+    """What keeps a model from being bidirectional, by the probes; nothing if it is."""
+    if (found := probe_attention(model)) != "bidirectional":
+        return f"attention is {found!r}"
+    layers = sorted({*causal_layers(model), *causal_layers(model, left_padding=PADDING)})
+    if layers and not recurrent_layers(model):
+        return f"layers {layers} stay causal"
+    return "real tokens see the padding" if padded_well and sees_padding(model) else ""
 
 
 def patch_causal_attention(model: torch.nn.Module, method: str | None = None) -> Patch:
@@ -313,15 +330,19 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
         raise ValueError(f"`method` must be one of {METHODS} or None, got {method!r}.")
     check_transformers()
     model = base_of(model)
-    _check_decoder(model)
+    check_decoder(model)
+    if _is_patched(model) and method in (None, _mechanism(model)) and not _complaint(model, padded_well=False):
+        patch = Patch()  # nothing to do, and nothing to take back
+        patch.mechanism = _mechanism(model)
+        return patch
     # A recurrent layer may have seen padding all along.
     padded_well, reasons = not recurrent_layers(model) or not sees_padding(model), []
     for mechanism in (method,) if method else METHODS:
-        patch, found = _try(model, mechanism, padded_well)
-        if found == "attention is 'bidirectional'":
+        patch, complaint = _try(model, mechanism, padded_well)
+        if not complaint:
             return patch
         patch.undo()
-        reasons.append(f"{mechanism}: its {found}")
+        reasons.append(f"{mechanism}: its {complaint}")
     raise ValueError(
         f"`model`: {type(model).__name__} cannot be made bidirectional{_why(model)} ({'; '.join(reasons)}). Use an architecture "
         "that honours `config.is_causal`, for example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
@@ -338,8 +359,15 @@ def check_block_attention(model: torch.nn.Module, block_length: int, purpose: st
         ValueError: the architecture ignores, changes or rejects 4-D masks.
     """
     name = type(base_of(model)).__name__
+    if layers := recurrent_layers(model):
+        raise ValueError(
+            f"`model`: {name} has layers that take no 4-D attention masks, which {purpose} needs: {', '.join(layers)} run from left "
+            "to right through whatever stands there."
+        )
     try:
         found = probe_attention(model, block_length)
+        if blind := causal_layers(model, block_length=PROBE_LENGTH):  # one block: everything is seen
+            found = f"causal in layers {blind}"
     except Exception as error:  # rejected in as many ways as there are architectures
         raise ValueError(f"`model`: {name} rejects 4-D attention masks, which {purpose} needs: {error}") from error
     if found != "block":
@@ -365,7 +393,13 @@ def _is_patched(model: PreTrainedModel) -> bool:
     )
 
 
-def _check_decoder(model: PreTrainedModel) -> None:
+def _mechanism(model: PreTrainedModel) -> str:
+    if any(vars(module).get("bidirectional_sdpa") for module in model.modules()):
+        return "sdpa"
+    return "config" if getattr(model, "lifted_causal_ratio", None) is None else "mask"
+
+
+def check_decoder(model: PreTrainedModel) -> None:
     """Refuses encoders, which were never autoregressive."""
     if _is_patched(model):
         return

@@ -27,7 +27,7 @@ def plain_loader(record: dict[str, Any], adapter: bool, converted_base: bool) ->
         )
     return (
         "A plain loader gives the bidirectional model where transformers (5.2 or newer) honours `config.is_causal`, as for Qwen, "
-        "Llama, Mistral, Phi and GPT-2; its own `generate` would still decode from left to right."
+        "Llama, Mistral, Phi and GPT-2, but not for StableLM, Nemotron, GPT-Neo and MPT; its own `generate` would still decode from left to right."
     )
 
 

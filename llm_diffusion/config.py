@@ -207,7 +207,9 @@ def build(given: dict[str, Any]) -> HyperParameters:
 def stages_of(hp: HyperParameters) -> list[dict[str, Any]]:
     """The stages as given, or the phases as stages."""
     phases = {"pretrain": {"completion_only_loss": False, **hp.pretrain_config}, "sft": hp.sft_config}
-    return hp.stages or [{"name": phase, **phases[phase]} for phase in hp.phases]
+    trains = "adapters" if hp.use_lora else "everything"
+    stages = hp.stages or [{"name": phase, **phases[phase]} for phase in hp.phases]
+    return [{"trains": trains, **stage} for stage in stages]
 
 
 def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,6 +217,8 @@ def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = [stage.get("name") for stage in stages]
     if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
         raise ValueError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
+    if "sft" in names[:-1]:
+        raise ValueError("`stages`: only the last one may be called 'sft', because the result is saved as `sft_model`.")
     checked = []
     for stage in stages:
         where = f"stages.{stage['name']}"
@@ -313,6 +317,10 @@ def check_ranges(hp: HyperParameters) -> None:
             raise ValueError(f"`{name}`: unknown key(s) {unknown}.")
     for key, value in hp.lora_config.items():
         hp.lora_config[key] = check_type(f"lora_config.{key}", value, typing.get_type_hints(LoraConfig)[key])
+    if "sft" in hp.phases[:-1]:
+        raise ValueError(
+            f"`phases`: 'sft' must be the last one, because the result is saved as `sft_model`, got {hp.phases}."
+        )
     if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
         raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     DiffusionGenerationConfig(**hp.generation)

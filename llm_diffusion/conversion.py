@@ -13,6 +13,7 @@ Trade-off: a list of plain settings, no pipeline. Alternative: one run with anne
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from .attention import in_attention
 from .patching import base_of
@@ -49,23 +49,19 @@ def select_parameters(model: torch.nn.Module, trains: str, adapters: set[str]) -
 
     Args:
         trains: "attention": of the adapters those in attention modules, with the mask token's row and the time embedding.
-            "adapters": all of them. Without adapters: the attention weights; all but embeddings and head. "everything": all.
+            "adapters": all of them. Without adapters: the attention weights; all. "everything": all, adapters merged.
         adapters: names of the parameters that PEFT trains; empty for a model without adapters.
 
     Raises:
         ValueError: no parameter is left.
     """
-    heads = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
-    outer = {id(parameter) for module in heads if module is not None for parameter in module.parameters()}
     trained = 0
     for name, parameter in model.named_parameters():
         attends = in_attention(name) or TIME_EMBEDDING in name
         if adapters:
             chosen = name in adapters and (trains == "adapters" or attends or "lora_" not in name)
-        elif trains == "everything":
-            chosen = parameter.is_floating_point()
         else:
-            chosen = attends if trains == "attention" else id(parameter) not in outer
+            chosen = attends if trains == "attention" else parameter.is_floating_point()
         parameter.requires_grad_(chosen)
         trained += chosen
     if not trained:
@@ -97,6 +93,8 @@ def run_stages(
         The log history of every stage.
     """
     folders = {stage.name: output / f"{stage.name}_model" for stage in stages} | {stages[-1].name: output / "sft_model"}
+    if "sft" in [stage.name for stage in stages[:-1]]:
+        raise ValueError("`stages`: only the last one may be called 'sft', because the result is saved as `sft_model`.")
     finished = 0
     while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():
         finished += 1
@@ -113,7 +111,7 @@ def run_stages(
             train_dataset=train,
             eval_dataset=test,
             processing_class=tokenizer,
-            peft_config=peft_config,
+            peft_config=None if stage.trains == "everything" else peft_config,
             callbacks=callbacks(stage.name),
         )
         trainer.remove_callback(PrinterCallback)
@@ -129,6 +127,8 @@ def run_stages(
         model, peft_config = trainers[stage.name].model, None
     adapters = _trainable(model)
     started()
+    if load is None:
+        _forget(stages, folders)
     for stage in stages[finished:]:
         if stage.trains == "everything":
             model, adapters = _merged(model), set()
@@ -142,6 +142,14 @@ def run_stages(
         (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
         histories[stage.name] = trainer.state.log_history
     return histories
+
+
+def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:
+    """What an earlier run left must not be taken for this one's when it is resumed."""
+    for stage in stages:
+        (folders[stage.name] / LOG).unlink(missing_ok=True)
+        for checkpoint in Path(stage.arguments.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def _trainable(model: torch.nn.Module) -> set[str]:
@@ -161,5 +169,7 @@ def _merged(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def _checkpoint(stage: Stage) -> str | None:
-    folder = Path(stage.arguments.output_dir)
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The last checkpoint that was written to its end."""
+    states = Path(stage.arguments.output_dir).glob("checkpoint-*/trainer_state.json")
+    whole = [state.parent for state in states]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None

@@ -38,12 +38,12 @@ def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
     except ImportError:
         raise  # says itself what to install
     except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if Path(name).exists():
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}") from error
         raise OSError(
             f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
-            "log in with `hf auth login`, or give a local folder."
+            f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
         ) from error
 
 

@@ -345,8 +345,7 @@ def train_stages(
             f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
         )
     stages = [
-        Stage(stage["name"], stage.get("trains", "adapters"), chosen)
-        for stage, chosen in zip(stages_of(hp), arguments, strict=True)
+        Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
     ]
 
     def started() -> None:

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from . import time_embedding as time_embeddings
-from .attention import check_block_attention, check_transformers, lift_masks, patch_causal_attention
+from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
 from .generation import generate
 from .hub import from_hub, gguf_path, has_file, load_gguf, resolve_path
 from .noise_schedules import get_noise_schedule
@@ -237,6 +237,7 @@ def convert_to_diffusion(
 
 def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
     if record["attention"] == "block":
+        check_decoder(model)
         check_block_attention(model, record["block_length"])
     else:
         patch_causal_attention(model)
@@ -254,19 +255,19 @@ def set_final_causal_ratio(model: PreTrainedModel, ratio: float) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> list[float]:
-    """Eight weights of the last one-dimensional parameter (a norm, as a rule), which neither adapters nor quantisation touch."""
+    """Weights that neither adapters nor quantisation touch: of the last norm, as a rule, and of the input embedding."""
+    head = model.get_output_embeddings()
+    others = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     weights = [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() == 1
-        and parameter.numel() >= 8
-        and parameter.is_floating_point()
-        and not name.startswith(time_embeddings.NAME)
+        if parameter.dim() == 1 and parameter.numel() >= 8 and parameter.is_floating_point()
+        if id(parameter) not in others and not name.startswith(time_embeddings.NAME)
     ]
-    if not weights:
-        return []
-    values = weights[-1].detach().float().cpu()
-    return [round(value, 4) for value in values[:: len(values) // 8][:8].tolist()]
+    values = [model.get_input_embeddings().weight[3:11, 0]]
+    if weights:
+        values.append(weights[-1][:: len(weights[-1]) // 8][:8])
+    return [round(value, 6) for value in torch.cat([v.detach().float().cpu() for v in values]).tolist()]
 
 
 def load_diffusion_model(
@@ -363,7 +364,7 @@ def _check_fingerprint(model: PreTrainedModel, record: dict[str, Any], path: str
     if theirs is None:
         return
     if len(ours) != len(theirs) or any(
-        abs(a - b) > 0.02 * max(abs(a), abs(b), 0.05) for a, b in zip(ours, theirs, strict=True)
+        abs(a - b) > 0.02 * max(abs(a), abs(b)) + 1e-5 for a, b in zip(ours, theirs, strict=True)
     ):
         raise ValueError(
             f"`model`: the adapter {path!r} was trained on another base than {model.config._name_or_path!r} (its weights differ); "
@@ -413,12 +414,12 @@ def _read_sidecar(path: str | Path) -> dict[str, Any]:
 
 def _adapter_base(path: str) -> str:
     """Path or name of the base under an adapter directory."""
-    record = _read_sidecar(path)
+    _read_sidecar(path)  # refuses adapters that are not ours
     base = PeftConfig.from_pretrained(path).base_model_name_or_path
     try:
         return resolve_path(base)
     except FileNotFoundError as error:
-        if record["base_model"] == "tiny":  # the embedded base lies elsewhere on every machine
+        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base lies elsewhere on every machine
             return resolve_path("tiny")
         raise FileNotFoundError(
             f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."

@@ -91,7 +91,7 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
     patterns = {"causal": index[:, None] >= index[None], "bidirectional": torch.ones(length, length, dtype=torch.bool)}
     if block_length:  # first: blocks of one are causal, and meant to be
         patterns = {"block": index[:, None] // block_length >= index[None] // block_length, **patterns}
-    found = [attention_pattern(model, left_padding, length, block_length).cpu() for left_padding in (0, 3)]
+    found = [attention_pattern(model, left_padding, length, block_length).cpu() for left_padding in (0, PADDING)]
     for name, pattern in patterns.items():
         if all(torch.equal(pattern, dependence) for dependence in found):
             return name
@@ -99,14 +99,17 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
 
 
 @torch.no_grad()
-def causal_layers(model: torch.nn.Module, left_padding: int = 0) -> list[int]:
+def causal_layers(model: torch.nn.Module, left_padding: int = 0, block_length: int | None = None) -> list[int]:
     """Indices of the layers in which the first token does not see the last: one of them hides behind any other that does.
 
     Of three equal rows the last hidden state of two is changed on the way into each layer, in opposite directions (attention to
-    one of them may be nothing), and changed back behind it. Empty where the layers cannot be told.
+    one of them may be nothing), and changed back behind it. With `block_length` the model is handed a block-causal 4-D mask.
     """
     base = base_of(model)
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:  # remote code: the longest list of modules
+        lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+        layers = list(max(lists, key=len, default=[]))
     found: list[int] = []
 
     def token(hidden: torch.Tensor, index: int) -> torch.Tensor:
@@ -116,16 +119,19 @@ def causal_layers(model: torch.nn.Module, left_padding: int = 0) -> list[int]:
         return hidden.movedim(sequence, 1)[:, index]
 
     def disturb(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        name = next((n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()), "")
+        name = "hidden_states" if "hidden_states" in kwargs else name
+        hidden = (args[0] if args else kwargs[name]).clone()
         wave = torch.linspace(-3, 3, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
         wave = wave * hidden.float().square().mean().sqrt().clamp(min=1e-3).to(hidden.dtype)
         token(hidden, -1)[1] += wave
         token(hidden, -1)[2] -= wave
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, name: hidden})
 
     def compare(index: int) -> Any:
         def hook(_: torch.nn.Module, __: tuple, output: Any) -> Any:
-            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            several = isinstance(output, tuple | list)
+            hidden = (output[0] if several else output).clone()
             first = token(hidden, left_padding)
             # By element: a few huge activations would drown the rest.
             same, change = first[:1].abs(), (first[1:] - first[:1]).abs()
@@ -133,14 +139,14 @@ def causal_layers(model: torch.nn.Module, left_padding: int = 0) -> list[int]:
                 found.append(index)
             every = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
             every[1:] = every[:1].clone()
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return type(output)([hidden, *output[1:]]) if several else hidden
 
         return hook
 
     hooks = [layer.register_forward_pre_hook(disturb, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(compare(index)) for index, layer in enumerate(layers)]
     try:
-        _logits(model, probe_ids(base, PROBE_LENGTH).repeat(3, 1), left_padding)
+        _logits(model, probe_ids(base, PROBE_LENGTH).repeat(3, 1), left_padding, block_length)
     finally:
         for hook in hooks:
             hook.remove()

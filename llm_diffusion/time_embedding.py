@@ -9,6 +9,7 @@ References: DDPM (arXiv 2006.11239) for the sinusoids, MDLM (arXiv 2406.07524) f
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -72,7 +73,8 @@ def _timed_forward(
     """Bound to a model: closes over nothing, so that a copy embeds with its own weights."""
     if inputs_embeds is None:
         if timesteps is None:
-            timesteps = _mask_share(self, input_ids, kwargs.get("attention_mask"))
+            given = dict(zip(list(inspect.signature(self.forward).parameters)[1:], args, strict=False)) | kwargs
+            timesteps = _mask_share(self, input_ids, given.get("attention_mask"))
         inputs_embeds = self.get_input_embeddings()(input_ids)
         inputs_embeds = inputs_embeds + self.time_embedding(timesteps).to(inputs_embeds.dtype)
     return self._untimed_forward(None, *args, inputs_embeds=inputs_embeds, **kwargs)

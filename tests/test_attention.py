@@ -3,6 +3,7 @@
 import copy
 import inspect
 import tempfile
+import types
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -423,9 +425,7 @@ class OwnSoftmax(OwnKernel):
 def test_models_that_stay_causal_are_refused_unchanged():
     model = remote_model(OwnSoftmax)
     before = flags(model)
-    with pytest.raises(
-        ValueError, match=r"cannot be made bidirectional \(config: its layers \[0, 1\] stay causal.*sdpa"
-    ):
+    with pytest.raises(ValueError, match=r"cannot be made bidirectional \(config: its attention is .*sdpa"):
         patch_causal_attention(model)
     assert flags(model) == before
     assert causal_layers(model) == [0, 1]
@@ -441,8 +441,71 @@ def test_one_causal_layer_among_bidirectional_ones_is_found():
     mixed.model.layers[0].self_attn = OwnSoftmax(32)
     for parameter in mixed.model.layers[0].self_attn.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    with pytest.raises(ValueError, match=r"sdpa: its layers \[0\] stay causal"):
+    with pytest.raises(ValueError, match=r"cannot be made bidirectional"):
         patch_causal_attention(mixed)
+
+
+class PlainLayer(torch.nn.Module):
+    """A layer that is not the host's, as in remote code."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.self_attn = attention
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states + self.self_attn(hidden_states, **kwargs)[0]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_causal_layer_hides_in_layers_of_remote_code_neither(place):
+    model = remote_model()
+    for i, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        if i == place:  # tidy about padding, but causal
+            attention.forward = types.MethodType(_always_causal, attention)
+        model.model.layers[i] = PlainLayer(attention)
+    with pytest.raises(ValueError, match=rf"sdpa: its layers \[{place}\] stay causal"):
+        patch_causal_attention(model)
+
+
+def _always_causal(self, hidden_states, attention_mask=None, **kwargs):
+    b, n, _ = hidden_states.shape
+    q = self.q(hidden_states).view(b, n, self.heads, self.size).transpose(1, 2)
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1).expand(b, 1, n, n)
+    if attention_mask is not None:
+        hidden = hidden | (attention_mask[:, None, None, :n] == 0 if attention_mask.dim() == 2 else attention_mask < 0)
+    scores = (q @ q.transpose(-1, -2)).masked_fill(hidden, -1e9)
+    return self.o((scores.softmax(-1) @ q).transpose(1, 2).reshape(b, n, -1)), None
+
+
+def test_a_layer_that_ignores_block_masks_is_found():
+    model = build("llama", "eager")
+    layer = model.model.layers[0].self_attn
+
+    def causal(self, hidden_states, attention_mask=None, **kwargs):
+        own = torch.full((hidden_states.shape[1],) * 2, -1e9).triu(1)
+        return type(self).forward(self, hidden_states, attention_mask=own[None, None], **kwargs)
+
+    layer.forward = types.MethodType(causal, layer)
+    with pytest.raises(ValueError, match="causal in layers|attends"):
+        check_block_attention(model, 4)
+
+
+def test_hybrids_take_no_masks():
+    config = Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for purpose in ("block attention", "`packing`"):
+        with pytest.raises(ValueError, match="run from left to right"):
+            check_block_attention(model, 4, purpose)
+
+
+def test_patches_may_be_undone_in_the_order_they_were_made():
+    model = build("llama")
+    first, second = patch_causal_attention(model), patch_causal_attention(model)
+    assert second.mechanism == "config"
+    first.undo()
+    second.undo()
+    assert probe_attention(model) == "causal"
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "openai_gpt"])

@@ -102,9 +102,10 @@ def test_unequal_cards_are_numbered_by_integers():
 def test_stages_stand_for_phases():
     hp = build({"pretrain_config": {"max_steps": 3}, "sft_config": {"max_steps": 4}})
     assert stages_of(hp) == [
-        {"name": "pretrain", "completion_only_loss": False, "max_steps": 3},
-        {"name": "sft", "max_steps": 4},
+        {"name": "pretrain", "trains": "adapters", "completion_only_loss": False, "max_steps": 3},
+        {"name": "sft", "trains": "adapters", "max_steps": 4},
     ]
+    assert all(stage["trains"] == "everything" for stage in stages_of(resolve("gpt2")))
     hp = resolve("phi-2-3stage")
     assert [(stage["name"], stage["trains"], stage["num_train_epochs"]) for stage in stages_of(hp)] == [
         ("attention", "attention", 2),
@@ -117,6 +118,7 @@ def test_stages_stand_for_phases():
     ("stages", "match"),
     [
         ([{"trains": "adapters"}], "every stage needs a `name`"),
+        ([{"name": "sft"}, {"name": "a"}], "only the last one may be called 'sft'"),
         ([{"name": "a"}, {"name": "a"}], "every stage needs a `name` of its own"),
         ([{"name": "../a"}], "every stage needs a `name`"),
         ([{"name": "a", "trains": "most"}], "`stages.a.trains` must be one of"),

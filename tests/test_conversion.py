@@ -8,8 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from llm_diffusion import DiffusionSFTConfig, load_diffusion_model
+from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
 from llm_diffusion.conversion import Stage, run_stages, select_parameters
+from llm_diffusion.modeling import read_record
 from llm_diffusion.tiny import tiny_dataset
 from tests.test_attention import CONFIGS
 
@@ -77,12 +78,9 @@ def test_attention_is_found_by_its_real_names(name):
     }
     want = {key for key, _ in model.named_parameters() if any(key.startswith(f"{module}.") for module in modules)}
     assert trained == want and trained
-    select_parameters(model, "adapters", set())
-    rest = [key for key, parameter in model.named_parameters() if not parameter.requires_grad]
-    embedded = [id(p) for p in (model.get_input_embeddings().weight, model.get_output_embeddings().weight)]
-    assert all(id(dict(model.named_parameters())[key]) in embedded or "lm_head" in key for key in rest)
-    select_parameters(model, "everything", set())
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    for trains in ("adapters", "everything"):  # without adapters all weights, the mask token's row among them
+        select_parameters(model, trains, set())
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_of_adapters_too(base):
@@ -191,3 +189,49 @@ def test_the_best_checkpoint_of_a_stage_is_kept(base, tmp_path):
     bounds = [row["eval_nelbo"] for row in history if "eval_nelbo" in row]
     assert bounds[1] > bounds[0]
     assert bounds[-1] == bounds[0]  # the evaluation at the end is of the kept one
+
+
+def test_everything_first_makes_no_adapters(base, tmp_path):
+    stages = [Stage("all", "everything", arguments(tmp_path / "all", learning_rate=1e-3))]
+    history = run(base, tmp_path, stages)["all"]
+    assert not (tmp_path / "sft_model" / "adapter_config.json").exists()
+    bounds = [row["eval_nelbo"] for row in history if "eval_nelbo" in row]
+    model, tokenizer = load(str(tmp_path / "sft_model"))
+    data = tiny_dataset(12).select(range(4))
+    again = DiffusionSFTTrainer(
+        model, arguments(tmp_path / "eval"), train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    assert again.evaluate()["eval_nelbo"] == pytest.approx(bounds[-1], rel=1e-5)
+
+
+def test_a_fresh_run_forgets_an_earlier_one(base, tmp_path):
+    """Stopped and resumed, it must not go on with what the earlier run left."""
+    run(base, tmp_path, recipe(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run(base, tmp_path, recipe(tmp_path), callbacks=lambda stage: [Stop()] if stage == "attention" else [])
+    assert not list(tmp_path.glob("*_model/stage.json"))
+    assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_half_written_checkpoint_is_passed_over(base, tmp_path):
+    whole = run(base, tmp_path / "whole", recipe(tmp_path / "whole"))
+    (tmp_path / "whole" / "sft_model" / "stage.json").unlink()
+    (tmp_path / "whole" / "recovery" / "checkpoint-2" / "trainer_state.json").unlink()
+    again = run(base, tmp_path / "whole", recipe(tmp_path / "whole"), load=load)
+    losses = [[row["loss"] for row in runs["recovery"] if "loss" in row] for runs in (whole, again)]
+    assert losses[0] == losses[1]
+
+
+def test_only_the_last_stage_may_be_called_sft(base, tmp_path):
+    stages = [Stage(name, "adapters", arguments(tmp_path / name)) for name in ("sft", "polish")]
+    with pytest.raises(ValueError, match="only the last one may be called 'sft'"):
+        run(base, tmp_path, stages)
+
+
+def test_stages_keep_their_own_records(base, tmp_path):
+    first = arguments(tmp_path / "one", annealing="soft", final_causal_ratio=0.5, noise_schedule="cosine")
+    second = arguments(tmp_path / "two", noise_schedule="linear")
+    run(base, tmp_path, [Stage("one", "adapters", first), Stage("two", "adapters", second)])
+    record = read_record(tmp_path / "one_model")
+    assert (record["final_causal_ratio"], record["noise_schedule"]) == (0.5, "cosine")
+    assert read_record(tmp_path / "sft_model")["noise_schedule"] == "linear"

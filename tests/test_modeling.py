@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     MambaConfig,
     MambaForCausalLM,
     PreTrainedTokenizerFast,
@@ -526,15 +528,33 @@ def test_plain_loaders_take_adapters_over_a_converted_base(base, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_refused(base, random_llama, tmp_path):
-    folder, model = base(), random_llama()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)  # fresh norms are all one, in every model
-    model.save_pretrained(folder)
+    folder = base()
     model, tokenizer = load(str(folder), device="cpu")
     adapter = save_adapter(perturbed(model, tokenizer.mask_token_id), tokenizer, tmp_path / "adapter")
-    load(str(adapter), device="cpu")
+    load(str(adapter), device="cpu", dtype=torch.bfloat16)  # another type is no other base
     random_llama(seed=5).save_pretrained(folder)
     with pytest.raises(ValueError, match="trained on another base"):
+        load(str(adapter), device="cpu")
+
+
+def test_encoders_are_refused_for_blocks_too(tokenizer):
+    config = BertConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    with pytest.raises(ValueError, match="it is an encoder"):
+        ld.convert_to_diffusion(BertLMHeadModel(config).eval(), tokenizer, attention="block")
+
+
+def test_an_adapter_whose_base_was_moved_is_refused(tmp_path):
+    """Even when it descends from the embedded model, which is another one by now."""
+    model, tokenizer = load("tiny", device="cpu")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, tokenizer = load(str(tmp_path / "base"), device="cpu")
+    adapter = save_adapter(perturbed(model, tokenizer.mask_token_id), tokenizer, tmp_path / "adapter")
+    load(str(adapter), device="cpu")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="does not exist; put it back"):
         load(str(adapter), device="cpu")
 
 

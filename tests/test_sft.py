@@ -20,7 +20,7 @@ from llm_diffusion import (
     patch_causal_attention,
     probe_attention,
 )
-from llm_diffusion.attention_masks import positions
+from llm_diffusion.attention_masks import annealed, positions
 from llm_diffusion.masking import IGNORE_INDEX
 from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
 
@@ -288,6 +288,8 @@ def test_metrics_are_logged(tmp_path, tokenizer):
         ({"eos_tail": -1}, "eos_tail"),
         ({"random_canvas": 2.0}, "random_canvas"),
         ({"padding_free": True}, "padding_free"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing_strategy"),
+        ({"annealing": "block", "max_length": None}, "max_length"),
         ({"annealing": "hard"}, "annealing"),
         ({"final_causal_ratio": 0.2}, "final_causal_ratio"),
         ({"attention": "block", "annealing": "soft"}, "growing blocks"),
@@ -665,18 +667,45 @@ def test_complementary_masks_are_two_passes(tmp_path, tokenizer):
     assert both == pytest.approx((single + other) / 2, rel=1e-5)
 
 
-def test_a_model_may_be_annealed_further(tmp_path, tokenizer):
+def test_what_stays_of_the_causal_mask_stays_in_later_runs(tmp_path, tokenizer):
     first = make(tmp_path, tokenizer, annealing="soft", final_causal_ratio=0.5)
-    model, own = first.model, first.processing_class
+    first.train()
+    model, own = first.model.eval(), first.processing_class
+    assert model.config.diffusion["final_causal_ratio"] == 0.5
     with pytest.raises(ValueError, match="`packing`: the model keeps a causal ratio of 0.5"):
         make(tmp_path, own, model, packing=True)
     ids = torch.arange(3, 12)[None]
-    half = model.eval()(ids).logits
-    make(tmp_path, own, model, annealing="soft", initial_causal_ratio=0.5)
-    assert model.config.diffusion["final_causal_ratio"] == 0.0
-    full = model(ids, attention_mask=torch.zeros(1, 1, 9, 9)).logits
-    torch.testing.assert_close(model(ids).logits, full, atol=1e-5, rtol=1e-5)
-    assert (half - full).abs().max() > 1e-3
+    want = model(ids, attention_mask=annealed(torch.ones(1, 9, dtype=torch.long), 0.5)).logits
+    torch.testing.assert_close(model(ids).logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_annealing_does_not_start_again(tmp_path, tokenizer, caplog):
+    """Two phases with the same settings: the second one's model has reached its target."""
+    settings = {"annealing": "soft", "annealing_schedule": "linear", "max_steps": 2}
+    first = make(tmp_path, tokenizer, **settings)
+    first.train()
+    second = make(tmp_path, first.processing_class, first.model, **settings)
+    second.train()
+    assert not any("causal_ratio" in row for row in second.state.log_history)
+    assert "annealed to its target in an earlier run" in caplog.text
+
+
+def test_annealing_goes_on_in_a_second_phase(tmp_path, tokenizer):
+    settings = {"annealing": "soft", "annealing_schedule": "linear", "annealing_steps": 4, "max_steps": 2}
+    first = make(tmp_path, tokenizer, **settings)
+    first.train()
+    second = make(tmp_path, first.processing_class, first.model, **settings)
+    second.train()
+    ratios = [row["causal_ratio"] for row in second.state.log_history if "loss" in row]
+    assert ratios == pytest.approx([0.25, 0.0])
+
+
+def test_evaluation_rows_may_be_packed_alone(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, eval_packing=True, evaluation=tiny_dataset(24, split="test"), max_length=128)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    assert batch["attention_mask"].max() > 1
+    noisy = trainer.diffusion_collator.corrupt(batch, seed=0, step=0)
+    assert noisy["inputs"]["attention_mask"].dim() == 4
 
 
 def test_an_adapter_over_a_fully_trained_model_is_loaded_on_it(tmp_path, tokenizer):

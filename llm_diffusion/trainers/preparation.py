@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase
 from ..attention import check_block_attention
 from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
-from ..modeling import set_final_causal_ratio
 from ..patching import base_of
 from ..time_embedding import NAME as TIME_EMBEDDING
 from .sft_config import DiffusionSFTConfig
@@ -105,27 +104,24 @@ def make_collator(
         max_mask_probability=args.max_mask_probability,
         exact_mask_count=args.exact_mask_count,
         pad_to_multiple_of=args.pad_to_multiple_of,
-        packing=args.packing,
+        packing=args.packing or bool(args.eval_packing),
         time_embedding=record.get("time_embedding", False),
     )
 
 
-def set_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
-    """Records where annealing ends, after a check that the model follows the masks on the way."""
+def check_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
+    """Refuses a model that does not follow the masks on its way from causal attention."""
     way = args.way()
     if record["attention"] == "block":
         if way is not None and way.mode != "block":
             raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
-    elif way is not None or args.packing:
+    elif way is not None or args.packing or args.eval_packing:
         check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
     if way is None and args.packing and record.get("final_causal_ratio"):
         raise ValueError(
             f"`packing`: the model keeps a causal ratio of {record['final_causal_ratio']}, which packed rows would lose; leave `packing` "
             "off, or give `annealing` and `final_causal_ratio` again."
         )
-    if way is not None:
-        record["final_causal_ratio"] = way.final
-        set_final_causal_ratio(base_of(model), way.final)
 
 
 def report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:

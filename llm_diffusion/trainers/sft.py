@@ -13,6 +13,7 @@ training loop, which would lose PEFT, accelerate, hub and callbacks.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,21 @@ from ..modeling import (
     load_diffusion_model,
     read_record,
     save_record,
+    set_final_causal_ratio,
 )
 from ..patching import base_of
 from .preparation import (
     by_length,
+    check_way,
     clean_prompts,
     make_collator,
     prepare_adapter,
     prepare_quantised,
     report_dropped,
-    set_way,
 )
 from .sft_config import DiffusionSFTConfig
+
+logger = logging.getLogger(__name__)
 
 LEVELS = ("low", "middle", "high")  # thirds of the mask probability
 
@@ -96,15 +100,13 @@ class DiffusionSFTTrainer(SFTTrainer):
             raise ValueError("`processing_class`: pass the tokenizer of the model.")
         convert_to_diffusion(model, processing_class, **conversion)
         record = base_of(model).config.diffusion
-        if args.noise_schedule is not None:
-            record["noise_schedule"] = args.noise_schedule
         if args.ar_loss_weight and (record["attention"] != "block" or record["clean_context"] != "causal"):
             # A block-causal clean half already sees the next token, so predicting it would teach copying.
             raise ValueError(
                 "`ar_loss_weight` needs block attention with a causal clean half, the model has "
                 f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
             )
-        set_way(model, record, args)
+        check_way(model, record, args)
         prepare_quantised(model, args)
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
@@ -136,6 +138,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         self._start = {"conversion_steps": 0, "training_tokens": 0}
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._tokens_seen = torch.zeros((), dtype=torch.long)
+        self._annealed = record.get("annealed", False)
         head = self.model.get_output_embeddings()
         if not hasattr(head, "bias"):
             # The host's fused head reads it; PEFT's wrapper of a tied head has none.
@@ -143,6 +146,14 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         record = base_of(self.model).config.diffusion
+        self._annealed = record.get("annealed", False)
+        if self.args.annealing is not None:
+            if self._annealed:
+                logger.warning("the model has been annealed to its target in an earlier run: `annealing` is skipped")
+            record["final_causal_ratio"] = self.args.final_causal_ratio
+            set_final_causal_ratio(base_of(self.model), self.args.final_causal_ratio)
+        if self.args.noise_schedule is not None:
+            record["noise_schedule"] = self.args.noise_schedule
         self._start = {name: record[name] for name in self._start}  # what earlier runs and phases did
         self._tokens_seen = torch.zeros((), dtype=torch.long)
         if resume_from_checkpoint is True:
@@ -161,6 +172,9 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _update_record(self) -> None:
         record, tokens = base_of(self.model).config.diffusion, self._tokens_seen.to(self.args.device)
         record["conversion_steps"] = self._start["conversion_steps"] + self.state.global_step
+        way = self._way()
+        if way is not None and record["conversion_steps"] >= way.total_steps:
+            record["annealed"] = True
         record["training_tokens"] = self._start["training_tokens"] + int(self.accelerator.gather(tokens).sum())
 
     def get_batch_samples(
@@ -261,6 +275,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         return noisy
 
     def _way(self) -> Annealing | None:
+        if self._annealed:
+            return None
         return self.args.way(self._start["conversion_steps"] + self.state.max_steps)
 
     def _way_metrics(self) -> dict[str, float]:

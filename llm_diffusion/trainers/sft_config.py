@@ -104,6 +104,10 @@ class DiffusionSFTConfig(SFTConfig):
             raise ValueError(f"`eos_tail` must not be negative, got {self.eos_tail}.")
         if not 0 <= self.random_canvas <= 1:
             raise ValueError(f"`random_canvas` must be in [0, 1], got {self.random_canvas}.")
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "`packing_strategy`: 'wrapped' forgets where texts end, so they would see each other; use 'bfd'."
+            )
         if self.padding_free and not self.packing:
             raise ValueError("`padding_free` is not supported: rows without padding come from `packing`.")
         self.way()
@@ -142,6 +146,8 @@ class DiffusionSFTConfig(SFTConfig):
             decay=self.annealing_decay,
             points=self.annealing_points,
         )
+        if way.mode == "block" and self.max_length is None:
+            raise ValueError("`annealing`='block' needs a `max_length`, at which blocks stop growing.")
         if self.attention == "block" and way.mode != "block":
             raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
         return way
