@@ -302,12 +302,13 @@ def _causal_layers(model: PreTrainedModel, padding: str) -> list[int]:
 
     def compare(index: int) -> Callable[..., Any]:
         def hook(_: torch.nn.Module, __: tuple, output: Any) -> Any:
-            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            several = isinstance(output, tuple | list)
+            hidden = (output[0] if several else output).clone()
             same, moved = row(hidden, 0)[first], row(hidden, 1)[first]
             if (same - moved).abs().max() <= 1e-6 * same.abs().max():
                 causal.append(index)
             row(hidden, 1).copy_(row(hidden, 0))
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return type(output)([hidden, *output[1:]]) if several else hidden
 
         return hook
 

@@ -40,7 +40,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llm_diffusion.attention import METHODS, _BidirectionalSDPA, causal_attention, patch_causal_attention, symmetric
+from llm_diffusion.attention import (
+    METHODS,
+    _BidirectionalSDPA,
+    causal_attention,
+    check_block_attention,
+    patch_causal_attention,
+    symmetric,
+)
 from llm_diffusion.attention_masks import block_causal
 from llm_diffusion.patching import base_of
 from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention
