@@ -317,12 +317,12 @@ def check_ranges(hp: HyperParameters) -> None:
             raise ValueError(f"`{name}`: unknown key(s) {unknown}.")
     for key, value in hp.lora_config.items():
         hp.lora_config[key] = check_type(f"lora_config.{key}", value, typing.get_type_hints(LoraConfig)[key])
+    if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
+        raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     if "sft" in hp.phases[:-1]:
         raise ValueError(
             f"`phases`: 'sft' must be the last one, because the result is saved as `sft_model`, got {hp.phases}."
         )
-    if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
-        raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     DiffusionGenerationConfig(**hp.generation)
     if hp.device not in (None, "cuda", "mps", "cpu"):
         raise ValueError(
