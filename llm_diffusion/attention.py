@@ -376,9 +376,8 @@ def check_block_attention(model: torch.nn.Module, block_length: int, purpose: st
         )
 
 
-def check_transformers() -> None:
+def check_transformers(found: str = transformers.__version__) -> None:
     """Raises ImportError for a transformers that would ignore `config.is_causal` in silence."""
-    found = transformers.__version__
     if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_TRANSFORMERS:
         raise ImportError(
             f"transformers {found} ignores `config.is_causal`, so models would stay causal; run `pip install -U 'transformers>=5.2'`."

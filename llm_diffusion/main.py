@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .config import HyperParameters
     from .evaluation import AnswerReport
 
+SETTINGS = "hyper_parameters.json"
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
@@ -241,6 +242,8 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     check_device(device)
     check_writable(output, "output_dir")
+    if resume:
+        check_same_settings(hp, output / SETTINGS)
     report_to = start_wandb(hp)
     arguments = [training_arguments(hp, stage, output, device, report_to) for stage in stages_of(hp)]
     print_settings(hp)
@@ -253,6 +256,9 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         "trust_remote_code": hp.trust_remote_code,
         **hp.model_init_kwargs,
     }
+    saved = {
+        key: value for key, value in options.items() if key != "gguf_file"
+    }  # adapters remember it, the rest has weights
     model, tokenizer = load_diffusion_model(
         hp.model, **{name: hp.training.get(name) for name in CONVERSION_OPTIONS}, **options
     )
@@ -271,11 +277,11 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     if examples:
         reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
     histories = train_stages(
-        hp, arguments, model, tokenizer, peft_config, train, test, output, options if resume else None
+        hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None
     )
     final = output / "sft_model"
     del model
-    model, tokenizer = load_diffusion_model(str(final), **options)
+    model, tokenizer = load_diffusion_model(str(final), **saved)
     if examples:
         reports["converted"] = measure(model, tokenizer, examples, hp)
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
@@ -309,6 +315,16 @@ def check_writable(folder: Path, key: str) -> None:
         raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
 
 
+def check_same_settings(hp: HyperParameters, file: Path) -> None:
+    """Refuses to go on with a run that was started with other settings."""
+    from .config import as_dict
+
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
+        raise ValueError(
+            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
+        )
+
+
 def print_settings(hp: HyperParameters) -> None:
     from .config import as_dict
 
@@ -338,19 +354,13 @@ def train_stages(
     from .conversion import Stage, run_stages
     from .modeling import load_diffusion_model
 
-    settings = json.dumps(as_dict(hp), indent=2) + "\n"
-    file = output / "hyper_parameters.json"
-    if resume is not None and file.exists() and json.loads(file.read_text()) != json.loads(settings):
-        raise ValueError(
-            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
-        )
     stages = [
         Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
     ]
 
     def started() -> None:
         output.mkdir(parents=True, exist_ok=True)
-        file.write_text(settings)
+        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
         if hp.use_wandb and "WANDB_DIR" in os.environ:
             Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
 

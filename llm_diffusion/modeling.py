@@ -341,10 +341,13 @@ def load_diffusion_model(
     )
     if gguf_file:
         base_of(model).config.diffusion["gguf_file"] = gguf_file
-    elif not adapter and base_of(model).config.diffusion.get("time_embedding"):
-        _load_time_embedding(model, path)
     if adapter:
         model = from_hub(PeftModel, model, path, is_trainable=True)
+    elif not gguf_file:
+        record = base_of(model).config.diffusion
+        record.pop("gguf_file", None)  # a checkpoint that descends from one has weights of its own
+        if record.get("time_embedding"):
+            _load_time_embedding(model, path)
     return model.eval(), tokenizer
 
 

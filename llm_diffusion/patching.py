@@ -74,11 +74,11 @@ def wrap_forward(patch: Patch, module: torch.nn.Module, function: Callable[..., 
     """
     if inner in vars(module):
         return
-    before = module.forward
     wrapper = types.FunctionType(function.__code__, function.__globals__, function.__name__)
     wrapper.__kwdefaults__, wrapper.__defaults__ = function.__kwdefaults__, function.__defaults__
-    wrapper.__signature__ = inspect.signature(getattr(before, "__func__", before))  # type: ignore[attr-defined]
-    patch.set(module, inner, before)
+    # The class's, not the bound one's: accelerate's hooks leave a partial there, which has no `self`.
+    wrapper.__signature__ = inspect.signature(type(module).forward)
+    patch.set(module, inner, module.forward)
     patch.set(module, "forward", types.MethodType(wrapper, module))
 
 

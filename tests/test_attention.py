@@ -7,7 +7,6 @@ import types
 
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -45,6 +44,7 @@ from llm_diffusion.attention import (
     _BidirectionalSDPA,
     causal_attention,
     check_block_attention,
+    check_transformers,
     patch_causal_attention,
     symmetric,
 )
@@ -733,10 +733,12 @@ def test_state_space_models_are_refused():
         patch_causal_attention(AutoModelForCausalLM.from_config(config).eval())
 
 
-def test_old_hosts_are_refused(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
-    with pytest.raises(ImportError, match="transformers 4.57.1 ignores `config.is_causal`"):
-        patch_causal_attention(build("llama"))
+def test_old_hosts_are_refused():
+    for found in ("4.57.1", "5.1.0"):
+        with pytest.raises(ImportError, match=f"transformers {found} ignores `config.is_causal`"):
+            check_transformers(found)
+    for found in ("5.2.0", "5.23.0.dev0", "6.0.0"):
+        check_transformers(found)
 
 
 def test_unknown_methods_are_refused():

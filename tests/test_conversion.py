@@ -6,13 +6,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_attention import CONFIGS
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
 from llm_diffusion.conversion import Stage, run_stages, select_parameters
 from llm_diffusion.modeling import read_record
 from llm_diffusion.tiny import tiny_dataset
-from tests.test_attention import CONFIGS
 
 LORA = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
 

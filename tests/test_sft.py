@@ -283,6 +283,7 @@ def test_metrics_are_logged(tmp_path, tokenizer):
         ({"loss_weight": "mean"}, "loss_weight"),
         ({"normalization": "batch"}, "normalization"),
         ({"exact_mask_count": True, "max_mask_probability": 0.9}, "exact_mask_count"),
+        ({"exact_mask_count": True, "complementary_masks": True}, "complementary_masks"),
         ({"min_mask_probability": 0.9, "max_mask_probability": 0.1}, "min_mask_probability"),
         ({"max_mask_probability": 1.5}, "max_mask_probability"),
         ({"eos_tail": -1}, "eos_tail"),
@@ -687,7 +688,26 @@ def test_annealing_does_not_start_again(tmp_path, tokenizer, caplog):
     second = make(tmp_path, first.processing_class, first.model, **settings)
     second.train()
     assert not any("causal_ratio" in row for row in second.state.log_history)
-    assert "annealed to its target in an earlier run" in caplog.text
+    assert "`annealing` is skipped" in caplog.text
+
+
+def test_a_model_that_was_annealed_keeps_its_target(tmp_path, tokenizer):
+    first = make(tmp_path, tokenizer, annealing="soft", final_causal_ratio=0.5)
+    first.train()
+    model, own = first.model, first.processing_class
+    with pytest.raises(ValueError, match="`final_causal_ratio`: the model was annealed to 0.5, asked for 0.0"):
+        make(tmp_path, own, model, annealing="soft")
+    with pytest.raises(ValueError, match="`packing`: the model keeps a causal ratio of 0.5"):
+        make(tmp_path, own, model, packing=True, annealing="soft", final_causal_ratio=0.5)
+
+
+def test_a_way_that_is_over_before_it_starts_is_said_to_be_skipped(tmp_path, tokenizer, caplog):
+    first = make(tmp_path, tokenizer, max_steps=3)
+    first.train()
+    second = make(tmp_path, first.processing_class, first.model, max_steps=1, annealing="soft", annealing_steps=2)
+    second.train()
+    assert "`annealing` is skipped" in caplog.text
+    assert not any("causal_ratio" in row for row in second.state.log_history)
 
 
 def test_annealing_goes_on_in_a_second_phase(tmp_path, tokenizer):

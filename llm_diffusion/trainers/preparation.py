@@ -117,10 +117,12 @@ def check_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFT
             raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
     elif way is not None or args.packing or args.eval_packing:
         check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
-    if way is None and args.packing and record.get("final_causal_ratio"):
+    kept = record.get("final_causal_ratio", 0.0)
+    if way is not None and record.get("annealed") and way.final != kept:
+        raise ValueError(f"`final_causal_ratio`: the model was annealed to {kept}, asked for {way.final}; leave it so.")
+    if kept and (args.packing or args.eval_packing):
         raise ValueError(
-            f"`packing`: the model keeps a causal ratio of {record['final_causal_ratio']}, which packed rows would lose; leave `packing` "
-            "off, or give `annealing` and `final_causal_ratio` again."
+            f"`packing`: the model keeps a causal ratio of {kept}, which packed rows would lose; leave it off."
         )
 
 

@@ -146,10 +146,7 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         record = base_of(self.model).config.diffusion
-        self._annealed = record.get("annealed", False)
         if self.args.annealing is not None:
-            if self._annealed:
-                logger.warning("the model has been annealed to its target in an earlier run: `annealing` is skipped")
             record["final_causal_ratio"] = self.args.final_causal_ratio
             set_final_causal_ratio(base_of(self.model), self.args.final_causal_ratio)
         if self.args.noise_schedule is not None:
@@ -165,6 +162,11 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "conversion_steps": saved["conversion_steps"] - done,  # the host counts these steps again
                 "training_tokens": saved["training_tokens"],
             }
+        steps = self.args.annealing_steps
+        late = steps is not None and self._start["conversion_steps"] >= steps
+        self._annealed = late or record.get("annealed", False)
+        if self.args.annealing is not None and self._annealed:
+            logger.warning("the model reached its target in an earlier run: `annealing` is skipped")
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._update_record()
         return result

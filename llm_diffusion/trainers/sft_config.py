@@ -130,6 +130,9 @@ class DiffusionSFTConfig(SFTConfig):
             raise ValueError(
                 "`exact_mask_count` draws every count from one to all; leave the mask probabilities at 0 and 1."
             )
+        if self.exact_mask_count and self.complementary_masks:
+            # A row with every token masked has an empty complement, so the second pass never sees a full mask.
+            raise ValueError("`exact_mask_count` and `complementary_masks` together are biased; choose one of them.")
 
     def way(self, last_step: int = 1) -> Annealing | None:
         """The checked settings of annealing, if there is any; `last_step` is where this run ends."""
