@@ -365,7 +365,8 @@ def check_block_attention(model: torch.nn.Module, block_length: int, purpose: st
             "to right through whatever stands there."
         )
     try:
-        found = probe_attention(model, block_length)
+        # Whatever the length of the blocks, several must fit into the probe.
+        found = probe_attention(model, min(block_length, PROBE_LENGTH // 2))
         if blind := causal_layers(model, block_length=PROBE_LENGTH):  # one block: everything is seen
             found = f"causal in layers {blind}"
     except Exception as error:  # rejected in as many ways as there are architectures

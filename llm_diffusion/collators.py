@@ -54,6 +54,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         ar_loss_weight: weight of next-token prediction on the clean half of block attention.
         min_mask_probability, max_mask_probability: range of the mask probability; anything but (0, 1) is no ELBO.
         exact_mask_count: whether the number of masks is drawn, see `masking.draw_exact_mask`, and not every token by itself.
+        random_replacement: probability that a trained token, where it is seen, is replaced by a random one; see `corrupt`.
+        vocab_size: ids below it are what a replacement is drawn from, the mask left out.
+        distillation_targets: which tokens an autoregressive teacher may speak of, see `corrupt`.
         pad_to_multiple_of: as in transformers.
         packing: whether rows hold several texts.
         time_embedding: whether the model is told the noise level.
@@ -74,6 +77,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     min_mask_probability: float = 0.0
     max_mask_probability: float = 1.0
     exact_mask_count: bool = False
+    random_replacement: float = 0.0
+    vocab_size: int | None = None
+    distillation_targets: str = "causal"
     pad_to_multiple_of: int | None = None
     packing: bool = False
     time_embedding: bool = False
@@ -132,6 +138,18 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     ) -> dict[str, torch.Tensor]:
         """Draws noise and lays out the model's inputs and targets.
 
+        Random replacement changes what is seen, never what is asked: every trained token outside the masks (in block attention of
+        both halves) is replaced with this probability. The weights stay: a reader who redraws the replacements before every step
+        decodes any order of tokens at this cost, so the loss is still an upper bound on the text's NLL, of a model that reads
+        through noise. Evaluation sees no replacements.
+
+        An autoregressive teacher knows p(token | all tokens before it). Averaged over the masked ones among these, that is what the
+        model must learn where it sees nothing to the right of the token ("causal"); elsewhere ("all") it is biased, for the
+        teacher knows nothing of what comes after. The tail of end tokens was never text to the teacher.
+
+            text     p  a  b  c  d  E  E        bidirectional: p a M M d M M   taught "causal":  -  -  -  -  -  x  -
+            masked         x  x     x  x        blocks of 3:  (p a M)(M d M) M                   -  -  x  -  -  x  -
+
         Args:
             batch: `input_ids`, `labels`, `attention_mask`, each (B, L).
             seed, step: key of the noise; `step` is the optimiser step.
@@ -145,11 +163,12 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
             masks); `targets` (B, M), the token that each hidden state must predict, -100 = none; `weights` (B, M) fp32 of
             these terms in the objective, and `ar_weights` (B, M) in the AR co-loss; `levels` (B, M), the mask probability they
-            were seen under, 0 on clean text. Further `masked` and `times` (B, L).
+            were seen under, 0 on clean text; `tokens` (B, M), the place in the row of the token that each predicts; `taught`
+            (B, M) bool, whether the teacher speaks of it. Further `masked` and `times` (B, L).
         """
         ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         maskable = (batch["labels"] != masking.IGNORE_INDEX) & attention_mask.bool()
-        if rows is None:
+        if fixed := rows is None:
             rows = masking.content_keys(ids, attention_mask)
             times = masking.MIN_TIME + (1 - masking.MIN_TIME) * masking.uniform(seed, step, rows, masking.TIME_STREAM)
         else:
@@ -172,11 +191,16 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             weights = weights * probability / (1 - probability).clamp(min=1e-6)
             masked, probability = maskable & ~masked, 1 - probability
         weights = loss_weights(self.loss_weight, weights, probability, masked, attention_mask)
-        noisy = ids.masked_fill(masked, self.mask_token_id)
-        if self.attention == "block":
-            laid_out = self._blocks(noisy, ids, attention_mask, masked, maskable, weights, probability, block_length)
-        else:
-            laid_out = self._whole(noisy, ids, attention_mask, masked, weights, probability)
+        seen = ids
+        if self.random_replacement and not fixed:
+            replaced = masking.draw_mask(seed, step, rows, self.random_replacement, maskable, masking.REPLACE_STREAM)
+            tokens = masking.draw_tokens(seed, step, rows, maskable, self.vocab_size - 1)
+            seen = torch.where(replaced, tokens + (tokens >= self.mask_token_id), ids)  # any but the mask
+        taught = self._without_tail(ids, maskable)
+        if self.distillation_targets == "causal":
+            taught &= _nothing_to_the_right((attention_mask > 0) & ~masked, part)
+        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, probability, taught)
+        laid_out = self._blocks(noised, block_length) if self.attention == "block" else self._whole(noised)
         if self.time_embedding:
             # Not the time but the mask probability, which is what a sampler knows; clean context has none.
             noise = (
@@ -187,51 +211,37 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             laid_out["inputs"]["timesteps"] = noise[:, -laid_out["inputs"]["input_ids"].shape[1] :]
         return {**laid_out, "masked": masked, "times": times}
 
-    def _whole(
-        self,
-        noisy: torch.Tensor,
-        ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        masked: torch.Tensor,
-        weights: torch.Tensor,
-        probability: torch.Tensor,
-    ) -> dict[str, Any]:
+    def _whole(self, noised: _Noised) -> dict[str, Any]:
         """Bidirectional attention: the noisy text, and its masked tokens as targets."""
-        targets = ids.masked_fill(~masked, masking.IGNORE_INDEX)
+        documents = noised.documents
+        targets = noised.ids.masked_fill(~noised.masked, masking.IGNORE_INDEX)
         targets = masking.align_with_readout(targets, self.right_shift_logits, masking.IGNORE_INDEX)
-        weights = masking.align_with_readout(weights, self.right_shift_logits, 0.0)
+        weights = masking.align_with_readout(noised.weights, self.right_shift_logits, 0.0)
         # A hidden state of padding predicts nothing.
-        targets = targets.masked_fill(attention_mask == 0, masking.IGNORE_INDEX)
-        inputs = {"input_ids": noisy, "attention_mask": attention_mask}
+        targets = targets.masked_fill(documents == 0, masking.IGNORE_INDEX)
+        inputs = {"input_ids": noised.noisy(self.mask_token_id), "attention_mask": documents}
         if self.packing:
             # `is_causal=False` ignores position ids, so packed texts would see each other.
-            inputs["attention_mask"] = additive(bidirectional(attention_mask))
-            inputs["position_ids"] = positions(attention_mask).clamp(min=0)
+            inputs["attention_mask"] = additive(bidirectional(documents))
+            inputs["position_ids"] = positions(documents).clamp(min=0)
         return {
             "inputs": inputs,
             "targets": targets,
             "weights": weights,
             "ar_weights": torch.zeros_like(weights),
-            "levels": masking.align_with_readout(probability, self.right_shift_logits, 0.0),
+            "levels": masking.align_with_readout(noised.probability, self.right_shift_logits, 0.0),
+            "tokens": masking.align_with_readout(_places(documents), self.right_shift_logits, 0),
+            "taught": masking.align_with_readout(noised.taught, self.right_shift_logits, False),
         }
 
-    def _blocks(
-        self,
-        noisy: torch.Tensor,
-        ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        masked: torch.Tensor,
-        maskable: torch.Tensor,
-        weights: torch.Tensor,
-        probability: torch.Tensor,
-        block_length: int,
-    ) -> dict[str, Any]:
+    def _blocks(self, noised: _Noised, block_length: int) -> dict[str, Any]:
         """Block attention: [noisy ; clean] in one pass; with the right shift a block's first token is read from the clean half.
 
         That read-out sees no noise, so the expectation over its mask, weight 1 whether masked or not, is taken exactly. The AR
         co-loss adds `ar_loss_weight` times next-token prediction on the clean half.
         """
-        position = positions(attention_mask).clamp(min=0)
+        ids, documents, maskable = noised.ids, noised.documents, noised.maskable
+        position = positions(documents).clamp(min=0)
         from_clean = torch.zeros_like(maskable)
         if self.right_shift_logits:
             from_clean = maskable & (position % block_length == 0)
@@ -241,9 +251,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         length = ids.shape[1]
         used = maskable.any(0).nonzero()
         start = int(used[0]) if len(used) else 0
-        start -= int(
-            (position % block_length * (attention_mask > 0))[:, start].max()
-        )  # the start of the block it is in
+        start -= int((position % block_length * (documents > 0))[:, start].max())  # the start of the block it is in
         kept = torch.cat([torch.arange(start, length), torch.arange(length, 2 * length)]).to(ids.device)
 
         def align(noisy_half: torch.Tensor, clean_half: torch.Tensor, fill: float) -> torch.Tensor:
@@ -251,18 +259,45 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             halves = masking.align_with_readout(noisy_half, self.right_shift_logits, fill)
             return torch.cat([halves, masking.align_with_readout(clean_half, True, fill)], -1)[:, kept]
 
-        allowed = block_diffusion(attention_mask, block_length, self.clean_context)[:, kept][:, :, kept]
+        allowed = block_diffusion(documents, block_length, self.clean_context)[:, kept][:, :, kept]
         return {
             "inputs": {
-                "input_ids": torch.cat([noisy, ids], -1)[:, kept],
+                "input_ids": torch.cat([noised.noisy(self.mask_token_id), noised.seen], -1)[:, kept],
                 "attention_mask": additive(allowed),
                 "position_ids": torch.cat([position, position], -1)[:, kept],
             },
-            "targets": align(ids.masked_fill(~masked | from_clean, none), ids.masked_fill(~wanted, none), none),
-            "weights": align(weights, from_clean.float(), 0.0),
-            "ar_weights": align(torch.zeros_like(weights), self.ar_loss_weight * maskable, 0.0),
-            "levels": align(probability, torch.zeros_like(probability), 0.0),
+            "targets": align(ids.masked_fill(~noised.masked | from_clean, none), ids.masked_fill(~wanted, none), none),
+            "weights": align(noised.weights, from_clean.float(), 0.0),
+            "ar_weights": align(torch.zeros_like(noised.weights), self.ar_loss_weight * maskable, 0.0),
+            "levels": align(noised.probability, torch.zeros_like(noised.probability), 0.0),
+            "tokens": align(_places(ids), _places(ids), 0),
+            # The clean half reads from left to right at every token.
+            "taught": align(noised.taught, self._without_tail(ids, maskable), False),
         }
+
+    def _without_tail(self, ids: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
+        """Trained tokens but for end tokens that follow another one: the tail of a canvas, which is no text."""
+        if self.eos_token_id is None:
+            return maskable.clone()
+        ends = (ids == self.eos_token_id) & maskable
+        return maskable & ~(ends & torch.nn.functional.pad(ends[:, :-1], (1, 0), value=False))
+
+
+@dataclass
+class _Noised:
+    """Rows and what the noise made of them, each (B, L)."""
+
+    ids: torch.Tensor
+    seen: torch.Tensor  # with replacements
+    documents: torch.Tensor
+    maskable: torch.Tensor
+    masked: torch.Tensor
+    weights: torch.Tensor
+    probability: torch.Tensor
+    taught: torch.Tensor
+
+    def noisy(self, mask_token_id: int) -> torch.Tensor:
+        return self.seen.masked_fill(self.masked, mask_token_id)
 
 
 def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -272,6 +307,17 @@ def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     labels = list(ids) if labels is None else [int(token) for token in labels]
     ends = list(itertools.accumulate(example.get("seq_lengths") or [len(ids)]))
     return [(ids[start:end], labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _places(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+
+
+def _nothing_to_the_right(visible: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Which tokens have no visible one behind them in their own text or block: (B, L) each -> (B, L) bool."""
+    place = _places(part)
+    last = torch.full_like(part, -1).scatter_reduce(-1, part, torch.where(visible, place, -1), "amax")
+    return place > last.gather(-1, part)
 
 
 def _parts(documents: torch.Tensor, block_length: int | None) -> torch.Tensor:

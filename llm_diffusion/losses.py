@@ -56,3 +56,22 @@ def loss_weights(
     kernel = 0.5 * CART_DECAY * (1 - CART_DECAY) ** (distance - 1).clamp(min=0).float() * (distance > 0)
     visible = (~masked & (documents > 0))[:, None, :] & (documents[:, :, None] == documents[:, None, :])
     return (visible * kernel).sum(-1)
+
+
+def soft_cross_entropy(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of every row with the teacher's distribution, nats, fp32: two (n, V) -> (n,).
+
+    Its mean over teacher samples is that of `token_nll`: the same minimum, with less noise.
+    """
+    return F.cross_entropy(logits.float(), teacher_logits.float().softmax(-1), reduction="none")
+
+
+def relative_error(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:
+    """Squared distance of every row over the teacher's squared length: two (n, D) -> (n,) fp32; 1 is as far as nothing at all."""
+    wanted = teacher_hidden.float()
+    return (hidden.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-6)
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of every row's distribution in nats, fp32: (n, V) -> (n,)."""
+    return torch.distributions.Categorical(logits=logits.float(), validate_args=False).entropy()

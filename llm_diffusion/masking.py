@@ -20,7 +20,7 @@ IGNORE_INDEX = -100  # label of a position that is never masked and never scored
 MIN_TIME = 1e-3  # LLaDA's epsilon: times are drawn from [MIN_TIME, 1]
 
 _MASK_32 = 0xFFFFFFFF
-TIME_STREAM, MASK_STREAM, ORDER_STREAM = 1, 2, 3
+TIME_STREAM, MASK_STREAM, ORDER_STREAM, REPLACE_STREAM, TOKEN_STREAM = 1, 2, 3, 4, 5
 
 
 def _mix(value: torch.Tensor) -> torch.Tensor:
@@ -87,21 +87,33 @@ def times_of_parts(times: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 def draw_mask(
-    seed: int, step: int, rows: torch.Tensor, probability: torch.Tensor, maskable: torch.Tensor
+    seed: int,
+    step: int,
+    rows: torch.Tensor,
+    probability: torch.Tensor | float,
+    maskable: torch.Tensor,
+    stream: int = MASK_STREAM,
 ) -> torch.Tensor:
     """Masks every maskable token independently: m_i ~ Bernoulli(p).
 
     Args:
         rows: (B,) keys of the rows.
-        probability: (B, 1) or (B, L) mask probability.
+        probability: (B, 1) or (B, L) mask probability, or one for all.
         maskable: (B, L) bool.
+        stream: another one draws independently.
 
     Returns:
         (B, L) bool, True where the token is replaced by the mask token.
     """
     # Counted over maskable tokens, so that padding on the left or in between moves no draw.
     position = maskable.long().cumsum(-1)
-    return (uniform(seed, step, rows[:, None], position, MASK_STREAM) < probability) & maskable
+    return (uniform(seed, step, rows[:, None], position, stream) < probability) & maskable
+
+
+def draw_tokens(seed: int, step: int, rows: torch.Tensor, maskable: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """A uniformly random token id below `vocab_size` for every maskable token: (B,) keys, (B, L) bool -> (B, L)."""
+    position = maskable.long().cumsum(-1)
+    return hash_keys(seed, step, rows[:, None], position, TOKEN_STREAM) % vocab_size
 
 
 def draw_exact_mask(

@@ -20,11 +20,13 @@ class MarkovChain:
         n_states: K; states are the token ids 0 to K-1, and id K is the mask token.
         length: L.
         stay: probability to repeat; the K-1 other states share the rest evenly.
+        flips: probability that a visible token was replaced by a random state, itself among them, before it was seen.
     """
 
     n_states: int
     length: int
     stay: float = 0.8
+    flips: float = 0.0
 
     @property
     def mask_token_id(self) -> int:
@@ -57,10 +59,11 @@ class MarkovChain:
             visible: (B, L) bool, any pattern.
 
         Returns:
-            (B, L, K) fp64; at a visible position 0 for its token and -inf for the others.
+            (B, L, K) fp64; at a visible position 0 for its token and -inf for the others, unless they may be flipped.
         """
         n_rows, length = input_ids.shape
         known = F.one_hot(input_ids.clamp(max=self.n_states - 1), self.n_states).double()
+        known = (1 - self.flips) * known + self.flips / self.n_states
         evidence = torch.where(visible[..., None], known, 1.0)
         # left[i]: p(x_i | visible before i); right[i]: p(visible after i | x_i), up to a factor, as both are rescaled.
         left = [torch.full((n_rows, self.n_states), 1 / self.n_states, dtype=torch.float64)]

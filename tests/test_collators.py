@@ -273,3 +273,72 @@ def test_mask_probability_stays_in_its_range(low: float, high: float, schedule: 
     assert (
         (rate - probability).abs() <= 4.5 * (probability * (1 - probability) / length).clamp(min=0) ** 0.5 + 1e-6
     ).all()
+
+
+def seen_to_the_right(noisy: dict, row: int, place: int, length: int, right_shift: bool) -> bool:
+    """From the model's own inputs and mask: does the hidden state see a token of the text behind the one it predicts?"""
+    allowed = noisy["inputs"]["attention_mask"][row, 0, place] == 0
+    token = int(noisy["tokens"][row, place])
+    width = len(allowed)
+    for key in range(width):
+        text = int(noisy["inputs"]["position_ids"][row, key])
+        if allowed[key] and text > token and noisy["inputs"]["input_ids"][row, key] != MASK:
+            return True
+    return False
+
+
+@both_conventions
+@pytest.mark.parametrize("clean_context", ["causal", "block"])
+def test_the_teacher_speaks_where_nothing_to_the_right_is_seen(right_shift: bool, clean_context: str) -> None:
+    collator = collator_with(
+        right_shift_logits=right_shift, attention="block", block_length=4, clean_context=clean_context, eos_tail=0
+    )
+    batch = collator(ragged_batch(6))
+    noisy = collator.corrupt(batch, seed=0, step=0, rows=torch.arange(6), n_rows=6)
+    places = (noisy["targets"] != IGNORE_INDEX).nonzero().tolist()
+    found = set()
+    for row, place in places:
+        token, answer = int(noisy["tokens"][row, place]), batch["input_ids"][row].tolist()
+        assert answer[token] == noisy["targets"][row, place]
+        want = EOS not in answer[:token] and not seen_to_the_right(noisy, row, place, len(answer), right_shift)
+        assert bool(noisy["taught"][row, place]) == want
+        found.add(want)
+    assert found == {True, False}
+
+
+def test_the_teacher_of_a_whole_canvas_speaks_behind_its_last_visible_token() -> None:
+    """Two answers in one row: what follows an end token is tail, the next answer is text again."""
+    ids = [9, 10, 11, 12, EOS, EOS, 20, 21, 22, EOS]
+    labels = [IGNORE_INDEX, 10, 11, 12, EOS, EOS, IGNORE_INDEX, 21, 22, EOS]
+    batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels]), "attention_mask": torch.ones(1, 10)}
+    batch["attention_mask"] = batch["attention_mask"].long()
+    for targets in ("causal", "all"):
+        collator = collator_with(right_shift_logits=False, distillation_targets=targets)
+        for step in range(20):
+            noisy = collator.corrupt(batch, seed=0, step=step, rows=torch.arange(1), n_rows=1)
+            masked = noisy["masked"][0]
+            last = max(i for i in range(10) if not masked[i])
+            want = [i for i in (1, 2, 3, 4, 7, 8, 9) if masked[i] and (targets == "all" or i > last)]
+            assert (noisy["taught"][0] & masked).nonzero().flatten().tolist() == want
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block"])
+def test_replacements_change_what_is_seen_and_not_what_is_asked(attention: str) -> None:
+    options = {"attention": attention, "block_length": 4, "vocab_size": 50, "eos_tail": 0}
+    plain, noisy = (collator_with(**options, random_replacement=share) for share in (0.0, 0.5))
+    batch = plain(many_answers(200))
+    key = {"seed": 0, "step": 3, "rows": torch.arange(200), "n_rows": 200}
+    one, other = plain.corrupt(batch, **key), noisy.corrupt(batch, **key)
+    for name in ("targets", "weights", "masked", "levels", "taught"):
+        assert torch.equal(one[name], other[name])
+    before, after = one["inputs"]["input_ids"], other["inputs"]["input_ids"]
+    assert torch.equal(before == MASK, after == MASK)  # a replacement is never the mask token
+    position = one["inputs"].get("position_ids", torch.arange(before.shape[1]).expand_as(before))
+    trained = (before != MASK) & (position >= 3)  # three tokens of prompt
+    assert torch.equal(before[~trained], after[~trained])
+    share = (before != after)[trained].float().mean().item()
+    assert 0.4 < share < 0.55 and after[before != after].max() < 50
+    fixed = {"seed": 0, "step": 0}
+    assert torch.equal(
+        plain.corrupt(batch, **fixed)["inputs"]["input_ids"], noisy.corrupt(batch, **fixed)["inputs"]["input_ids"]
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from oracle import MarkovChain
 
 from llm_diffusion.collators import DataCollatorForMaskedDiffusion
-from llm_diffusion.losses import CLIP, loss_weights, token_nll
+from llm_diffusion.losses import CLIP, entropy, loss_weights, relative_error, soft_cross_entropy, token_nll
 from llm_diffusion.masking import IGNORE_INDEX, stratified_times
 from llm_diffusion.noise_schedules import NOISE_SCHEDULES, get_noise_schedule
 
@@ -109,9 +110,11 @@ def test_unknown_weight_is_refused(kind: str) -> None:
         weights_of(kind)
 
 
-def estimates(collator: DataCollatorForMaskedDiffusion, noisy: dict[str, torch.Tensor]) -> torch.Tensor:
+def estimates(
+    collator: DataCollatorForMaskedDiffusion, noisy: dict[str, torch.Tensor], chain: MarkovChain = CHAIN
+) -> torch.Tensor:
     """(B,) fp64: every row's own sum of w * nll, the oracle being the model."""
-    logits = CHAIN(noisy["inputs"]["input_ids"])
+    logits = chain(noisy["inputs"]["input_ids"])
     if collator.right_shift_logits:
         logits = logits.roll(-1, dims=1)  # state i - 1 holds what is known of token i; nothing asks for token 0
     keep = noisy["targets"] != IGNORE_INDEX
@@ -234,3 +237,92 @@ def test_complementary_masks_estimate_the_exact_likelihood(schedule: str, right_
         assert abs(values.mean().item() - exact) < 3 * (values.std() / N_ROWS**0.5).item()
     if schedule == "linear":  # where both passes are the same distribution of noise: better than two independent draws
         assert ((one + other) / 2).std() < one.std() / 2**0.5
+
+
+def random_order_cost(chain: MarkovChain, x: list[int]) -> float:
+    """Nats of `x` token by token in a random order, the context redrawn through the flips before every step.
+
+    By enumeration of all texts, contexts and flips with Bayes' rule; no recursion, no time, no weights.
+    """
+    texts = list(itertools.product(range(chain.n_states), repeat=chain.length))
+    prior = chain.log_prob(torch.tensor(texts)).exp().tolist()
+
+    def channel(seen: int, token: int) -> float:
+        return (1 - chain.flips) * (seen == token) + chain.flips / chain.n_states
+
+    total = 0.0
+    for place in range(chain.length):
+        others = [i for i in range(chain.length) if i != place]
+        for size in range(chain.length):
+            contexts = list(itertools.combinations(others, size))
+            for context in contexts:  # in a random order each stands before `place` with the same probability
+                for seen in itertools.product(range(chain.n_states), repeat=size):
+                    chance = math.prod(channel(s, x[i]) for i, s in zip(context, seen, strict=True))
+                    joint = [0.0] * chain.n_states
+                    for text, p in zip(texts, prior, strict=True):
+                        joint[text[place]] += p * math.prod(
+                            channel(s, text[i]) for i, s in zip(context, seen, strict=True)
+                        )
+                    cost = -math.log(joint[x[place]] / sum(joint))
+                    total += chance * cost / len(contexts) / chain.length
+    return total
+
+
+def test_replaced_context_costs_what_enumeration_says() -> None:
+    """With the weights as they are; and never less than the likelihood."""
+    chain = MarkovChain(n_states=3, length=4, flips=0.3)
+    collator, x = collator_for("linear"), chain.sample(1, seed=1)
+    collator.mask_token_id, collator.vocab_size = chain.mask_token_id, chain.n_states + 1
+    collator.random_replacement = chain.flips
+    noisy = collator.corrupt(repeated(x, N_ROWS), seed=0, step=0, rows=torch.arange(N_ROWS), n_rows=N_ROWS)
+    values = estimates(collator, noisy, chain)
+    exact, error = random_order_cost(chain, x[0].tolist()), (values.std() / N_ROWS**0.5).item()
+    assert abs(values.mean().item() - exact) < 3 * error
+    assert exact > -chain.log_prob(x).item() + 0.3
+    assert random_order_cost(MarkovChain(3, 4), x[0].tolist()) == pytest.approx(-chain.log_prob(x).item(), rel=1e-6)
+
+
+def test_soft_cross_entropy_is_its_formula() -> None:
+    logits, _, _ = random_rows(20)
+    teacher = random_rows(20)[0].flip(0)
+    want = -(teacher.double().softmax(-1) * logits.double().log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(soft_cross_entropy(logits, teacher).double(), want, rtol=1e-5, atol=1e-5)
+    p = logits.double().softmax(-1)
+    torch.testing.assert_close(entropy(logits).double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(soft_cross_entropy(logits, logits), entropy(logits), rtol=1e-5, atol=1e-5)
+    assert soft_cross_entropy(logits.bfloat16(), teacher.half()).dtype == torch.float32
+
+
+def test_relative_error_is_one_for_nothing_and_zero_for_the_same() -> None:
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    assert relative_error(hidden, hidden).abs().max() == 0
+    torch.testing.assert_close(relative_error(torch.zeros_like(hidden), hidden), torch.ones(5))
+    assert relative_error(hidden.bfloat16(), torch.zeros_like(hidden)).isfinite().all()
+
+
+def taught(targets: str, n_rows: int = N_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n,) weighted terms of a flawed student at taught tokens of different texts: with labels, with the teacher's word."""
+    collator = collator_for("linear")
+    collator.distillation_targets = targets
+    x = CHAIN.sample(n_rows, seed=3)
+    batch = {"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x)}
+    noisy = collator.corrupt(batch, seed=0, step=0, rows=torch.arange(n_rows), n_rows=n_rows)
+    keep = (noisy["targets"] != IGNORE_INDEX) & noisy["taught"] & (noisy["tokens"] > 0)
+    rows, tokens = keep.nonzero()[:, 0], noisy["tokens"][keep]
+    # Sharper than the truth, so that label and teacher do not cost the same by accident.
+    student = (1.7 * CHAIN.log_conditionals(noisy["inputs"]["input_ids"], ~noisy["masked"])[keep]).clamp(min=-1e4)
+    teacher = CHAIN.transition().log()[x[rows, tokens - 1]]
+    weights = noisy["weights"][keep]
+    return weights * token_nll(student, x[rows, tokens]), weights * soft_cross_entropy(student, teacher)
+
+
+def test_the_teacher_costs_what_labels_do_where_nothing_to_the_right_is_seen() -> None:
+    """And is less noisy there; everywhere else it is wrong, because it does not know what comes after."""
+    labels, soft = taught("causal")
+    gap = labels - soft
+    assert len(gap) > 1000
+    assert abs(gap.mean()) < 3 * gap.std() / len(gap) ** 0.5
+    assert soft.var() < labels.var()
+    labels, soft = taught("all")
+    gap = labels - soft
+    assert abs(gap.mean()) > 10 * gap.std() / len(gap) ** 0.5

@@ -21,6 +21,7 @@ from llm_diffusion import (
     probe_attention,
 )
 from llm_diffusion.attention_masks import annealed, positions
+from llm_diffusion.collators import _Noised
 from llm_diffusion.masking import IGNORE_INDEX
 from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
 
@@ -108,7 +109,7 @@ def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, peft_config=LORA)
     batch = next(iter(trainer.get_train_dataloader()))
     noisy = trainer.diffusion_collator.corrupt(batch, seed=1, step=3)
-    terms, right, keep = trainer._score(trainer.model, noisy)
+    scores = trainer._score(trainer.model, noisy)
     fused = trainer.model(
         input_ids=noisy["inputs"]["input_ids"],
         attention_mask=noisy["inputs"]["attention_mask"],
@@ -116,8 +117,9 @@ def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
         shift_labels=noisy["targets"],
         fused_lm_head=True,
     )
-    torch.testing.assert_close(-fused.log_probs[keep], terms, rtol=1e-4, atol=1e-5)
-    assert torch.equal(fused.is_top1[keep], right)
+    torch.testing.assert_close(-fused.log_probs[scores.keep], scores.nll, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused.entropy[scores.keep], scores.entropy, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fused.is_top1[scores.keep], scores.right)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,12 @@ def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
         (LORA, {"exact_mask_count": True}),
         (LORA, {"complementary_masks": True}),
         (LORA, {"attention": "block", "ar_loss_weight": 0.5, "normalization": "sequence"}),
+        (None, {"normalization": "sequence"}),
+        (None, {"normalization": "length"}),
+        (None, {"normalization": "masked"}),
+        (LORA, {"random_replacement": 0.2, "attention": "block"}),
+        (LORA, {"distillation_weight": 0.5, "distillation_hidden_weight": 0.1, "attention": "block"}),
+        (LORA, {"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5}),
     ],
 )
 def test_one_batch_of_8_and_eight_of_1_give_the_same_gradient(tmp_path, tokenizer, peft_config, settings):
@@ -235,6 +243,36 @@ def test_prompt_stays_clean_and_pretraining_masks_everything(tmp_path, tokenizer
     assert answer.endswith("<|im_end|>") and "assistant" not in answer and "user" not in answer
 
 
+TWO_TURNS = [
+    {"role": "user", "content": "Sort the letters: b a"},
+    {"role": "assistant", "content": "a b"},
+    {"role": "user", "content": "Sort the letters: d c"},
+    {"role": "assistant", "content": "c d"},
+]
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "block"])
+@pytest.mark.parametrize(
+    ("row", "settings", "want"),
+    [
+        ({"messages": TWO_TURNS}, {}, "c d<|im_end|>"),
+        ({"messages": TWO_TURNS}, {"assistant_only_loss": True}, "a b<|im_end|>c d<|im_end|>"),
+        ({"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:2]}, {}, "a b<|im_end|>"),
+        ({"prompt": "2+2=", "completion": "4"}, {}, "4<|im_end|>"),
+        ({"text": "2+2=4"}, {}, "+2=4<|im_end|>"),
+    ],
+    ids=["last turn", "every turn", "prompt and completion", "plain", "text"],
+)
+def test_what_is_trained(tmp_path, tokenizer, attention, row, settings, want):
+    dataset = Dataset.from_list([row] * 4)
+    trainer = make(tmp_path, tokenizer, dataset=dataset, eos_tail=0, random_canvas=0.0, attention=attention, **settings)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
+    found = tokenizer.decode(labels[labels != IGNORE_INDEX])
+    tail = found.removeprefix(want)
+    assert found.startswith(want) and set(tail.split("<|im_end|>")) == {""}
+    assert not tail or attention == "block"  # blocks are filled up
+
+
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_saved_model_reloads_bidirectional_with_the_same_logits(tmp_path, tokenizer, peft_config):
     base = tmp_path / "base"
@@ -274,6 +312,7 @@ def test_metrics_are_logged(tmp_path, tokenizer):
     assert row["perplexity_bound"] == pytest.approx(torch.tensor(row["nelbo"]).exp().item(), rel=1e-4)
     assert 0.2 < row["mask_ratio"] < 0.8
     assert 0 <= row["masked_accuracy"] <= 1
+    assert 0 < row["masked_entropy"] < torch.tensor(512.0).log()
 
 
 @pytest.mark.parametrize(
@@ -295,6 +334,12 @@ def test_metrics_are_logged(tmp_path, tokenizer):
         ({"final_causal_ratio": 0.2}, "final_causal_ratio"),
         ({"attention": "block", "annealing": "soft"}, "growing blocks"),
         ({"loss_type": "dft"}, "loss_type"),
+        ({"distillation_weight": 1.5}, "distillation_weight"),
+        ({"distillation_hidden_weight": -1.0}, "distillation_hidden_weight"),
+        ({"distillation_targets": "right"}, "distillation_targets"),
+        ({"on_policy_share": 2.0, "distillation_weight": 1.0}, "on_policy_share"),
+        ({"on_policy_share": 0.5}, "no labels"),
+        ({"random_replacement": 1.0}, "random_replacement"),
     ],
 )
 def test_bad_settings_are_refused_at_construction(tmp_path, settings, message):
@@ -305,6 +350,11 @@ def test_bad_settings_are_refused_at_construction(tmp_path, settings, message):
 def test_bad_data_is_refused_before_any_step(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="max_length"):
         make(tmp_path, tokenizer, max_length=4)
+    with pytest.raises(ValueError, match="longer than `max_length`"):
+        make(tmp_path, tokenizer, attention="block", block_length=64, max_length=32)
+    prompts_only = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX] * 3}] * 4)
+    with pytest.raises(ValueError, match="every label is -100"):
+        make(tmp_path, tokenizer, dataset=prompts_only)
     empty = Dataset.from_list([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}])
     with pytest.raises(ValueError, match="row 0"):
         make(tmp_path, tokenizer, dataset=empty)
@@ -318,12 +368,15 @@ from transformers import AutoTokenizer
 sys.path.insert(0, {tests!r})
 from test_sft import LORA, make
 from llm_diffusion.tiny import TINY_MODEL_PATH
-trainer = make({output!r}, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), peft_config=LORA, max_steps=3, learning_rate=1e-2,
-               per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation})
-trainer.train()
+found = []
+for settings in ({{}}, {{"normalization": "sequence"}}, {{"normalization": "length"}}, {{"normalization": "masked"}},
+                 {{"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5}}):
+    trainer = make({output!r}, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), peft_config=LORA, max_steps=2, learning_rate=1e-2,
+                   per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, **settings)
+    trainer.train()
+    found += [[row["nelbo"], row["grad_norm"]] for row in trainer.state.log_history if "nelbo" in row][:2]
 if trainer.accelerator.is_main_process:
-    rows = [row for row in trainer.state.log_history if "nelbo" in row][:3]
-    open({result!r}, "w").write(json.dumps([[row["nelbo"], row["grad_norm"]] for row in rows]))
+    open({result!r}, "w").write(json.dumps(found))
 """
 
 
@@ -347,7 +400,8 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         found.append(torch.tensor(json.loads(result.read_text())))
-    assert found[0].shape == (3, 2)
+    assert found[0].shape == (10, 2)
+    assert len(set(found[0][::2, 1].tolist())) == 5  # the test can tell the settings apart
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
@@ -370,13 +424,13 @@ def test_co_loss_is_next_token_prediction_on_answers(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, attention="block", ar_loss_weight=1.0)
     batch = next(iter(trainer.get_train_dataloader()))
     noisy = trainer.diffusion_collator.corrupt(batch, seed=0, step=0)
-    terms, _, keep = trainer._score(trainer.model, noisy)
+    scores = trainer._score(trainer.model, noisy)
     labels = batch["labels"]
     logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    torch.testing.assert_close((terms * noisy["ar_weights"][keep]).sum(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close((scores.nll * noisy["ar_weights"][scores.keep]).sum(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_record_counts_every_step_and_token_once(tmp_path, tokenizer):
@@ -487,7 +541,7 @@ def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
     collator, model = trainer.diffusion_collator, trainer.model.eval()
     rows, singles = packed_and_single()
     noisy = collator.corrupt(collator(rows), seed=0, step=0, rows=torch.arange(2), n_rows=2)
-    terms, _, keep = trainer._score(model, noisy)
+    terms = trainer._score(model, noisy).nll
     places = positions(collator(rows)["attention_mask"])
     texts = collator(rows)["attention_mask"]
     got = []
@@ -500,16 +554,10 @@ def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
     for row, mask in enumerate(got):
         masked[row, : len(mask)] = mask
     maskable = alone["labels"] != IGNORE_INDEX
-    ones = torch.ones(alone["labels"].shape)
-    ids = alone["input_ids"]
-    noisy_ids = ids.masked_fill(masked, collator.mask_token_id)
-    if settings:
-        laid = collator._blocks(
-            noisy_ids, ids, alone["attention_mask"], masked, maskable, ones, ones, collator.block_length
-        )
-    else:
-        laid = collator._whole(noisy_ids, ids, (alone["attention_mask"] > 0).long(), masked, ones, ones)
-    want, _, _ = trainer._score(model, laid)
+    ones, ids = torch.ones(alone["labels"].shape), alone["input_ids"]
+    noised = _Noised(ids, ids, (alone["attention_mask"] > 0).long(), maskable, masked, ones, ones, maskable)
+    laid = collator._blocks(noised, collator.block_length) if settings else collator._whole(noised)
+    want = trainer._score(model, laid).nll
     assert len(want) == len(terms) and places.max() == 13
     torch.testing.assert_close(terms.sort().values, want.sort().values, atol=1e-4, rtol=1e-4)
 
@@ -636,9 +684,9 @@ def test_the_loss_by_noise_level_is_logged(tmp_path, tokenizer, settings):
     with torch.no_grad():
         for batch in trainer.get_eval_dataloader():
             noisy = trainer.diffusion_collator.corrupt(batch, seed=trainer.args.seed, step=0)
-            nll, _, keep = trainer._score(trainer.model, noisy)
-            terms.append(nll)
-            levels.append(noisy["levels"][keep])
+            scores = trainer._score(trainer.model, noisy)
+            terms.append(scores.nll)
+            levels.append(noisy["levels"][scores.keep])
     terms, levels = torch.cat(terms), torch.cat(levels)
     for name, low, high in (("low", 1e-9, 1 / 3), ("middle", 1 / 3, 2 / 3), ("high", 2 / 3, 2)):
         want = terms[(levels >= low) & (levels < high)].mean().item()
@@ -663,8 +711,8 @@ def test_complementary_masks_are_two_passes(tmp_path, tokenizer):
         n_rows=batch["n_noise_rows"],
         complement=True,
     )
-    terms, _, keep = trainer._score(trainer.model, noisy)
-    other = ((terms * noisy["weights"][keep]).sum() / count).item()
+    scores = trainer._score(trainer.model, noisy)
+    other = ((scores.nll * noisy["weights"][scores.keep]).sum() / count).item()
     assert both == pytest.approx((single + other) / 2, rel=1e-5)
 
 

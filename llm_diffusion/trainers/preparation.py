@@ -6,8 +6,10 @@ Trade-off: plain functions, so that every trainer is ready in the same way. Alte
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,16 +105,30 @@ def make_collator(
         min_mask_probability=args.min_mask_probability,
         max_mask_probability=args.max_mask_probability,
         exact_mask_count=args.exact_mask_count,
+        random_replacement=args.random_replacement,
+        vocab_size=max(len(processing_class), record["mask_token_id"] + 1),
+        distillation_targets=args.distillation_targets,
         pad_to_multiple_of=args.pad_to_multiple_of,
         packing=args.packing or bool(args.eval_packing),
         time_embedding=record.get("time_embedding", False),
     )
 
 
+def has_converted_weights(model: torch.nn.Module) -> bool:
+    """Whether the weights under any adapters come from a converted checkpoint, and not from an autoregressive one."""
+    file = Path(base_of(model).config._name_or_path) / "config.json"
+    return file.is_file() and "diffusion" in json.loads(file.read_text())
+
+
 def check_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
     """Refuses a model that does not follow the masks on its way from causal attention."""
     way = args.way()
     if record["attention"] == "block":
+        if args.max_length is not None and record["block_length"] > args.max_length:
+            raise ValueError(
+                f"`block_length` ({record['block_length']}) is longer than `max_length` ({args.max_length}): no row would have a "
+                "second block; shorten the blocks or raise `max_length`."
+            )
         if way is not None and way.mode != "block":
             raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
     elif way is not None or args.packing or args.eval_packing:

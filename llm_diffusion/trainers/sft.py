@@ -12,9 +12,10 @@ training loop, which would lose PEFT, accelerate, hub and callbacks.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from trl import SFTTrainer
 
 from ..annealing import Annealing
 from ..card import model_card
-from ..losses import token_nll
-from ..masking import IGNORE_INDEX
+from ..losses import entropy, relative_error, soft_cross_entropy, token_nll
+from ..masking import IGNORE_INDEX, uniform
 from ..modeling import (
     CONVERSION_OPTIONS,
     convert_to_diffusion,
@@ -39,10 +40,12 @@ from ..modeling import (
     set_final_causal_ratio,
 )
 from ..patching import base_of
+from .distillation import check_teacher, head_inputs, teacher_scores, with_own_words
 from .preparation import (
     by_length,
     check_way,
     clean_prompts,
+    has_converted_weights,
     make_collator,
     prepare_adapter,
     prepare_quantised,
@@ -55,6 +58,18 @@ logger = logging.getLogger(__name__)
 LEVELS = ("low", "middle", "high")  # thirds of the mask probability
 
 
+@dataclass
+class _Scores:
+    """What the model says to n targets: which hidden states have one (B, M), NLL, whether the best guess was right, entropy (n,)."""
+
+    keep: torch.Tensor
+    nll: torch.Tensor
+    right: torch.Tensor
+    entropy: torch.Tensor
+    logits: torch.Tensor | None = None  # (n, V)
+    hidden: torch.Tensor | None = None  # (n, D), inputs of the head
+
+
 class DiffusionSFTTrainer(SFTTrainer):
     """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
 
@@ -62,7 +77,8 @@ class DiffusionSFTTrainer(SFTTrainer):
     model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
 
     Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
-    `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`.
+    `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
+    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `taught_ratio`.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -111,6 +127,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
             record["base_fingerprint"] = fingerprint(base_of(model))  # full training may have moved it
+        check_teacher(peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model), args)
         self.diffusion_collator = make_collator(processing_class, record, args)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
@@ -129,8 +146,8 @@ class DiffusionSFTTrainer(SFTTrainer):
             report_dropped(train_dataset, self.train_dataset, args)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
             raise ValueError(
-                f"`train_dataset`: no row has a token left to train on after truncation to `max_length`={args.max_length}; "
-                "raise it, or shorten the prompts."
+                f"`train_dataset`: no row has a token left to train on: after truncation to `max_length`={args.max_length} every "
+                "label is -100; raise it, shorten the prompts, or look at the labels."
             )
         # The host may have changed the tokenizer (`eos_token`, `chat_template_path`).
         self.diffusion_collator.eos_token_id = processing_class.eos_token_id
@@ -223,11 +240,9 @@ class DiffusionSFTTrainer(SFTTrainer):
             for complement in passes
         ]
         nll, objective = (torch.stack(column).sum() for column in zip(*parts, strict=True))
-        maskable = (inputs["labels"] != IGNORE_INDEX).sum()
-        self._add(mode, nll=nll, maskable=maskable)
         if mode == "eval":
-            return nll / maskable.clamp(min=1)
-        self._tokens_seen = self._tokens_seen.to(maskable.device) + (inputs["attention_mask"] > 0).sum()
+            return nll / (inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1)
+        self._tokens_seen = self._tokens_seen.to(nll.device) + (inputs["attention_mask"] > 0).sum()
         # Distributed training averages gradients over processes; the denominator already counts all of them.
         return objective / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
@@ -235,25 +250,82 @@ class DiffusionSFTTrainer(SFTTrainer):
         self, model: torch.nn.Module, part: dict[str, Any], mode: str, complement: bool, share: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The bound of some rows, in nats, and their part of the objective; `share` of the rows' passes."""
+        own = torch.zeros_like(part["labels"][:, 0], dtype=torch.bool)
+        if mode == "train" and self.args.on_policy_share and "noise_rows" in part:
+            part, own = self._on_policy(model, part)
         noisy = self._corrupt(part, mode, complement)
-        terms, right, keep = self._score(model, noisy)
+        scores = self._score(model, noisy, listening=mode == "train" and self.args.listens)
+        keep, terms, rows = scores.keep, scores.nll, scores.keep.nonzero()[:, 0]
         weights, ar_weights = noisy["weights"][keep], noisy["ar_weights"][keep]
-        bound = weights > 0
+        data = ~own[rows]  # the student's own words are no labels
+        bound = (weights > 0) & data
+        maskable = (part["labels"] != IGNORE_INDEX) & ~own[:, None]
+        nll = share * (terms * weights * data).detach().sum()
         self._add(
             mode,
+            nll=nll,
+            maskable=share * maskable.sum(),
             terms=(terms.detach() * bound).sum(),
-            right=(right & bound).sum(),
+            right=(scores.right & bound).sum(),
+            entropy=(scores.entropy * bound).sum(),
             scored=bound.sum(),
-            masked=share * noisy["masked"].sum(),
-            **_by_level(terms.detach(), noisy["levels"][keep]),
+            masked=share * (noisy["masked"] & maskable).sum(),
+            **_by_level(terms.detach() * data, noisy["levels"][keep] * data),
         )
-        nll, objective = (terms * weights).detach().sum(), terms * (weights + ar_weights)
+        objective = terms * data
+        if scores.logits is not None:
+            objective = self._listen(model, part, noisy, scores, objective, data)
+        objective = objective * (weights + ar_weights)
         if self.args.normalization == "sequence":
             tokens = (part["labels"] != IGNORE_INDEX).sum(-1).clamp(min=1)
-            objective = objective / tokens[keep.nonzero()[:, 0]]
-        return share * nll, share * objective.sum()
+            objective = objective / tokens[rows]
+        return nll, share * objective.sum()
 
-    def _corrupt(self, part: dict[str, Any], mode: str, complement: bool = False) -> dict[str, Any]:
+    def _listen(
+        self,
+        model: torch.nn.Module,
+        part: dict[str, Any],
+        noisy: dict[str, Any],
+        scores: _Scores,
+        objective: torch.Tensor,
+        data: torch.Tensor,
+    ) -> torch.Tensor:
+        """The objective of every term (n,) with the AR teacher's distribution in place of its share of the labels."""
+        taught, tokens = noisy["taught"][scores.keep], noisy["tokens"][scores.keep]
+        taught &= tokens > 0
+        rows = scores.keep.nonzero()[:, 0][taught]
+        packed = self.diffusion_collator.packing
+        logits, hidden = teacher_scores(model, self.model, part, rows, tokens[taught], packed)
+        soft = soft_cross_entropy(scores.logits[taught], logits)
+        # Where the words are its own, the student has no other teacher.
+        share = torch.where(data[taught], self.args.distillation_weight, float(self.args.distillation_weight > 0))
+        mixed = (1 - share) * objective[taught] + share * soft
+        if self.args.distillation_hidden_weight:
+            mixed = mixed + self.args.distillation_hidden_weight * relative_error(scores.hidden[taught], hidden)
+        kl = (soft - entropy(logits)).detach()
+        self._add("train", distillation=kl.sum(), taught=taught.sum(), listened=scores.keep.sum())
+        return objective.index_put((taught.nonzero()[:, 0],), mixed)
+
+    def _on_policy(self, model: torch.nn.Module, part: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """The rows, some of them with the student's own words where another noise had masked them; and which, (B,)."""
+        seed = self.args.seed + 1
+        step = self._start["conversion_steps"] + self.state.global_step
+        chosen = uniform(seed, step, part["noise_rows"]) < self.args.on_policy_share
+        noisy = self._corrupt(part, "train", seed=seed)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                scores = self._score(model, noisy, listening=True)
+        finally:
+            model.train(training)
+        keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
+        special = collator.mask_token_id, collator.eos_token_id
+        return with_own_words(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
+
+    def _corrupt(
+        self, part: dict[str, Any], mode: str, complement: bool = False, seed: int | None = None
+    ) -> dict[str, Any]:
         """The rows under the noise and the attention of this step; in evaluation under fixed noise and at the target."""
         rows = part.get("noise_rows") if mode == "train" else None
         # Phases of one run share a seed and one way from causal attention: all steps so far count.
@@ -261,7 +333,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         target = self.diffusion_collator.block_length
         noisy = self.diffusion_collator.corrupt(
             part,
-            seed=self.args.seed,
+            seed=self.args.seed if seed is None else seed,
             step=0 if rows is None else step,
             rows=rows,
             n_rows=part.get("n_noise_rows"),
@@ -291,19 +363,29 @@ class DiffusionSFTTrainer(SFTTrainer):
             return {"annealed_block_length": way.block_length(step, target)}
         return {"causal_ratio": way.causal_ratio(step)}
 
-    def _score(self, model: torch.nn.Module, noisy: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """NLL (n,) of the targets; whether the best guess was right (n,); which hidden states have one (B, M)."""
+    def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> _Scores:
+        """What the model says to the targets; `listening` keeps its logits and hidden states."""
         targets = noisy["targets"]
         keep = targets != IGNORE_INDEX
         inputs = {**noisy["inputs"], "use_cache": False}
         if inputs["attention_mask"].dim() == 4:
             inputs["attention_mask"] = self._in_compute_dtype(inputs["attention_mask"])
-        if targets.device.type == "cuda":
+        if targets.device.type == "cuda" and not listening:
             # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
             output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
-            return -output.log_probs[keep], output.is_top1[keep], keep
-        logits = model(**inputs, logits_to_keep=keep).logits
-        return token_nll(logits, targets[keep]), logits.detach().argmax(-1) == targets[keep], keep
+            return _Scores(keep, -output.log_probs[keep], output.is_top1[keep], output.entropy[keep].detach())
+        with head_inputs(model) if listening else nullcontext([]) as caught:
+            logits = model(**inputs, logits_to_keep=keep).logits
+        scores = _Scores(
+            keep,
+            token_nll(logits, targets[keep]),
+            logits.detach().argmax(-1) == targets[keep],
+            entropy(logits.detach()),
+        )
+        if listening:
+            scores.logits = logits
+            scores.hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][keep]
+        return scores
 
     def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
         """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
@@ -329,12 +411,21 @@ class DiffusionSFTTrainer(SFTTrainer):
             "perplexity_bound": float(torch.tensor(nelbo).exp()),
             "masked_accuracy": sums["right"] / scored,
             "masked_nll": sums["terms"] / scored,
+            "masked_entropy": sums["entropy"] / scored,
             "mask_ratio": sums["masked"] / sums["maskable"],
             **{
                 f"masked_nll_{name}_noise": sums[f"nll_{name}"] / sums[f"n_{name}"]
                 for name in LEVELS
                 if sums[f"n_{name}"]
             },
+            **(
+                {
+                    "distillation_loss": sums["distillation"] / max(sums["taught"], 1),
+                    "taught_ratio": sums["taught"] / max(sums["listened"], 1),
+                }
+                if "taught" in sums
+                else {}
+            ),
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -383,10 +474,10 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _card(self, name: str, tags: str | list[str] | None = None) -> str:
         base = base_of(self.model)
         more = [tags] if isinstance(tags, str) else list(tags or [])
-        folder = Path(base.config._name_or_path) / "config.json"
-        converted_base = folder.is_file() and "diffusion" in json.loads(folder.read_text())
         adapter = isinstance(self.model, PeftModel)
-        return model_card(base.config.diffusion, name, [*self._tag_names, *more], adapter, converted_base)
+        return model_card(
+            base.config.diffusion, name, [*self._tag_names, *more], adapter, has_converted_weights(self.model)
+        )
 
 
 def _by_level(terms: torch.Tensor, levels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from ..annealing import Annealing
 from ..losses import WEIGHTS
 from ..noise_schedules import get_noise_schedule
 
+TARGETS = ("causal", "all")
 NORMALIZATIONS = ("token", "sequence", "length", "masked")
 
 
@@ -45,10 +46,23 @@ class DiffusionSFTConfig(SFTConfig):
         min_mask_probability, max_mask_probability: range of the mask probability; narrower than (0, 1) is not the ELBO.
         exact_mask_count: draw how many tokens are masked, then which; the same bound with less noise, whatever the schedule.
         complementary_masks: score every row twice, the second time with the other tokens masked: each token once, two forwards.
+        random_replacement: probability that a trained token that is seen is replaced by a random one, in [0, 1): context as flawed as
+            the model's own; still a bound, see `DataCollatorForMaskedDiffusion.corrupt`.
         ar_loss_weight: weight of next-token prediction on the clean half, beside the bound (block attention only).
         normalization: what the loss of an optimiser step is divided by: "token" (its maskable tokens; the NELBO a token), "sequence"
             (every row by its own maskable tokens, then by rows; LLaDA's fine-tuning), "length" (all tokens, prompts too) or "masked"
             (its masked tokens; no bound). In each, 1 x 8 and 8 x 1 rows give the same gradient.
+
+    > Parameters that control what the autoregressive model teaches: the base without its adapters, causal, one forward more
+
+        distillation_weight: share of the labels that its distribution takes the place of, in [0, 1].
+        distillation_targets: "causal" (only tokens whose right-hand context is hidden, where it is right) or "all" masked tokens.
+        distillation_hidden_weight: weight of the relative squared distance to the hidden state that it reads the token from.
+        on_policy_share: share of rows in which masked text is replaced by what the model itself says, one more forward; they are
+            masked again and learn from the teacher alone. Needs `distillation_weight`.
+
+    > Parameters that control the canvas
+
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
 
@@ -82,6 +96,11 @@ class DiffusionSFTConfig(SFTConfig):
     exact_mask_count: bool = field(default=False, metadata={"help": "Draw the number of masks, then which."})
     complementary_masks: bool = field(default=False, metadata={"help": "Score every row twice, under opposite masks."})
     ar_loss_weight: float = field(default=0.0, metadata={"help": "Weight of next-token prediction on the clean half."})
+    random_replacement: float = field(default=0.0, metadata={"help": "Share of seen tokens replaced by random ones."})
+    distillation_weight: float = field(default=0.0, metadata={"help": "Share of the AR model's word in the labels."})
+    distillation_targets: str = field(default="causal", metadata={"help": "causal or all."})
+    distillation_hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the AR model's hidden states."})
+    on_policy_share: float = field(default=0.0, metadata={"help": "Share of rows with the model's own words."})
     normalization: str = field(default="token", metadata={"help": "token, sequence, length or masked."})
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
@@ -98,6 +117,7 @@ class DiffusionSFTConfig(SFTConfig):
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
         self._check_noise()
+        self._check_teaching()
         if self.ar_loss_weight < 0:
             raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
         if self.eos_tail < 0:
@@ -133,6 +153,29 @@ class DiffusionSFTConfig(SFTConfig):
         if self.exact_mask_count and self.complementary_masks:
             # A row with every token masked has an empty complement, so the second pass never sees a full mask.
             raise ValueError("`exact_mask_count` and `complementary_masks` together are biased; choose one of them.")
+
+    @property
+    def listens(self) -> bool:
+        """Whether the autoregressive model is asked anything."""
+        return bool(self.distillation_weight or self.distillation_hidden_weight)
+
+    def _check_teaching(self) -> None:
+        for name in ("distillation_weight", "on_policy_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.random_replacement < 1:
+            raise ValueError(f"`random_replacement` must be in [0, 1), got {self.random_replacement}.")
+        if self.distillation_hidden_weight < 0:
+            raise ValueError(
+                f"`distillation_hidden_weight` must not be negative, got {self.distillation_hidden_weight}."
+            )
+        if self.distillation_targets not in TARGETS:
+            raise ValueError(f"`distillation_targets` must be one of {TARGETS}, got {self.distillation_targets!r}.")
+        if self.on_policy_share and not self.distillation_weight:
+            raise ValueError(
+                "`on_policy_share`: the model's own words have no labels, only the AR model can judge them; set "
+                "`distillation_weight` too."
+            )
 
     def way(self, last_step: int = 1) -> Annealing | None:
         """The checked settings of annealing, if there is any; `last_step` is where this run ends."""

@@ -1,0 +1,135 @@
+"""Listening to the autoregressive model that is still there: the base under the adapters, with causal attention.
+
+1. `teacher_scores`: what the AR model expects after every clean prefix. One forward without gradients, no second copy of the model.
+2. `head_inputs`: the hidden states that reach the vocabulary, of teacher and student alike.
+3. `with_own_words`: rows in which the student's own guesses stand in place of masked text, for the teacher to judge.
+
+Trade-off: the teacher knows nothing of what comes after a token, so it is asked, by default, only where the student sees nothing of it
+either (`DataCollatorForMaskedDiffusion.corrupt`). Alternative: a second, bidirectional teacher, which would have to be trained and held.
+
+References: knowledge distillation (arXiv 1503.02531), on-policy distillation (GKD, arXiv 2306.13649).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from .. import masking
+from ..attention import causal_attention
+from ..attention_masks import additive, block_causal, positions
+from ..patching import base_of
+from .sft_config import DiffusionSFTConfig
+
+
+def check_teacher(adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
+    """Refuses distillation where no autoregressive model is left to listen to."""
+    if not args.listens:
+        return
+    if not adapted:
+        raise ValueError(
+            "`distillation_weight` and `distillation_hidden_weight` need adapters, under which the autoregressive model stays as "
+            "it was; pass a `peft_config`, or set them to 0."
+        )
+    if converted_base:
+        raise ValueError(
+            "`distillation_weight` and `distillation_hidden_weight`: the weights under the adapters are converted themselves, no "
+            "autoregressive model is left to listen to; set them to 0."
+        )
+
+
+@contextmanager
+def head_inputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what the output head is given, one tensor (…, D) a forward pass."""
+    caught: list[torch.Tensor] = []
+    head = base_of(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def teacher_scores(
+    model: torch.nn.Module,
+    adapted: PeftModel,
+    part: dict[str, Any],
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    packed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the AR model expects at some tokens of clean rows.
+
+    Args:
+        model: called; `adapted` or a wrapper of it.
+        part: `input_ids` and `attention_mask`, (B, L) each.
+        rows, tokens: (n,) each; every token has one before it.
+        packed: whether a row holds several texts, which do not see each other.
+
+    Returns:
+        (n, V) logits, the mask token out of reach, and (n, D) inputs of the head.
+    """
+    ids, documents = part["input_ids"], part["attention_mask"]
+    wanted = torch.zeros_like(ids, dtype=torch.bool)
+    wanted[rows, tokens - 1] = True
+    inputs: dict[str, Any] = {"attention_mask": documents}
+    if packed:
+        mask = additive(block_causal(documents, 1), base_of(adapted).dtype)
+        inputs = {"attention_mask": mask, "position_ids": positions(documents).clamp(min=0)}
+    training = adapted.training
+    adapted.eval()  # no dropout
+    try:
+        with adapted.disable_adapter(), causal_attention(adapted), head_inputs(adapted) as caught:
+            logits = model(input_ids=ids, **inputs, use_cache=False, logits_to_keep=wanted).logits
+    finally:
+        adapted.train(training)
+    hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
+    # The same token may be asked for twice, in the noisy and in the clean half.
+    place = (wanted.flatten().cumsum(0) - 1)[rows * ids.shape[1] + tokens - 1]
+    logits, mask_token_id = logits[place], base_of(adapted).config.diffusion["mask_token_id"]
+    logits[:, mask_token_id] = torch.finfo(logits.dtype).min  # a row that the AR model never knew
+    return logits, hidden[place]
+
+
+def with_own_words(
+    part: dict[str, Any],
+    noisy: dict[str, Any],
+    logits: torch.Tensor,
+    keep: torch.Tensor,
+    chosen: torch.Tensor,
+    keys: tuple[int, int, torch.Tensor],
+    mask_token_id: int,
+    eos_token_id: int | None,
+) -> dict[str, Any]:
+    """The rows, with what the student says to their masked tokens in place of these, sampled from its own distribution.
+
+    Behind an end token that it says, the rest of the answer becomes end tokens, as in decoding.
+
+    Args:
+        part, noisy: the rows (`input_ids`, `labels`), and what `corrupt` made of them.
+        logits, keep: (n, V) the student's, and (B, M) where they stand.
+        chosen: (B,) bool, which rows are changed.
+        keys: of the sampling: seed, step, and (B,) the rows'.
+    """
+    rows, _ = keep.nonzero().unbind(-1)
+    tokens = noisy["tokens"][keep]
+    # A token may be predicted twice, in both halves; the one that counts to the bound is the sampler's.
+    says = noisy["masked"][rows, tokens] & chosen[rows] & (noisy["weights"][keep] > 0)
+    seed, step, row_keys = keys
+    uniform = masking.uniform(seed, step, row_keys[rows], tokens, masking.TOKEN_STREAM)[says]
+    logits = logits[says].float()
+    logits[:, mask_token_id] = -torch.inf
+    drawn = (logits.softmax(-1).cumsum(-1) < uniform[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    ids = part["input_ids"].clone()
+    ids[rows[says], tokens[says]] = drawn
+    if eos_token_id is not None:
+        ended, trained = torch.zeros_like(ids), part["labels"] != masking.IGNORE_INDEX
+        ended[rows[says], tokens[says]] = (drawn == eos_token_id).long()
+        earlier = torch.where(trained, 0, ended.cumsum(-1)).cummax(-1).values  # of answers before this one
+        ids = ids.masked_fill(trained & (ended.cumsum(-1) - ended > earlier), eos_token_id)
+    return {**part, "input_ids": ids}
