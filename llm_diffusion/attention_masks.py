@@ -87,14 +87,17 @@ def block_decoding(
     return torch.where(in_active, up_to_active, inside) & (documents > 0)[:, None, :]
 
 
-def block_diffusion(documents: torch.Tensor, block_length: int, clean_context: str) -> torch.Tensor:
+def block_diffusion(
+    documents: torch.Tensor, block_length: int, clean_context: str, offset: torch.Tensor | int = 0
+) -> torch.Tensor:
     """Training mask over [noisy ; clean] halves of the same L tokens: (B, L) -> (B, 2L, 2L) bool.
 
     Args:
         clean_context: how the clean half sees itself, "causal" (what the AR model did) or "block" (block-causal).
+        offset: by how many tokens, (B, 1), the first block is shortened.
     """
     position, text = positions(documents), bidirectional(documents)
-    block = position.clamp(min=0) // block_length
+    block = (position + offset).clamp(min=0) // block_length
     same = (block[:, :, None] == block[:, None, :]) & text
     before = (block[:, :, None] > block[:, None, :]) & text
     within_clean = position[:, :, None] >= position[:, None, :] if clean_context == "causal" else same | before

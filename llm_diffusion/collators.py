@@ -49,8 +49,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         noise_schedule: name, see `noise_schedules`.
         loss_weight: see `losses.loss_weights`.
         right_shift_logits: whether hidden state i - 1 predicts token i.
-        attention: "bidirectional" or "block"; a block model's answers are filled up with EOS to the end of their block.
+        attention: "bidirectional", "block" (answers are filled up with EOS to the end of their block) or "lossless" (blocks start
+            anywhere; their first token is the base's own and never asked, nor is what stands behind the answer).
         block_length, clean_context: of block attention, see `attention_masks.block_diffusion`.
+        full_mask_share: of lossless drafts, the share of blocks that are masked whole, as most are in decoding.
         ar_loss_weight: weight of next-token prediction on the clean half of block attention.
         min_mask_probability, max_mask_probability: range of the mask probability; anything but (0, 1) is no ELBO.
         exact_mask_count: whether the number of masks is drawn, see `masking.draw_exact_mask`, and not every token by itself.
@@ -73,6 +75,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     attention: str = "bidirectional"
     block_length: int | None = None
     clean_context: str = "causal"
+    full_mask_share: float = 0.7
     ar_loss_weight: float = 0.0
     min_mask_probability: float = 0.0
     max_mask_probability: float = 1.0
@@ -114,6 +117,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         if not ends or labels[0] != masking.IGNORE_INDEX:
             return ids, labels
         ids, labels = ids[: ends[-1] + 1], labels[: ends[-1] + 1]
+        if self.attention == "lossless":
+            # A draft does not know where the answer ends: masks stand behind it too, which are not asked for.
+            tail = [self.eos_token_id] * (self.block_length - 1)
+            return ids + tail, labels + tail
         if self.attention == "block":
             tail = [self.eos_token_id] * (-len(ids) % self.block_length)
             return ids + tail, labels + tail
@@ -173,8 +180,11 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             times = masking.MIN_TIME + (1 - masking.MIN_TIME) * masking.uniform(seed, step, rows, masking.TIME_STREAM)
         else:
             times = masking.stratified_times(seed, step, rows, n_rows)
-        block_length = block_length or self.block_length
-        part = _parts(attention_mask, block_length if self.attention == "block" else None)
+        block_length, lossless = block_length or self.block_length, self.attention == "lossless"
+        offset: torch.Tensor | int = 0
+        if lossless:
+            offset = (masking.hash_keys(seed, step, rows, masking.OFFSET_STREAM) % block_length)[:, None]
+        part = _parts(attention_mask, block_length if self.attention != "bidirectional" else None, offset)
         times = masking.times_of_parts(times, part)
         probability, weights = get_noise_schedule(self.noise_schedule)(times)
         if (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
@@ -191,6 +201,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             weights = weights * probability / (1 - probability).clamp(min=1e-6)
             masked, probability = maskable & ~masked, 1 - probability
         weights = loss_weights(self.loss_weight, weights, probability, masked, attention_mask)
+        if lossless:
+            masked, probability = self._drafted(seed, step, rows, masked, probability, maskable, part)
+            weights = torch.ones_like(weights)
         seen = ids
         if self.random_replacement and not fixed:
             replaced = masking.draw_mask(seed, step, rows, self.random_replacement, maskable, masking.REPLACE_STREAM)
@@ -200,7 +213,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         if self.distillation_targets == "causal":
             taught &= _nothing_to_the_right((attention_mask > 0) & ~masked, part)
         noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, probability, taught)
-        laid_out = self._blocks(noised, block_length) if self.attention == "block" else self._whole(noised)
+        if self.attention == "bidirectional":
+            laid_out = self._whole(noised)
+        else:
+            laid_out = self._blocks(noised, block_length, offset)
         if self.time_embedding:
             # Not the time but the mask probability, which is what a sampler knows; clean context has none.
             noise = (
@@ -234,7 +250,23 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             "taught": masking.align_with_readout(noised.taught, self.right_shift_logits, False),
         }
 
-    def _blocks(self, noised: _Noised, block_length: int) -> dict[str, Any]:
+    def _drafted(
+        self,
+        seed: int,
+        step: int,
+        rows: torch.Tensor,
+        masked: torch.Tensor,
+        probability: torch.Tensor,
+        maskable: torch.Tensor,
+        part: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks and their probability (B, L) as drafting meets them: most blocks whole, the first token of half of these known."""
+        full = masking.uniform(seed, step, rows[:, None], part, masking.FULL_STREAM) < self.full_mask_share
+        known = masking.uniform(seed, step, rows[:, None], part, masking.FIRST_STREAM) < 0.5
+        masked = torch.where(full, maskable & ~(_first_of(part) & known), masked)
+        return masked, torch.where(full, torch.ones_like(probability), probability)
+
+    def _blocks(self, noised: _Noised, block_length: int, offset: torch.Tensor | int = 0) -> dict[str, Any]:
         """Block attention: [noisy ; clean] in one pass; with the right shift a block's first token is read from the clean half.
 
         That read-out sees no noise, so the expectation over its mask, weight 1 whether masked or not, is taken exactly. The AR
@@ -242,16 +274,21 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         """
         ids, documents, maskable = noised.ids, noised.documents, noised.maskable
         position = positions(documents).clamp(min=0)
+        place, lossless = position + offset, self.attention == "lossless"
         from_clean = torch.zeros_like(maskable)
         if self.right_shift_logits:
-            from_clean = maskable & (position % block_length == 0)
+            from_clean = maskable & (place % block_length == 0)
         none, wanted = masking.IGNORE_INDEX, from_clean | (maskable & (self.ar_loss_weight > 0))
+        if lossless:
+            wanted = torch.zeros_like(wanted)  # the base says it
+            from_clean = from_clean | ~self._without_tail(ids, maskable)
 
         # Blocks that no row masks (prompts) need no noisy copy.
         length = ids.shape[1]
         used = maskable.any(0).nonzero()
         start = int(used[0]) if len(used) else 0
-        start -= int((position % block_length * (documents > 0))[:, start].max())  # the start of the block it is in
+        start -= int((place % block_length * (documents > 0))[:, start].max())
+        start = max(start, 0)  # the start of the block it is in
         kept = torch.cat([torch.arange(start, length), torch.arange(length, 2 * length)]).to(ids.device)
 
         def align(noisy_half: torch.Tensor, clean_half: torch.Tensor, fill: float) -> torch.Tensor:
@@ -259,7 +296,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             halves = masking.align_with_readout(noisy_half, self.right_shift_logits, fill)
             return torch.cat([halves, masking.align_with_readout(clean_half, True, fill)], -1)[:, kept]
 
-        allowed = block_diffusion(documents, block_length, self.clean_context)[:, kept][:, :, kept]
+        allowed = block_diffusion(documents, block_length, self.clean_context, offset)[:, kept][:, :, kept]
         return {
             "inputs": {
                 "input_ids": torch.cat([noised.noisy(self.mask_token_id), noised.seen], -1)[:, kept],
@@ -320,9 +357,15 @@ def _nothing_to_the_right(visible: torch.Tensor, part: torch.Tensor) -> torch.Te
     return place > last.gather(-1, part)
 
 
-def _parts(documents: torch.Tensor, block_length: int | None) -> torch.Tensor:
+def _parts(documents: torch.Tensor, block_length: int | None, offset: torch.Tensor | int = 0) -> torch.Tensor:
     """Number of the block, or without blocks of the text, that every token belongs to, counted through the row: (B, L)."""
     if block_length is None:
         return (documents - 1).clamp(min=0)
-    starts = (positions(documents) % block_length == 0) & (documents > 0)
+    position = positions(documents)
+    starts = (((position + offset) % block_length == 0) | (position == 0)) & (documents > 0)
     return (starts.cumsum(-1) - 1).clamp(min=0)
+
+
+def _first_of(part: torch.Tensor) -> torch.Tensor:
+    """Which tokens are the first of their part: (B, L) -> bool."""
+    return torch.nn.functional.pad(part[:, 1:] != part[:, :-1], (1, 0), value=True)

@@ -17,6 +17,7 @@ from .attention import causal_attention
 from .block_decoding import decode_blocks
 from .denoising import eos_ids, fill_masks, record_of
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
+from .lossless_decoding import decode_lossless
 from .patching import base_of
 
 
@@ -129,7 +130,18 @@ def generate(
         raise ValueError(
             f"`block_length`: the model was converted with blocks of {block_length}, got {settings.block_length}; leave it out."
         )
-    if block_length and settings.use_cache is not False:
+    lossless = record_of(model).get("attention") == "lossless"
+    if settings.verify and not lossless:
+        raise ValueError(
+            "`verify`: only an adapter that was trained with `attention='lossless'` drafts for its base; leave it out, or train one."
+        )
+    if lossless and settings.verify is False:
+        raise ValueError(
+            "`verify`=False: a lossless adapter was trained on what its base writes; it can only draft for it."
+        )
+    if lossless:
+        output = decode_lossless(model, input_ids, attention_mask[:, :start], settings, on_step)
+    elif block_length and settings.use_cache is not False:
         output = decode_blocks(model, input_ids, attention_mask[:, :start], settings, on_step)
     else:
         output = fill_masks(model, canvas, attention_mask, settings, first=start, on_step=on_step)

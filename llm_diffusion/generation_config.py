@@ -51,6 +51,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         threshold: commit every token at or above this confidence, in (0, 1]; at least one a step.
         temperature: 0.0 is greedy; above, tokens are sampled (with `top_p`, `top_k`).
         mask_token_id: defaults to `config.diffusion`.
+        verify: whether the base accepts what the adapter drafts; None: of models converted with `attention="lossless"`, and of no other.
+        draft_outcomes: of lossless decoding, for how many places where a draft may end the next one is made in the same pass; None is
+            all of them, 0 drafts in a pass of its own.
         eos_early_stop: stop a row when an EOS is committed and no mask is left before it.
         seed: of sampling and of random order.
         output_history: keep the canvas after every step.
@@ -62,6 +65,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.grow_canvas = kwargs.pop("grow_canvas", False)
         self.remasking = kwargs.pop("remasking", "low_confidence")
         self.threshold = kwargs.pop("threshold", None)
+        self.verify = kwargs.pop("verify", None)
+        self.draft_outcomes = kwargs.pop("draft_outcomes", None)
         self.mask_token_id = kwargs.pop("mask_token_id", None)
         self.eos_early_stop = kwargs.pop("eos_early_stop", True)
         self.seed = kwargs.pop("seed", 0)
@@ -85,12 +90,16 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def check(self) -> None:
         """Raises ValueError, naming the value, for settings outside their range."""
-        for name in ("steps", "block_length", "max_new_tokens", "seed", "top_k"):
+        for name in ("steps", "block_length", "max_new_tokens", "seed", "top_k", "draft_outcomes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) and (value is not None or name == "seed"):
                 raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
-            if value is not None and value < 1 and name not in ("seed", "top_k"):
+            if value is not None and value < 1 and name not in ("seed", "top_k", "draft_outcomes"):
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.draft_outcomes is not None and self.draft_outcomes < 0:
+            raise ValueError(f"`draft_outcomes` must not be negative, got {self.draft_outcomes}.")
+        if self.verify not in (None, True, False):
+            raise ValueError(f"`verify` must be true or false, got {self.verify!r}.")
         for name in ("threshold", "top_p", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
@@ -111,10 +120,12 @@ class DiffusionOutput(ModelOutput):
         sequences: (B, L) token ids, prompt included.
         nfe: (B,) forward passes each row took part in.
         tokens_per_forward: (B,) answer tokens, through the EOS, over `nfe`.
+        accepted: (B, cycles) tokens that each verification of lossless decoding yielded, the base's own included; -1: row was done.
         history: canvases (B, L) after every step, when asked for; not yet written blocks are masks.
     """
 
     sequences: torch.Tensor | None = None
     nfe: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
+    accepted: torch.Tensor | None = None
     history: list[torch.Tensor] | None = None

@@ -20,7 +20,9 @@ IGNORE_INDEX = -100  # label of a position that is never masked and never scored
 MIN_TIME = 1e-3  # LLaDA's epsilon: times are drawn from [MIN_TIME, 1]
 
 _MASK_32 = 0xFFFFFFFF
-TIME_STREAM, MASK_STREAM, ORDER_STREAM, REPLACE_STREAM, TOKEN_STREAM = 1, 2, 3, 4, 5
+TIME_STREAM, MASK_STREAM, ORDER_STREAM, REPLACE_STREAM, TOKEN_STREAM, OFFSET_STREAM, FULL_STREAM, FIRST_STREAM = range(
+    1, 9
+)
 
 
 def _mix(value: torch.Tensor) -> torch.Tensor:
