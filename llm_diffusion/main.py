@@ -64,6 +64,7 @@ def cli(
     resume: bool,
 ) -> None:
     """Turns an autoregressive language model into a diffusion language model. Without a command: the main job."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client is imported
     start_logging()
     if context.invoked_subcommand is not None:
         return
@@ -210,7 +211,6 @@ def start_logging() -> None:
 
 def quiet_hosts() -> None:
     """The hosts' progress bars are for terminals; a log gets lines instead."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # PEFT asks transformers by an old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     import datasets

@@ -251,3 +251,13 @@ def test_missing_bitsandbytes_is_one_line(tmp_path):
     )
     assert result.returncode == 2
     assert "bitsandbytes is not installed" in result.stderr.splitlines()[-1]
+
+
+def test_the_command_line_sends_no_usage_counts():
+    """In a process of its own: the hub's client reads the variable when it is imported, and never again."""
+    code = (
+        "from click.testing import CliRunner; from llm_diffusion.main import cli; CliRunner().invoke(cli, ['--list-presets'])\n"
+        "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
