@@ -161,7 +161,7 @@ def build_model(config: Any, kind: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llm_diffusion.modeling import quantization_config
+    from llm_diffusion.hub import quantization_config
 
     torch.manual_seed(0)
     if device == "cpu":

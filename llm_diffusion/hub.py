@@ -1,4 +1,4 @@
-"""The hosts' loaders, with errors that name what was asked for; and bases from GGUF files.
+"""The hosts' loaders, with errors that name what was asked for; where and how wide a model is loaded; and bases from GGUF files.
 
 Trade-off: every failure of a loader becomes one OSError with its first line, because they raise a dozen types. Alternative: letting
 them through, which on the command line means a traceback.
@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .tiny import TINY_MODEL_PATH
+
+QUANTIZATIONS = ("nf4", "int8")
 
 
 def resolve_path(name_or_path: str | Path) -> str:
@@ -60,6 +62,57 @@ def download(name: str) -> str:
 
 def has_file(path: str, file: str) -> bool:
     return cached_file(path, file, _raise_exceptions_for_missing_entries=False) is not None
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu", whichever is there first."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is unknown or not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in there:
+        raise ValueError(
+            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if not there[device]:
+        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
+
+
+def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
+
+    Raises:
+        ValueError: unknown kind, or a device without bitsandbytes kernels.
+        ImportError: bitsandbytes is not installed.
+    """
+    if kind is None:
+        return None
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
+    if device.startswith("mps"):
+        raise ValueError(
+            "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`quantization`: bitsandbytes is not installed; run `pip install 'llm-diffusion[qlora]'` or set `use_qlora` to false."
+        ) from error
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    defaults = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+    return BitsAndBytesConfig(**{**defaults, **options})
 
 
 class _Once:

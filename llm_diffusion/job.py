@@ -26,7 +26,8 @@ from .config import SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
 from .conversion import Stage, run_stages
 from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
 from .evaluation import AnswerReport, evaluate_answers
-from .modeling import CONVERSION_OPTIONS, best_device, check_device, load_diffusion_model, quantization_config
+from .hub import best_device, check_device, quantization_config
+from .modeling import CONVERSION_OPTIONS, load_diffusion_model
 from .report import decoding, show
 from .trainers.sft_config import DiffusionSFTConfig
 

@@ -24,7 +24,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,7 +33,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from . import time_embedding as time_embeddings
 from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
 from .generation import generate
-from .hub import from_hub, gguf_path, has_file, load_gguf, resolve_path
+from .hub import best_device, check_device, from_hub, gguf_path, has_file, load_gguf, quantization_config, resolve_path
 from .noise_schedules import get_noise_schedule
 from .patching import Patch, base_of, bind, keep_logits
 from .probing import recurrent_layers
@@ -48,58 +47,6 @@ ATTENTIONS = ("bidirectional", "block")
 CLEAN_CONTEXTS = ("causal", "block")
 CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding")
 DEFAULT_BLOCK_LENGTH = 4
-QUANTIZATIONS = ("nf4", "int8")
-
-
-def best_device() -> str:
-    """ "cuda", "mps" or "cpu", whichever is there first."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError for a device that is unknown or not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in there:
-        raise ValueError(
-            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    if not there[device]:
-        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
-
-
-def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
-
-    Raises:
-        ValueError: unknown kind, or a device without bitsandbytes kernels.
-        ImportError: bitsandbytes is not installed.
-    """
-    if kind is None:
-        return None
-    if kind not in QUANTIZATIONS:
-        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
-    if device.startswith("mps"):
-        raise ValueError(
-            "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "`quantization`: bitsandbytes is not installed; run `pip install 'llm-diffusion[qlora]'` or set `use_qlora` to false."
-        ) from error
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, **options)
-    compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-    defaults = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": compute,
-    }
-    return BitsAndBytesConfig(**{**defaults, **options})
 
 
 def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
