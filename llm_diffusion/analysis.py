@@ -18,8 +18,10 @@ from peft import PeftConfig
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from .tiny import TINY_MODEL_PATH
-from .training_memory import _ATTENTION_NAMES, GIB, KINDS, NF4_BITS, PAGED, ModelMemory, TrainingSetup
+from .attention import in_attention
+from .hub import from_hub, resolve_path
+from .probing import recurrent_layers
+from .training_memory import GIB, KINDS, NF4_BITS, PAGED, ModelMemory, TrainingSetup
 
 CARDS = {"RTX 4080": 16, "RTX A4500": 20, "RTX 3090/4090": 24, "RTX A6000": 48, "A100/H100": 80}  # GiB
 CUDA_CONTEXT_GIB = 1.0  # driver, kernels, cuBLAS workspaces
@@ -109,15 +111,10 @@ def load_config(name_or_path: str | PreTrainedConfig, trust_remote_code: bool = 
     """The config of a decoder-only causal model. ValueError: it is of another kind. OSError: there is none."""
     config = name_or_path
     if not isinstance(config, PreTrainedConfig):
-        path = Path(TINY_MODEL_PATH if name_or_path == "tiny" else name_or_path).expanduser()
-        if (path / "adapter_config.json").exists():
-            return load_config(PeftConfig.from_pretrained(str(path)).base_model_name_or_path, trust_remote_code)
-        try:
-            source = str(path) if path.exists() else name_or_path
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise OSError(f"`model`: {name_or_path!r} has no readable config: {reason}") from error
+        path = resolve_path(name_or_path)
+        if (Path(path) / "adapter_config.json").exists():
+            return load_config(PeftConfig.from_pretrained(path).base_model_name_or_path, trust_remote_code)
+        config = from_hub(AutoConfig, path, trust_remote_code=trust_remote_code)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     found = None
     if config.is_encoder_decoder:
@@ -142,9 +139,10 @@ def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
     window = getattr(text, "sliding_window", None)
     if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
         window = None
-    paths = [name.split(".") for name, _ in memory.model.named_modules()]
-    attending = [p for p in paths if p[-1] in _ATTENTION_NAMES and not _ATTENTION_NAMES & {*p[:-1]}]
-    softmax = heads is not None and len(attending) >= memory.layers  # a vision tower has its own
+    names = [name for name, _ in memory.model.named_modules()]
+    attending = [name for name in names if in_attention(name) and not in_attention(name.rpartition(".")[0])]
+    recurrent = recurrent_layers(memory.model)
+    softmax = heads is not None and not recurrent and len(attending) >= memory.layers  # a vision tower has its own
     linear = sum(memory.quantizable)
     sizes = {
         "fp32": (4, 4),
@@ -169,7 +167,13 @@ def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
     shown = {k: v for k, v in asdict(setup).items() if k not in ("kind", "optimizer", "cards")}
     inference = {"kv_cache": cache, **{kind: weights[kind] + cache for kind in ("bf16", "int8", "nf4")}}
     notes = [f"sliding window of {window} tokens: conversion widens it to the whole context"] if window else []
-    notes += [] if softmax else ["not every layer is softmax attention: conversion refuses it"]
+    if recurrent:
+        notes.append(
+            f"{', '.join(recurrent)} run from left to right, converted or not: blocks, packing and annealing are refused, and so is a "
+            "model of nothing else"
+        )
+    if not softmax:
+        notes.append("not every layer is softmax attention: no estimate of training, which takes layers to be alike")
     return Analysis(memory.config.model_type, facts, memory.parameters, weights, inference, shown, notes=notes)
 
 

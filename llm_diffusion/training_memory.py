@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .attention import in_attention
 from .attention_masks import additive, block_diffusion
 from .losses import token_nll
 from .patching import base_of
@@ -35,7 +36,6 @@ GIB = 2**30
 KINDS = ("lora", "qlora", "full")
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # blocks of 64 with 8-bit scales; 256 of these share an fp32 one
 PAGED = "paged_adamw_8bit"
-_ATTENTION_NAMES = {"self_attn", "attn", "attention", "self_attention"}
 _MLP_NAMES = {"mlp", "ffn", "feed_forward", "moe", "block_sparse_moe", "experts", "fc1", "fc2"}
 _LORA_DROPOUT = 0.05  # the main job's default: its masks wait for backward
 _TILE = (4096, 32768)  # the piece of the logits that TRL's head holds on CUDA
@@ -64,8 +64,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     tables = {id(p) for m in model.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
     counts = dict.fromkeys(("embeddings", "attention", "mlp", "other", "head"), 0)
     for name, parameter in model.named_parameters():
-        words = [word for word in name.split(".") if word in _ATTENTION_NAMES | _MLP_NAMES]
-        part = "other" if not words else "attention" if words[0] in _ATTENTION_NAMES else "mlp"
+        part = "attention" if in_attention(name) else "mlp" if _MLP_NAMES & {*name.split(".")} else "other"
         part = "embeddings" if id(parameter) in tables else "head" if id(parameter) in heads else part
         counts[part] += parameter.numel()
     return {**counts, "total": sum(counts.values())}

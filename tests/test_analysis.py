@@ -81,11 +81,15 @@ def test_weights_and_cache_are_those_of_the_formats():
     assert analysis.inference["kv_cache"] * GIB == 2 * 2 * 4 * 16 * 16 * 2
 
 
-def test_what_conversion_refuses_is_said():
+def test_what_conversion_changes_leaves_and_refuses_is_said():
     windowed = _describe(ModelMemory(hf.MistralConfig(**SMALL, num_key_value_heads=2)), TrainingSetup())
     assert windowed.model["sliding_window"] == 4096 and "sliding window of 4096" in windowed.notes[0]
     mamba = analyze(hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
     assert mamba.model["softmax_attention"] is False and not mamba.training and len(analysis_tables(mamba)) == 3
+    assert "MambaMixer run from left to right" in mamba.notes[0] and "refused" in mamba.notes[0]
+    hybrid = analyze(hf.Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"]))
+    assert hybrid.model["softmax_attention"] is False and not hybrid.training
+    assert "Lfm2ShortConv run from left to right" in hybrid.notes[0] and "no estimate of training" in hybrid.notes[1]
 
 
 class PeekingConfig(hf.LlamaConfig):
@@ -131,5 +135,5 @@ def test_settings_out_of_range_and_missing_models_are_refused(tmp_path):
             analyze("tiny", **{key: value})
     with pytest.raises(ValueError, match="`attention` must be"):
         analyze("tiny", attention="causal")
-    with pytest.raises(OSError, match="`model`: .*no readable config"):
+    with pytest.raises(OSError, match="`model`: .*is not a loadable checkpoint: .*config.json"):
         analyze(str(tmp_path))
