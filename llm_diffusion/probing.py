@@ -170,7 +170,6 @@ RECURRENT = (
     "mamba",
     "mixer",
     "rwkv",
-    "ssm",
     "recurrent",
     "delta",
     "linearattention",
@@ -186,5 +185,7 @@ def recurrent_layers(model: torch.nn.Module) -> list[str]:
     """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
     names = {type(module).__name__: type(module).__name__.lower() for module in base_of(model).modules()}
     return sorted(
-        name for name, low in names.items() if any(k in low for k in RECURRENT) and not any(p in low for p in PARTS)
+        name
+        for name, low in names.items()
+        if ("SSM" in name or any(k in low for k in RECURRENT)) and not any(p in low for p in PARTS)  # not GptOssMLP
     )

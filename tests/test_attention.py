@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
@@ -43,7 +44,7 @@ from llm_diffusion.attention import (
     patch_causal_attention,
 )
 from llm_diffusion.patching import base_of
-from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention
+from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention, recurrent_layers
 
 VOCAB = 64
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -497,6 +498,15 @@ def test_hybrids_take_no_masks():
     for purpose in ("block attention", "`packing`"):
         with pytest.raises(ValueError, match="run from left to right"):
             check_block_attention(model, 4, purpose)
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "seed_oss"])
+def test_state_spaces_are_not_read_into_other_names(kind):
+    """`GptOssMLP` and `SeedOssMLP` hold the letters "ssm"."""
+    sizes = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), attn_implementation="eager").eval()
+    assert recurrent_layers(model) == []
+    check_block_attention(model, 4)
 
 
 def test_patches_may_be_undone_in_the_order_they_were_made():
