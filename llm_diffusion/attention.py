@@ -34,6 +34,7 @@ from .probing import (
     PADDING,
     PROBE_LENGTH,
     causal_layers,
+    eval_logits,
     probe_attention,
     probe_ids,
     recurrent_layers,
@@ -123,18 +124,20 @@ def _narrow(patch: Patch, model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _check_windows(model: PreTrainedModel) -> None:
-    """Refuses windows that are baked in where the config does not reach them.
+def _window_complaint(model: PreTrainedModel) -> str:
+    """What keeps a widened window narrow: it is baked in where the config does not reach it; nothing if it is wide.
 
     The probe is shorter than a real window, so it cannot see one. But if the setting is alive, a window of one changes the logits.
     """
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ["sliding"]
+    if getattr(model, "lifted_causal_ratio", None) is not None:
+        return ""  # a 4-D mask takes the place of the window
     if any("causal_triangles" in vars(module) for module in model.modules()):
-        return  # the window was in the triangles
+        return ""  # the window was in the triangles
     if not any(getattr(config, "causal_windows", None) for config in _configs(model)) or not any(
         "full" not in layer for layer in layers
     ):
-        return
+        return ""
     original = copy.deepcopy(model.config)
     for config in (original, original.get_text_config()):
         for name, value in (getattr(config, "causal_windows", None) or {}).items():
@@ -144,18 +147,17 @@ def _check_windows(model: PreTrainedModel) -> None:
             [p.shape for p in type(model)(config).parameters()] for config in (copy.deepcopy(model.config), original)
         ]
     if shapes[0] != shapes[1]:
-        raise ValueError("its weights have the shape of its sliding window")
-    ids = probe_ids(model, 8)
-    wide, patch = model(input_ids=ids, use_cache=False).logits, Patch()
+        return "weights have the shape of its sliding window"
+    ids = probe_ids(model, PROBE_LENGTH)
+    wide, patch = eval_logits(model, input_ids=ids), Patch()
     for config in _configs(model):
         for name in getattr(config, "causal_windows", None) or {}:
             patch.set(config, name, 1)
     try:
-        narrow = model(input_ids=ids, use_cache=False).logits
+        narrow = eval_logits(model, input_ids=ids)
     finally:
         patch.undo()
-    if torch.equal(wide, narrow):
-        raise ValueError("its sliding window does not follow the config")
+    return "sliding window does not follow the config" if torch.equal(wide, narrow) else ""
 
 
 def lift_masks(patch: Patch, model: PreTrainedModel, causal_ratio: float = 0.0) -> None:
@@ -186,13 +188,11 @@ def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch,
         if method == "config":
             _switch(patch, model, is_causal=False)
             _widen(patch, model)
-            _check_windows(model)
         elif method == "mask":
             lift_masks(patch, model)
         else:
             _widen(patch, model)
             patch_sdpa(patch, model)
-            _check_windows(model)
         complaint = _complaint(model, padded_well)
     except Exception as error:  # an architecture may choke on a change in any way
         complaint = f"forward fails ({type(error).__name__}: {error})"
@@ -202,6 +202,8 @@ def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch,
 
 def _complaint(model: PreTrainedModel, padded_well: bool) -> str:
     """What keeps a model from being bidirectional, by the probes; nothing if it is."""
+    if narrow := _window_complaint(model):
+        return narrow
     if (found := probe_attention(model)) != "bidirectional":
         return f"attention is {found!r}"
     layers = sorted({*causal_layers(model), *causal_layers(model, left_padding=PADDING)})
@@ -230,9 +232,10 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
     check_transformers()
     model = base_of(model)
     check_decoder(model)
-    if _is_patched(model) and method in (None, _mechanism(model)) and not _complaint(model, padded_well=False):
+    done = _mechanism(model)
+    if done and method in (None, done) and not _complaint(model, padded_well=False):
         patch = Patch()  # nothing to do, and nothing to take back
-        patch.mechanism = _mechanism(model)
+        patch.mechanism = done
         return patch
     # A recurrent layer may have seen padding all along.
     padded_well, reasons = not recurrent_layers(model) or not sees_padding(model), []
@@ -283,23 +286,18 @@ def check_transformers(found: str = transformers.__version__) -> None:
         )
 
 
-def _is_patched(model: PreTrainedModel) -> bool:
-    return (
-        any(getattr(config, "is_causal", None) is False for config in _configs(model))
-        or getattr(model, "lifted_causal_ratio", None) is not None
-        or any(vars(module).get("bidirectional_sdpa") for module in model.modules())
-    )
-
-
-def _mechanism(model: PreTrainedModel) -> str:
+def _mechanism(model: PreTrainedModel) -> str | None:
+    """What made a model bidirectional, one of `METHODS`; None: it was not."""
     if any(vars(module).get("bidirectional_sdpa") for module in model.modules()):
         return "sdpa"
-    return "config" if getattr(model, "lifted_causal_ratio", None) is None else "mask"
+    if getattr(model, "lifted_causal_ratio", None) is not None:
+        return "mask"
+    return "config" if any(getattr(config, "is_causal", None) is False for config in _configs(model)) else None
 
 
 def check_decoder(model: PreTrainedModel) -> None:
     """Refuses encoders, which were never autoregressive."""
-    if _is_patched(model):
+    if _mechanism(model):
         return
     try:
         found = probe_attention(model)

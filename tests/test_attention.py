@@ -41,9 +41,10 @@ from llm_diffusion.attention import (
     causal_attention,
     check_block_attention,
     check_transformers,
+    lift_masks,
     patch_causal_attention,
 )
-from llm_diffusion.patching import base_of
+from llm_diffusion.patching import Patch, base_of
 from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention, recurrent_layers
 
 VOCAB = 64
@@ -360,9 +361,18 @@ def test_a_window_that_the_config_does_not_reach_is_refused():
                 self.config.sliding_window = width
 
     model.__class__ = Deaf
-    with pytest.raises(ValueError, match="sliding window does not follow the config"):
+    with pytest.raises(ValueError, match=r"\(config: its sliding window does not follow the config\)"):
         patch_causal_attention(model, "config")
     assert model.config.sliding_window == 3
+
+
+def test_a_widened_model_may_be_handed_masks():
+    model = windowed("mistral")
+    patch_causal_attention(model)
+    with Patch() as patch:
+        lift_masks(patch, model, 0.3)
+        assert patch_causal_attention(model).mechanism == "mask"
+    assert patch_causal_attention(model).mechanism == "config"
 
 
 # -- each mechanism
