@@ -1,6 +1,7 @@
 """GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,22 @@ def test_a_full_checkpoint_is_an_ordinary_one(folder, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
     again, _ = load(str(tmp_path), device="cpu")
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_an_adapter_over_a_checkpoint_that_came_from_a_file(folder, tmp_path):
+    """The checkpoint has weights of its own: neither it nor what is trained on it needs the file again."""
+    model, tokenizer = load(str(folder), gguf_file="Q8_0.gguf", device="cpu")
+    assert model.config.diffusion["gguf_file"] == "Q8_0.gguf"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "full")
+    full, tokenizer = load(str(tmp_path / "full"), device="cpu")
+    assert "gguf_file" not in full.config.diffusion
+    peft = save_adapter(full, tokenizer, tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "diffusion_config.json").read_text())
+    assert "gguf_file" not in record and record["mask_token_id"] == tokenizer.mask_token_id
+    again, _ = load(str(tmp_path / "adapter"), device="cpu")
+    assert torch.equal(logits_of(again), logits_of(peft))
+    assert again.peft_config["default"].base_model_name_or_path == str(tmp_path / "full")
 
 
 def test_the_working_directory_is_not_searched(folder, reference, tmp_path, monkeypatch):
