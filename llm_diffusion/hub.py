@@ -37,8 +37,8 @@ def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
     name = arguments[-1]
     try:
         return loader.from_pretrained(*arguments, **options)
-    except ImportError:
-        raise  # says itself what to install
+    except (ImportError, torch.OutOfMemoryError):
+        raise  # say themselves what to install, and that the checkpoint is not at fault
     except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if Path(name).exists():

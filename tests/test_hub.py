@@ -1,4 +1,4 @@
-"""GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
+"""The hosts' loaders; and GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_diffusion as ld
+from llm_diffusion.hub import from_hub
 from llm_diffusion.modeling import load_diffusion_model as load
 from llm_diffusion.modeling import save_record
 from llm_diffusion.tiny import TINY_MODEL_PATH
@@ -61,6 +62,22 @@ def folder(causal, write_gguf, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(tiny):
     return logits_of(tiny[0])
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def from_pretrained(self, name):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), ImportError("run pip install")])
+def test_what_is_not_the_checkpoints_fault_passes_through(error):
+    with pytest.raises(type(error), match=str(error)):
+        from_hub(Failing(error), "tiny")
+    with pytest.raises(OSError, match="`model`: '.' is not a loadable checkpoint: size mismatch"):
+        from_hub(Failing(RuntimeError("size mismatch\nfor many weights")), ".")
 
 
 def test_unquantised_weights_come_back_exactly(folder, reference):
