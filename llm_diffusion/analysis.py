@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import transformers
-from peft import PeftConfig
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
 from .attention import in_attention
-from .hub import from_hub, resolve_path
+from .hub import adapter_base, from_hub, is_adapter, resolve_path
 from .probing import recurrent_layers
 from .training_memory import GIB, KINDS, NF4_BITS, PAGED, ModelMemory, TrainingSetup
 
@@ -112,8 +110,8 @@ def load_config(name_or_path: str | PreTrainedConfig, trust_remote_code: bool = 
     config = name_or_path
     if not isinstance(config, PreTrainedConfig):
         path = resolve_path(name_or_path)
-        if (Path(path) / "adapter_config.json").exists():
-            return load_config(PeftConfig.from_pretrained(path).base_model_name_or_path, trust_remote_code)
+        if is_adapter(path):
+            return load_config(adapter_base(path), trust_remote_code)
         config = from_hub(AutoConfig, path, trust_remote_code=trust_remote_code)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     found = None

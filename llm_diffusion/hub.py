@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
 
 from .tiny import TINY_MODEL_PATH
 
@@ -40,13 +41,17 @@ def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
     except (ImportError, torch.OutOfMemoryError):
         raise  # say themselves what to install, and that the checkpoint is not at fault
     except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if Path(name).exists():
-            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}") from error
-        raise OSError(
-            f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
-            f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
-        ) from error
+        raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: Exception) -> OSError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if Path(name).exists():
+        return OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
+    return OSError(
+        f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
+        f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
+    )
 
 
 def download(name: str) -> str:
@@ -60,8 +65,29 @@ def download(name: str) -> str:
         raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
 
 
-def has_file(path: str, file: str) -> bool:
-    return cached_file(path, file, _raise_exceptions_for_missing_entries=False) is not None
+def local_file(path: str, file: str) -> str | None:
+    """Where a file of a folder or hub repository lies on this machine, fetched if it must be; None: it has no such file."""
+    try:
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # unknown, gated, no connection
+        raise _refusal(path, error) from error
+
+
+def is_adapter(path: str) -> bool:
+    return local_file(path, ADAPTER_CONFIG_NAME) is not None
+
+
+def adapter_base(path: str) -> str:
+    """Path or name of the base under an adapter, a folder or hub repository."""
+    base = from_hub(PeftConfig, path).base_model_name_or_path
+    try:
+        return resolve_path(base)
+    except FileNotFoundError as error:
+        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base lies elsewhere on every machine
+            return resolve_path("tiny")
+        raise FileNotFoundError(
+            f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
+        ) from error
 
 
 def best_device() -> str:
