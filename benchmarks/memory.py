@@ -1,8 +1,9 @@
-"""Measures the peak memory of real training steps beside the estimates of `llm_diffusion.analysis`.
+"""Measures the peak memory of real training steps beside the estimates of `llm_diffusion.training_memory`.
 
     python benchmarks/memory.py                  # CPU, fp32, random models of 80 to 90 million parameters, ten minutes (Linux)
     python benchmarks/memory.py --device cuda    # CUDA, bf16: Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes; 48 GB, 20 GB of disk
     python benchmarks/memory.py --only qwen3-lora
+    python benchmarks/memory.py --output benchmarks/results/memory-cpu.md
 
 Every case runs in a process of its own: two optimiser steps of `DiffusionSFTTrainer`, two micro-batches each, random tokens, all of
 them masked, rows of unequal length. A small model is trained first, so that imports, thread pools and code caches are not counted.
@@ -20,6 +21,7 @@ import ctypes
 import gc
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,8 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "OMP_NUM_THREADS": "1",
 }
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "masks")
+HEADS = {"optimizer": "optimiser", "peak": "measured"}
 QUIET = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -161,7 +165,7 @@ def build_model(config: Any, kind: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llm_diffusion.modeling import quantization_config
+    from llm_diffusion.hub import quantization_config
 
     torch.manual_seed(0)
     if device == "cpu":
@@ -265,7 +269,7 @@ def measure(name: str, device: str) -> dict[str, float]:
 
 def run_case(name: str, device: str) -> dict[str, Any]:
     """Measures a case in a fresh process and estimates it in this one."""
-    from llm_diffusion.analysis import ModelMemory, TrainingSetup
+    from llm_diffusion.training_memory import ModelMemory, TrainingSetup
 
     shape, kind, rows, length, attention, checkpointing = CASES[device][name]
     setup = TrainingSetup(kind, rows, length, 16, attention, checkpointing)
@@ -280,12 +284,29 @@ def run_case(name: str, device: str) -> dict[str, Any]:
 
 
 def print_row(row: dict[str, Any]) -> None:
-    parts = " ".join(
-        f"{row[key]:7.2f}" for key in ("weights", "gradients", "optimizer", "activations", "logits", "masks")
-    )
+    parts = " ".join(f"{row[key]:7.2f}" for key in PARTS)
     end = row["error"] if "error" in row else f"{row['peak']:8.2f}  {row['ratio']:.2f}"
     reserved = f"  (reserved {row['reserved']:.2f})" if "reserved" in row else ""
     print(f"{row['case']:<32} {parts} {row['total']:8.2f} {end}{reserved}", flush=True)
+
+
+def markdown(rows: list[dict[str, Any]], device: str) -> str:
+    """The rows as a table, under the command that made them."""
+    how = "on a CPU, fp32: GiB of a training step, estimated part by part, and the measured growth of the resident set."
+    if device == "cuda":
+        how = "on CUDA, bf16: GiB of a training step, estimated part by part, and what was allocated and reserved at the peak."
+    measured = ["peak", "reserved"] if device == "cuda" else ["peak"]
+    heads = ["case", *PARTS, "estimate", *measured, "ratio"]
+    lines = [f"`python benchmarks/memory.py {shlex.join(sys.argv[1:])}`", how, ""]
+    lines += [
+        "| " + " | ".join(HEADS.get(head, head) for head in heads) + " |",
+        "|---" + "|--:" * (len(heads) - 1) + "|",
+    ]
+    for row in rows:
+        sizes = [f"{row[key]:.2f}" if key in row else "-" for key in (*PARTS, "total", *measured, "ratio")]
+        name = f"{row['case']} ({row['error']})" if "error" in row else row["case"]
+        lines.append(f"| {' | '.join([name, *sizes])} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -293,6 +314,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", help="run the cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--output", type=Path, help="write the rows to this file as a Markdown table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -311,6 +333,9 @@ def main() -> None:
         print_row(rows[-1])
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(markdown(rows, arguments.device))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from .attention_masks import annealed
@@ -35,13 +33,14 @@ from .patching import Patch, base_of, wrap_forward
 from .probing import (
     PADDING,
     PROBE_LENGTH,
-    attention_pattern,
     causal_layers,
+    eval_logits,
     probe_attention,
     probe_ids,
     recurrent_layers,
     sees_padding,
 )
+from .sdpa_patch import patch_sdpa
 
 MINIMUM_TRANSFORMERS = (5, 2)  # before that `config.is_causal` is silently ignored
 METHODS = ("config", "mask", "sdpa")
@@ -125,18 +124,20 @@ def _narrow(patch: Patch, model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _check_windows(model: PreTrainedModel) -> None:
-    """Refuses windows that are baked in where the config does not reach them.
+def _window_complaint(model: PreTrainedModel) -> str:
+    """What keeps a widened window narrow: it is baked in where the config does not reach it; nothing if it is wide.
 
     The probe is shorter than a real window, so it cannot see one. But if the setting is alive, a window of one changes the logits.
     """
     layers = getattr(model.config.get_text_config(), "layer_types", None) or ["sliding"]
+    if getattr(model, "lifted_causal_ratio", None) is not None:
+        return ""  # a 4-D mask takes the place of the window
     if any("causal_triangles" in vars(module) for module in model.modules()):
-        return  # the window was in the triangles
+        return ""  # the window was in the triangles
     if not any(getattr(config, "causal_windows", None) for config in _configs(model)) or not any(
         "full" not in layer for layer in layers
     ):
-        return
+        return ""
     original = copy.deepcopy(model.config)
     for config in (original, original.get_text_config()):
         for name, value in (getattr(config, "causal_windows", None) or {}).items():
@@ -146,18 +147,17 @@ def _check_windows(model: PreTrainedModel) -> None:
             [p.shape for p in type(model)(config).parameters()] for config in (copy.deepcopy(model.config), original)
         ]
     if shapes[0] != shapes[1]:
-        raise ValueError("its weights have the shape of its sliding window")
-    ids = probe_ids(model, 8)
-    wide, patch = model(input_ids=ids, use_cache=False).logits, Patch()
+        return "weights have the shape of its sliding window"
+    ids = probe_ids(model, PROBE_LENGTH)
+    wide, patch = eval_logits(model, input_ids=ids), Patch()
     for config in _configs(model):
         for name in getattr(config, "causal_windows", None) or {}:
             patch.set(config, name, 1)
     try:
-        narrow = model(input_ids=ids, use_cache=False).logits
+        narrow = eval_logits(model, input_ids=ids)
     finally:
         patch.undo()
-    if torch.equal(wide, narrow):
-        raise ValueError("its sliding window does not follow the config")
+    return "sliding window does not follow the config" if torch.equal(wide, narrow) else ""
 
 
 def lift_masks(patch: Patch, model: PreTrainedModel, causal_ratio: float = 0.0) -> None:
@@ -181,105 +181,6 @@ def _lifted_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return self._unlifted_forward(*args, **kwargs)
 
 
-class _BidirectionalSDPA(TorchFunctionMode):
-    """Inside it `scaled_dot_product_attention` is not causal; every other argument passes through."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "is_causal": False}
-            args = (kwargs.pop("query"), kwargs.pop("key"), kwargs.pop("value"))
-            if kwargs.get("attn_mask") is not None:
-                kwargs["attn_mask"] = symmetric(kwargs["attn_mask"])
-        return func(*args, **kwargs)
-
-
-def symmetric(mask: torch.Tensor) -> torch.Tensor:
-    """A causal attention mask (..., Q, K), bool or additive, made bidirectional; one that is not causal passes as it is.
-
-    Whoever may be seen from a later position may be seen from an earlier one, if it stands in the same text; keys that no real
-    query sees (padding) stay hidden:
-
-        left padding                 two packed texts
-        . . . .      . . . .         x . . .      x x . .
-        . x . .  ->  . x x x         x x . .  ->  x x . .
-        . x x .      . x x x         . . x .      . . x x
-        . x x x      . x x x         . . x x      . . x x
-
-    Raises:
-        ValueError: an additive mask with biases of its own (ALiBi), whose mirror image is unknown.
-    """
-    length = mask.shape[-1]
-    if mask.shape[-2] != length:
-        return mask
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
-    # Host code lets padding look everywhere, where the kernel makes NaN of a row that sees nothing.
-    open_row = visible.all(-1, keepdim=True) | ~visible.any(-1, keepdim=True)
-    open_row[..., -1:, :] = False  # the last row of a causal mask sees all without being open
-    causal = ~(visible & later & ~open_row).any(-1, keepdim=True).any(-2, keepdim=True)
-    seen = visible & ~open_row
-    either = (seen | seen.transpose(-1, -2)) & seen.any(-2, keepdim=True)
-    if mask.dtype == torch.bool:
-        return torch.where(causal, either | (visible & open_row), visible)
-    if not torch.compiler.is_compiling() and bool((mask.masked_fill(~visible, 0) != 0).any() & causal.any()):
-        raise ValueError("its attention mask carries position biases, whose mirror image is unknown")
-    bias = torch.zeros_like(mask).masked_fill(~(either | (visible & open_row)), torch.finfo(mask.dtype).min)
-    return torch.where(causal, bias, mask)
-
-
-def _patch_sdpa(patch: Patch, model: PreTrainedModel) -> None:
-    """The modules that call the kernel, found by running them, run inside `_BidirectionalSDPA` from now on."""
-    for module in _callers_of_sdpa(model):
-        patch.set(module, "bidirectional_sdpa", True)
-        wrap_forward(patch, module, _bidirectional_forward, "_causal_forward")
-
-
-def _bidirectional_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # Gradient checkpointing runs this again: the recomputation is bidirectional too.
-    if not self.bidirectional_sdpa:
-        return self._causal_forward(*args, **kwargs)
-    with _BidirectionalSDPA():
-        return self._causal_forward(*args, **kwargs)
-
-
-class _Spy(TorchFunctionMode):
-    """Calls `found` at every `scaled_dot_product_attention`."""
-
-    def __init__(self, found: Callable[[], None]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
-        if func is scaled_dot_product_attention:
-            self.found()
-        return func(*args, **(kwargs or {}))
-
-
-def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
-    running: list[torch.nn.Module] = []
-    callers: dict[int, torch.nn.Module] = {}
-
-    def found() -> None:
-        callers[id(running[-1])] = running[-1]
-
-    def finished(*_: Any) -> None:
-        running.pop()
-
-    hooks = [
-        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: running.append(module)),
-        torch.nn.modules.module.register_module_forward_hook(finished),
-    ]
-    try:
-        with _Spy(found):
-            attention_pattern(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(callers.values())
-
-
 def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch, str]:
     """Applies one mechanism; the patch, and what the probes say of the model then."""
     patch = Patch()
@@ -287,13 +188,11 @@ def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch,
         if method == "config":
             _switch(patch, model, is_causal=False)
             _widen(patch, model)
-            _check_windows(model)
         elif method == "mask":
             lift_masks(patch, model)
         else:
             _widen(patch, model)
-            _patch_sdpa(patch, model)
-            _check_windows(model)
+            patch_sdpa(patch, model)
         complaint = _complaint(model, padded_well)
     except Exception as error:  # an architecture may choke on a change in any way
         complaint = f"forward fails ({type(error).__name__}: {error})"
@@ -303,6 +202,8 @@ def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch,
 
 def _complaint(model: PreTrainedModel, padded_well: bool) -> str:
     """What keeps a model from being bidirectional, by the probes; nothing if it is."""
+    if narrow := _window_complaint(model):
+        return narrow
     if (found := probe_attention(model)) != "bidirectional":
         return f"attention is {found!r}"
     layers = sorted({*causal_layers(model), *causal_layers(model, left_padding=PADDING)})
@@ -331,9 +232,10 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
     check_transformers()
     model = base_of(model)
     check_decoder(model)
-    if _is_patched(model) and method in (None, _mechanism(model)) and not _complaint(model, padded_well=False):
+    done = _mechanism(model)
+    if done and method in (None, done) and not _complaint(model, padded_well=False):
         patch = Patch()  # nothing to do, and nothing to take back
-        patch.mechanism = _mechanism(model)
+        patch.mechanism = done
         return patch
     # A recurrent layer may have seen padding all along.
     padded_well, reasons = not recurrent_layers(model) or not sees_padding(model), []
@@ -385,23 +287,18 @@ def check_transformers(found: str = transformers.__version__) -> None:
         )
 
 
-def _is_patched(model: PreTrainedModel) -> bool:
-    return (
-        any(getattr(config, "is_causal", None) is False for config in _configs(model))
-        or getattr(model, "lifted_causal_ratio", None) is not None
-        or any(vars(module).get("bidirectional_sdpa") for module in model.modules())
-    )
-
-
-def _mechanism(model: PreTrainedModel) -> str:
+def _mechanism(model: PreTrainedModel) -> str | None:
+    """What made a model bidirectional, one of `METHODS`; None: it was not."""
     if any(vars(module).get("bidirectional_sdpa") for module in model.modules()):
         return "sdpa"
-    return "config" if getattr(model, "lifted_causal_ratio", None) is None else "mask"
+    if getattr(model, "lifted_causal_ratio", None) is not None:
+        return "mask"
+    return "config" if any(getattr(config, "is_causal", None) is False for config in _configs(model)) else None
 
 
 def check_decoder(model: PreTrainedModel) -> None:
     """Refuses encoders, which were never autoregressive."""
-    if _is_patched(model):
+    if _mechanism(model):
         return
     try:
         found = probe_attention(model)

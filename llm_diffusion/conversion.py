@@ -48,8 +48,9 @@ def select_parameters(model: torch.nn.Module, trains: str, adapters: set[str]) -
     """Sets which parameters train.
 
     Args:
-        trains: "attention": of the adapters those in attention modules, with the mask token's row and the time embedding.
-            "adapters": all of them. Without adapters: the attention weights; all. "everything": all, adapters merged.
+        trains: "attention": the adapters of attention modules, the mask token's row and the time embedding. "adapters": all
+            adapters. "everything": all weights, into which the adapters have been merged. A model without adapters trains weights
+            instead: for "attention" those of attention modules and the time embedding, otherwise all.
         adapters: names of the parameters that PEFT trains; empty for a model without adapters.
 
     Raises:
@@ -101,7 +102,7 @@ def run_stages(
     histories = {stage.name: json.loads((folders[stage.name] / LOG).read_text()) for stage in stages[:finished]}
     if finished == len(stages):
         return histories
-    if finished and load is not None:
+    if finished:
         (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
 
     def build(stage: Stage, model: torch.nn.Module, peft_config: PeftConfig | None) -> DiffusionSFTTrainer:

@@ -1,4 +1,4 @@
-"""The hosts' loaders, with errors that name what was asked for; and bases from GGUF files.
+"""The hosts' loaders, with errors that name what was asked for; where and how wide a model is loaded; and bases from GGUF files.
 
 Trade-off: every failure of a loader becomes one OSError with its first line, because they raise a dozen types. Alternative: letting
 them through, which on the command line means a traceback.
@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
 
 from .tiny import TINY_MODEL_PATH
+
+QUANTIZATIONS = ("nf4", "int8")
 
 
 def resolve_path(name_or_path: str | Path) -> str:
@@ -35,16 +38,20 @@ def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
     name = arguments[-1]
     try:
         return loader.from_pretrained(*arguments, **options)
-    except ImportError:
-        raise  # says itself what to install
+    except (ImportError, torch.OutOfMemoryError):
+        raise  # say themselves what to install, and that the checkpoint is not at fault
     except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if Path(name).exists():
-            raise OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}") from error
-        raise OSError(
-            f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
-            f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
-        ) from error
+        raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: Exception) -> OSError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if Path(name).exists():
+        return OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
+    return OSError(
+        f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
+        f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
+    )
 
 
 def download(name: str) -> str:
@@ -58,8 +65,80 @@ def download(name: str) -> str:
         raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
 
 
-def has_file(path: str, file: str) -> bool:
-    return cached_file(path, file, _raise_exceptions_for_missing_entries=False) is not None
+def local_file(path: str, file: str) -> str | None:
+    """Where a file of a folder or hub repository lies on this machine, fetched if it must be; None: it has no such file."""
+    try:
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # unknown, gated, no connection
+        raise _refusal(path, error) from error
+
+
+def is_adapter(path: str) -> bool:
+    return local_file(path, ADAPTER_CONFIG_NAME) is not None
+
+
+def adapter_base(path: str) -> str:
+    """Path or name of the base under an adapter, a folder or hub repository."""
+    base = from_hub(PeftConfig, path).base_model_name_or_path
+    try:
+        return resolve_path(base)
+    except FileNotFoundError as error:
+        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base lies elsewhere on every machine
+            return resolve_path("tiny")
+        raise FileNotFoundError(
+            f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
+        ) from error
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu", whichever is there first."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is unknown or not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in there:
+        raise ValueError(
+            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if not there[device]:
+        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
+
+
+def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
+
+    Raises:
+        ValueError: unknown kind, or a device without bitsandbytes kernels.
+        ImportError: bitsandbytes is not installed.
+    """
+    if kind is None:
+        return None
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
+    if device.startswith("mps"):
+        raise ValueError(
+            "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`quantization`: bitsandbytes is not installed; run `pip install 'llm-diffusion[qlora]'` or set `use_qlora` to false."
+        ) from error
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    defaults = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+    return BitsAndBytesConfig(**{**defaults, **options})
 
 
 class _Once:

@@ -6,9 +6,9 @@
     llm-diffusion convert --preset tiny-3stage
     llm-diffusion chat output/sft_model "Sort the letters: k d e a"
 
-The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters, save,
-reload from disk, answer held-out prompts beside their references.
-Trade-off: one file of plain steps, read from top to bottom. Alternative: a pipeline framework.
+Every command imports what it needs when it runs, so that `--help` and a mistyped option are answered at once, and an import that
+fails is one line like any other error.
+Trade-off: imports inside functions. Alternative: seconds of imports before the first word.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import sys
-import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,14 +26,8 @@ import click
 from loguru import logger
 
 if TYPE_CHECKING:
-    import torch
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
     from .config import HyperParameters
-    from .evaluation import AnswerReport
 
-SETTINGS = "hyper_parameters.json"
 USER_ERRORS = (ValueError, OSError, ImportError)
 
 
@@ -71,6 +64,7 @@ def cli(
     resume: bool,
 ) -> None:
     """Turns an autoregressive language model into a diffusion language model. Without a command: the main job."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client is imported
     start_logging()
     if context.invoked_subcommand is not None:
         return
@@ -80,7 +74,11 @@ def cli(
         if list_presets:
             click.echo("\n".join(preset_names()))
             return
-        run(resolve(preset, config, hyper_parameters_json), resume)
+        hp = resolve(preset, config, hyper_parameters_json)
+        quiet_hosts()
+        from .job import run
+
+        run(hp, resume)
 
 
 @cli.command()
@@ -95,6 +93,7 @@ def convert(
     """Convert MODEL in three stages (attention, diffusion, recovery), from analysis to evaluation."""
     with one_line_errors():
         from .config import build, layers, merge, read_preset
+        from .job import run
 
         given = layers(preset, config, hyper_parameters_json)
         if model is not None:
@@ -102,6 +101,7 @@ def convert(
         if "stages" not in given:
             given = merge(read_preset("3stage"), given)
         hp = build(given)
+        quiet_hosts()
         show_analysis(hp)
         run(hp, resume)
 
@@ -135,6 +135,7 @@ def analyze(
 
         from .analysis import analysis_tables
         from .analysis import analyze as analyze_model
+        from .job import check_writable
 
         quiet_hosts()
         if json_path is not None:
@@ -210,7 +211,6 @@ def start_logging() -> None:
 
 def quiet_hosts() -> None:
     """The hosts' progress bars are for terminals; a log gets lines instead."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # PEFT asks transformers by an old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     import datasets
@@ -222,197 +222,12 @@ def quiet_hosts() -> None:
         datasets.disable_progress_bars()
 
 
-def run(hp: HyperParameters, resume: bool = False) -> None:
-    """The main job."""
-    quiet_hosts()
-    import torch
-    from peft import PeftModel
-
-    from .callbacks import plot_loss
-    from .config import stages_of
-    from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
-    from .modeling import CONVERSION_OPTIONS, best_device, check_device, load_diffusion_model, quantization_config
-    from .report import show
-
-    started = time.perf_counter()
-    device = hp.device or best_device()
-    if hp.num_threads:
-        torch.set_num_threads(hp.num_threads)
-    output = Path(hp.output_dir).expanduser()
-    quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
-    check_device(device)
-    check_writable(output, "output_dir")
-    if resume:
-        check_same_settings(hp, output / SETTINGS)
-    report_to = start_wandb(hp)
-    arguments = [training_arguments(hp, stage, output, device, report_to) for stage in stages_of(hp)]
-    print_settings(hp)
-    limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
-    train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
-    logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
-    options = {
-        "quantization_config": quantized,
-        "device": device,
-        "trust_remote_code": hp.trust_remote_code,
-        **hp.model_init_kwargs,
-    }
-    saved = {
-        key: value for key, value in options.items() if key != "gguf_file"
-    }  # adapters remember it, the rest has weights
-    model, tokenizer = load_diffusion_model(
-        hp.model, **{name: hp.training.get(name) for name in CONVERSION_OPTIONS}, **options
-    )
-    logger.info(
-        f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
-    )
-    if tokenizer.chat_template is None:
-        logger.info(
-            "the tokenizer has no chat template: using a plain one (User: … Assistant: …), saved with the model"
-        )
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    # An adapter is trained on.
-    peft_config = None if isinstance(model, PeftModel) or not hp.use_lora else lora(hp, model)
-    reports = {}
-    examples = list(test.select(range(min(hp.eval_examples, len(test)))))
-    if examples:
-        reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
-    histories = train_stages(
-        hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None
-    )
-    final = output / "sft_model"
-    del model
-    model, tokenizer = load_diffusion_model(str(final), **saved)
-    if examples:
-        reports["converted"] = measure(model, tokenizer, examples, hp)
-        results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
-        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot_loss(histories, output / "loss.png")
-    samples = list(test.select(range(min(6, len(test)))))
-    show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
-
-
-def measure(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    hp: HyperParameters,
-    autoregressive: bool = False,
-) -> AnswerReport:
-    from .evaluation import evaluate_answers
-    from .report import decoding
-
-    name = "AR base" if autoregressive else "converted model"
-    logger.info(f"{name}: answering {len(examples)} held-out prompts")
-    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp, model))
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Refuses a folder that cannot be written, without making it: nothing is left behind when the run fails to start."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
-
-
-def check_same_settings(hp: HyperParameters, file: Path) -> None:
-    """Refuses to go on with a run that was started with other settings."""
-    from .config import as_dict
-
-    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
-        raise ValueError(
-            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
-        )
-
-
-def print_settings(hp: HyperParameters) -> None:
-    from .config import as_dict
-
-    logger.info("settings, resolved:")
-    for key, value in as_dict(hp).items():
-        if value not in (None, {}, ""):
-            logger.info(f"  {key}: {json.dumps(value)}")
-    low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
-    if (low, high) != (0.0, 1.0):
-        logger.warning(f"mask probability from {low} to {high}: the loss is a reweighted objective, not the ELBO")
-
-
-def train_stages(
-    hp: HyperParameters,
-    arguments: list[Any],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: Any,
-    train: Dataset,
-    test: Dataset,
-    output: Path,
-    resume: dict[str, Any] | None,
-) -> dict[str, list[dict]]:
-    """Stage after stage over the same weights; returns their log histories. `resume`: how a saved stage is loaded."""
-    from .callbacks import LogLinesCallback
-    from .config import as_dict, stages_of
-    from .conversion import Stage, run_stages
-    from .modeling import load_diffusion_model
-
-    stages = [
-        Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
-    ]
-
-    def started() -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
-        if hp.use_wandb and "WANDB_DIR" in os.environ:
-            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
-
-    return run_stages(
-        model,
-        tokenizer,
-        stages,
-        train,
-        test.select(range(min(len(test), 200))),
-        output,
-        peft_config,
-        callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
-        load=None if resume is None else lambda folder: load_diffusion_model(folder, **resume),
-        started=started,
-    )
-
-
-def training_arguments(hp: HyperParameters, stage: dict[str, Any], output: Path, device: str, report_to: str) -> Any:
-    from .trainers.sft_config import DiffusionSFTConfig
-
-    prefix = "debug-" if hp.debug else ""
-    settings: dict[str, Any] = {
-        "num_train_epochs": hp.epochs,
-        "per_device_train_batch_size": hp.batch_size,
-        "per_device_eval_batch_size": hp.batch_size,
-        "learning_rate": hp.learning_rate,
-        "gradient_accumulation_steps": hp.gradient_accumulation_steps,
-        "max_length": hp.max_length,
-        "seed": hp.seed,
-        "dataloader_num_workers": hp.dataloader_num_workers,
-        "dataloader_pin_memory": device.startswith("cuda"),
-        "use_cpu": device == "cpu",
-        "report_to": report_to,
-        "run_name": f"{prefix}{Path(hp.model).name}-{stage['name']}",
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "disable_tqdm": not sys.stderr.isatty(),
-        **hp.training,
-        **{key: value for key, value in stage.items() if key not in ("name", "trains")},
-    }
-    if settings.get("load_best_model_at_end"):
-        settings = {"metric_for_best_model": "eval_nelbo", "greater_is_better": False, **settings}
-    return DiffusionSFTConfig(str(output / stage["name"]), **settings)
-
-
 def show_analysis(hp: HyperParameters) -> None:
     """What is about to be converted, and the memory it takes."""
     from rich.console import Console
 
     from .analysis import analysis_tables, analyze
 
-    quiet_hosts()
     analysis = analyze(
         hp.model,
         batch_size=hp.batch_size,
@@ -425,65 +240,6 @@ def show_analysis(hp: HyperParameters) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     for table in analysis_tables(analysis):
         console.print(table)
-
-
-def lora(hp: HyperParameters, model: torch.nn.Module) -> Any:
-    """LoRA settings with target modules that this architecture has.
-
-    The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
-    user chose are never replaced: unmatched ones are an error. "attention" is every linear layer of the attention, whatever it
-    is called.
-    """
-    import torch
-    from peft import LoraConfig
-    from transformers.pytorch_utils import Conv1D
-
-    from .attention import in_attention
-    from .config import SEED_LORA_TARGETS
-
-    settings = dict(hp.lora_config)
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    names = {layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"}
-    targets = settings.get("target_modules")
-    if targets == "attention":
-        settings["target_modules"] = [layer for layer in layers if in_attention(layer)]
-    if isinstance(targets, list):
-        missing = [
-            target for target in targets if not any(layer == target or layer.endswith(f".{target}") for layer in layers)
-        ]
-        if missing and targets == SEED_LORA_TARGETS:
-            logger.info(
-                f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {sorted(names)}"
-            )
-            settings["target_modules"] = "all-linear"
-        elif missing:
-            raise ValueError(
-                f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {sorted(names)}."
-            )
-    return LoraConfig(task_type="CAUSAL_LM", **settings)
-
-
-def start_wandb(hp: HyperParameters) -> str:
-    """What to report to; without a login Weights & Biases goes on offline."""
-    if not hp.use_wandb:
-        return str(hp.training.get("report_to", "none"))
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("`use_wandb`: wandb is not installed; run `pip install 'llm-diffusion[wandb]'`.") from error
-    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (hp.wandb_config.get("project") or "llm-diffusion")
-    if hp.wandb_config.get("entity"):
-        os.environ["WANDB_ENTITY"] = hp.wandb_config["entity"]
-    if hp.wandb_config.get("wandb_log_path"):
-        folder = Path(hp.wandb_config["wandb_log_path"]).expanduser()
-        check_writable(folder, "wandb_config.wandb_log_path")
-        os.environ["WANDB_DIR"] = str(folder)
-    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
-        logger.warning(
-            "wandb: not logged in; going on offline. Run `wandb login` or set WANDB_API_KEY, and `wandb sync` to upload."
-        )
-        os.environ["WANDB_MODE"] = "offline"
-    return "wandb"
 
 
 if __name__ == "__main__":

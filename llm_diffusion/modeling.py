@@ -18,23 +18,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import time_embedding as time_embeddings
 from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
 from .generation import generate
-from .hub import from_hub, gguf_path, has_file, load_gguf, resolve_path
+from .hub import (
+    adapter_base,
+    best_device,
+    check_device,
+    download,
+    from_hub,
+    gguf_path,
+    is_adapter,
+    load_gguf,
+    local_file,
+    quantization_config,
+    resolve_path,
+)
 from .noise_schedules import get_noise_schedule
 from .patching import Patch, base_of, bind, keep_logits
 from .probing import recurrent_layers
@@ -48,58 +59,6 @@ ATTENTIONS = ("bidirectional", "block")
 CLEAN_CONTEXTS = ("causal", "block")
 CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding")
 DEFAULT_BLOCK_LENGTH = 4
-QUANTIZATIONS = ("nf4", "int8")
-
-
-def best_device() -> str:
-    """ "cuda", "mps" or "cpu", whichever is there first."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raises ValueError for a device that is unknown or not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device not in there:
-        raise ValueError(
-            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
-    if not there[device]:
-        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
-
-
-def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
-
-    Raises:
-        ValueError: unknown kind, or a device without bitsandbytes kernels.
-        ImportError: bitsandbytes is not installed.
-    """
-    if kind is None:
-        return None
-    if kind not in QUANTIZATIONS:
-        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
-    if device.startswith("mps"):
-        raise ValueError(
-            "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "`quantization`: bitsandbytes is not installed; run `pip install 'llm-diffusion[qlora]'` or set `use_qlora` to false."
-        ) from error
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, **options)
-    compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-    defaults = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": compute,
-    }
-    return BitsAndBytesConfig(**{**defaults, **options})
 
 
 def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -311,14 +270,15 @@ def load_diffusion_model(
         options["quantization_config"] = quantized
     if quantized is not None or device == "cuda":
         options.setdefault("device_map", {"": device})
-    adapter = (Path(path) / "adapter_config.json").exists()
-    base_path = _adapter_base(path) if adapter else path
-    gguf_file = gguf_file or (_read_sidecar(path).get("gguf_file") if adapter else None)
+    record = _read_sidecar(path) if (adapter := is_adapter(path)) else {}
+    base_path = adapter_base(path) if adapter else path
+    path = download(path) if adapter else path  # by name, the host's tokenizer loader asks the hub for a config.json
+    gguf_file = gguf_file or record.get("gguf_file")
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
     config = _check_config(base_path, trust_remote_code, gguf)
     load = partial(load_gguf, config) if gguf else partial(from_hub, AutoModelForCausalLM)
     model = load(base_path, **options, **gguf)
-    own_tokenizer = adapter or not gguf or has_file(path, "tokenizer.json")
+    own_tokenizer = adapter or not gguf or local_file(path, "tokenizer.json")
     gguf = {} if own_tokenizer else gguf
     tokenizer = from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code, **gguf)
     if base_path == str(TINY_MODEL_PATH):
@@ -326,7 +286,6 @@ def load_diffusion_model(
     if "device_map" not in options:
         model = model.to(device)
     if adapter:
-        record = _read_sidecar(path)
         base_of(model).config.diffusion = record
         _check_fingerprint(model, record, path)
         _grow_for(model, record["mask_token_id"])
@@ -352,7 +311,7 @@ def load_diffusion_model(
 
 
 def _check_config(path: str, trust_remote_code: bool, gguf: dict[str, str]) -> PretrainedConfig:
-    if gguf and has_file(path, CONFIG_NAME):  # knows more than GGUF metadata: rope scaling, an unusual head size
+    if gguf and local_file(path, CONFIG_NAME):  # knows more than GGUF metadata: rope scaling, an unusual head size
         gguf = {}
     config = from_hub(AutoConfig, path, trust_remote_code=trust_remote_code, **gguf)
     if getattr(config, "is_encoder_decoder", False):
@@ -377,11 +336,11 @@ def _check_fingerprint(model: PreTrainedModel, record: dict[str, Any], path: str
 
 def _load_time_embedding(model: PreTrainedModel, path: str) -> None:
     """The weights of a full checkpoint's time embedding, which the host's loader does not know."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    index = local_file(path, SAFE_WEIGHTS_INDEX_NAME)
     names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {SAFE_WEIGHTS_NAME}
     state = {}
-    for name in names:
-        with safe_open(cached_file(path, name), framework="pt") as file:
+    for weights in filter(None, (local_file(path, name) for name in names)):
+        with safe_open(weights, framework="pt") as file:
             state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{time_embeddings.NAME}.")}
     if state:  # an AR checkpoint that is converted now has none
         model.load_state_dict(state, strict=False)
@@ -395,38 +354,24 @@ def _grow_for(model: PreTrainedModel, mask_id: int) -> None:
 def read_record(folder: str | Path) -> dict[str, Any]:
     """The diffusion record of a saved adapter or full checkpoint."""
     if (Path(folder) / SIDECAR).exists():
-        return _read_sidecar(folder)
+        return _read_sidecar(str(folder))
     return json.loads((Path(folder) / "config.json").read_text())["diffusion"]
 
 
-def _read_sidecar(path: str | Path) -> dict[str, Any]:
-    sidecar = Path(path) / SIDECAR
-    if not sidecar.exists():
+def _read_sidecar(path: str) -> dict[str, Any]:
+    sidecar = local_file(path, SIDECAR)
+    if sidecar is None:
         raise ValueError(
             f"`model`: {path!r} holds an adapter without {SIDECAR}; it was not saved by llm_diffusion's trainers."
         )
     try:
-        record = json.loads(sidecar.read_text())
+        record = json.loads(Path(sidecar).read_text())
         missing = {"base_model", "mask_token_id", "attention"} - set(record)
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"`model`: {str(sidecar)!r} is malformed: {error}.") from error
+        raise ValueError(f"`model`: {sidecar!r} is malformed: {error}.") from error
     if missing:
-        raise ValueError(f"`model`: {str(sidecar)!r} lacks {sorted(missing)}.")
+        raise ValueError(f"`model`: {sidecar!r} lacks {sorted(missing)}.")
     return record
-
-
-def _adapter_base(path: str) -> str:
-    """Path or name of the base under an adapter directory."""
-    _read_sidecar(path)  # refuses adapters that are not ours
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    try:
-        return resolve_path(base)
-    except FileNotFoundError as error:
-        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base lies elsewhere on every machine
-            return resolve_path("tiny")
-        raise FileNotFoundError(
-            f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
-        ) from error
 
 
 def save_record(model: torch.nn.Module, folder: str | Path) -> None:

@@ -60,10 +60,11 @@ def _logits(
         inputs |= {"attention_mask": mask, "position_ids": positions(mask).clamp(min=0)}
     if block_length:
         inputs["attention_mask"] = additive(block_causal(mask, block_length), base_of(model).dtype)
-    return _forward(model, **inputs)[:, left_padding:]
+    return eval_logits(model, **inputs)[:, left_padding:]
 
 
-def _forward(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+def eval_logits(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    """fp32 logits without dropout and, where the model asks for it, without noise."""
     if hasattr(base_of(model), "time_embedding"):
         # A mask among the tokens must not look like noise.
         inputs["timesteps"] = torch.zeros(inputs["input_ids"].shape, device=inputs["input_ids"].device)
@@ -161,7 +162,7 @@ def sees_padding(model: torch.nn.Module) -> bool:
     mask = torch.ones_like(text)
     mask[:, :PADDING], mask[:, -PADDING:] = 0, 0
     text[1] = torch.where(mask[1].bool(), text[1], text[1].flip(0))
-    logits = _forward(model, input_ids=text, attention_mask=mask, position_ids=positions(mask).clamp(min=0))
+    logits = eval_logits(model, input_ids=text, attention_mask=mask, position_ids=positions(mask).clamp(min=0))
     logits = logits[:, PADDING:-PADDING]
     return bool((logits[0] - logits[1]).abs().max() > TOLERANCE * logits.abs().max())
 
@@ -170,7 +171,6 @@ RECURRENT = (
     "mamba",
     "mixer",
     "rwkv",
-    "ssm",
     "recurrent",
     "delta",
     "linearattention",
@@ -186,5 +186,7 @@ def recurrent_layers(model: torch.nn.Module) -> list[str]:
     """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
     names = {type(module).__name__: type(module).__name__.lower() for module in base_of(model).modules()}
     return sorted(
-        name for name, low in names.items() if any(k in low for k in RECURRENT) and not any(p in low for p in PARTS)
+        name
+        for name, low in names.items()
+        if ("SSM" in name or any(k in low for k in RECURRENT)) and not any(p in low for p in PARTS)  # not GptOssMLP
     )

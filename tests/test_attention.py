@@ -2,19 +2,16 @@
 
 import copy
 import inspect
-import tempfile
 import types
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
-    BitsAndBytesConfig,
     CohereConfig,
     FalconConfig,
     Gemma2Config,
@@ -41,16 +38,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llm_diffusion.attention import (
     METHODS,
-    _BidirectionalSDPA,
     causal_attention,
     check_block_attention,
     check_transformers,
+    lift_masks,
     patch_causal_attention,
-    symmetric,
 )
-from llm_diffusion.attention_masks import block_causal
-from llm_diffusion.patching import base_of
-from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention
+from llm_diffusion.patching import Patch, base_of
+from llm_diffusion.probing import attention_pattern, causal_layers, probe_attention, recurrent_layers
 
 VOCAB = 64
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -366,9 +361,18 @@ def test_a_window_that_the_config_does_not_reach_is_refused():
                 self.config.sliding_window = width
 
     model.__class__ = Deaf
-    with pytest.raises(ValueError, match="sliding window does not follow the config"):
+    with pytest.raises(ValueError, match=r"\(config: its sliding window does not follow the config\)"):
         patch_causal_attention(model, "config")
     assert model.config.sliding_window == 3
+
+
+def test_a_widened_model_may_be_handed_masks():
+    model = windowed("mistral")
+    patch_causal_attention(model)
+    with Patch() as patch:
+        lift_masks(patch, model, 0.3)
+        assert patch_causal_attention(model).mechanism == "mask"
+    assert patch_causal_attention(model).mechanism == "config"
 
 
 # -- each mechanism
@@ -506,6 +510,15 @@ def test_hybrids_take_no_masks():
             check_block_attention(model, 4, purpose)
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "seed_oss"])
+def test_state_spaces_are_not_read_into_other_names(kind):
+    """`GptOssMLP` and `SeedOssMLP` hold the letters "ssm"."""
+    sizes = {**GROUPED, "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), attn_implementation="eager").eval()
+    assert recurrent_layers(model) == []
+    check_block_attention(model, 4)
+
+
 def test_patches_may_be_undone_in_the_order_they_were_made():
     model = build("llama")
     first, second = patch_causal_attention(model), patch_causal_attention(model)
@@ -601,61 +614,6 @@ def test_each_mechanism_survives_checkpointing_copies_and_lora(method):
     assert gradients[0].abs().max() > 0
 
 
-def test_the_sdpa_patch_is_of_one_model():
-    patched, plain, ids = build("llama"), build("llama"), some_ids((2, 7))
-    kernel, want = torch.nn.functional.scaled_dot_product_attention, plain(ids).logits
-    with patch_causal_attention(patched, "sdpa"):
-        assert torch.nn.functional.scaled_dot_product_attention is kernel
-        assert torch.equal(plain(ids).logits, want)
-        assert not torch.equal(patched(ids).logits, want)
-    assert torch.equal(patched(ids).logits, want)
-
-
-def test_the_sdpa_patch_passes_every_argument_through():
-    torch.manual_seed(0)
-    q, kv = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    want = sdpa(q, kv, kv, scale=0.3, enable_gqa=True)
-    with _BidirectionalSDPA():
-        assert torch.equal(sdpa(q, kv, kv, is_causal=True, scale=0.3, enable_gqa=True), want)
-        assert torch.equal(sdpa(q, kv, kv, None, 0.0, True, scale=0.3, enable_gqa=True), want)
-        assert torch.equal(sdpa(query=q, key=kv, value=kv, is_causal=True, scale=0.3, enable_gqa=True), want)
-        torch.manual_seed(1)
-        dropped = sdpa(q, kv, kv, dropout_p=0.5, is_causal=True, enable_gqa=True)
-    torch.manual_seed(1)
-    assert torch.equal(dropped, sdpa(q, kv, kv, dropout_p=0.5, enable_gqa=True))
-
-
-@pytest.mark.parametrize("additive_mask", [False, True])
-@pytest.mark.parametrize("open_rows", [False, True])
-@given(data=st.data())
-def test_symmetric_masks(additive_mask, open_rows, data):
-    """Against the rule written out: same text, and no padding key. Host code may let rows of padding look everywhere."""
-    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
-    left, right = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 2))
-    text = torch.tensor([0] * left + [i + 1 for i, n in enumerate(lengths) for _ in range(n)] + [0] * right)
-    same = (text[:, None] == text) | (text[:, None] == 0)
-    causal = same & (text > 0) & torch.ones(len(text), len(text), dtype=torch.bool).tril()
-    if open_rows:
-        causal[~causal.any(-1)] = True
-    mask = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min) if additive_mask else causal
-    got = symmetric(mask[None, None])[0, 0]
-    got = got == 0 if additive_mask else got
-    real = text > 0
-    want = (text[:, None] == text) & real
-    assert torch.equal(got[real], want[real])
-
-
-def test_masks_that_are_not_causal_pass_unchanged():
-    block = block_causal(torch.ones(1, 6, dtype=torch.long), 2)
-    assert torch.equal(symmetric(block[:, None]), block[:, None])
-    rectangle = torch.ones(1, 1, 2, 6, dtype=torch.bool)
-    assert symmetric(rectangle) is rectangle
-    sloped = torch.arange(6.0).expand(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min)
-    with pytest.raises(ValueError, match="position biases"):
-        symmetric(sloped[None, None])
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")  # torch's own compiler imports it
 @pytest.mark.parametrize("method", METHODS)
@@ -667,36 +625,6 @@ def test_each_mechanism_compiles(method):
     compiled = torch.compile(model)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
     assert probe_attention(compiled) == "bidirectional"
-
-
-def test_the_sdpa_patch_under_4_bit():
-    pytest.importorskip("bitsandbytes")
-    with tempfile.TemporaryDirectory() as folder:
-        build("llama").save_pretrained(folder)
-        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantized)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    assert patch_causal_attention(model, "sdpa").mechanism == "sdpa"
-    gradients = []
-    for checkpointing in (False, True):
-        peft = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
-        assert probe_attention(peft) == "bidirectional"
-        if checkpointing:
-            peft.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
-            peft.enable_input_require_grads()
-        torch.manual_seed(5)
-        for parameter in peft.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.1)
-        ids = some_ids((2, 9))
-        torch.nn.functional.cross_entropy(
-            peft.train()(ids, use_cache=False).logits[:, 0].float(), ids[:, -1]
-        ).backward()
-        gradients.append(torch.cat([p.grad.flatten().float() for p in peft.parameters() if p.grad is not None]))
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
-    assert gradients[0].abs().max() > 0
 
 
 def test_hosts_read_the_old_signature():

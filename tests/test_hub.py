@@ -1,6 +1,8 @@
-"""GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
+"""The hosts' loaders; and GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +10,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llm_diffusion as ld
+from llm_diffusion.hub import from_hub
 from llm_diffusion.modeling import load_diffusion_model as load
 from llm_diffusion.modeling import save_record
 from llm_diffusion.tiny import TINY_MODEL_PATH
 
-gguf = pytest.importorskip("gguf")
+PATH = Path(__file__).parents[1] / "benchmarks" / "gguf_bases.py"
+spec = importlib.util.spec_from_file_location("gguf_bases", PATH)
+gguf_bases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gguf_bases)
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
 
@@ -22,45 +28,13 @@ def logits_of(model):
     return model.eval()(IDS).logits
 
 
-def write_tokenizer(writer, tokenizer):
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
-    special = {token["content"] for token in spec["added_tokens"]}
-    kinds = gguf.TokenType
-    writer.add_tokenizer_model("gpt2")  # byte-level BPE
-    writer.add_tokenizer_pre("qwen2")  # a GGUF names its pre-tokenizer, it does not hold it
-    writer.add_token_list(tokens)
-    writer.add_token_types([kinds.CONTROL if token in special else kinds.NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-
-
-def write_gguf(path, model, tokenizer, kind="F32", arch="qwen3"):
-    config, kind = model.config, gguf.GGMLQuantizationType[kind]
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)  # else the tokenizer's, and the embedding has more rows
-    write_tokenizer(writer, tokenizer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
-    for key, value in model.state_dict().items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        stored = gguf.GGMLQuantizationType.F32 if value.dim() == 1 else kind
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        writer.add_tensor(name, gguf.quants.quantize(value.float().numpy(), stored), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def save_adapter(model, tokenizer, folder):
+    options = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [tokenizer.mask_token_id]}
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
+    peft.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_record(peft, folder)
+    return peft
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +43,13 @@ def causal():
 
 
 @pytest.fixture(scope="module")
-def folder(causal, tmp_path_factory):
+def write_gguf():
+    pytest.importorskip("gguf")
+    return gguf_bases.write_gguf
+
+
+@pytest.fixture(scope="module")
+def folder(causal, write_gguf, tmp_path_factory):
     """GGUF files of the embedded base, beside the config.json that has its head size (metadata of Qwen3 do not)."""
     folder = tmp_path_factory.mktemp("gguf")
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
@@ -82,6 +62,22 @@ def folder(causal, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(tiny):
     return logits_of(tiny[0])
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def from_pretrained(self, name):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), ImportError("run pip install")])
+def test_what_is_not_the_checkpoints_fault_passes_through(error):
+    with pytest.raises(type(error), match=str(error)):
+        from_hub(Failing(error), "tiny")
+    with pytest.raises(OSError, match="`model`: '.' is not a loadable checkpoint: size mismatch"):
+        from_hub(Failing(RuntimeError("size mismatch\nfor many weights")), ".")
 
 
 def test_unquantised_weights_come_back_exactly(folder, reference):
@@ -98,7 +94,7 @@ def test_quantised_weights_come_back_closely(folder, reference):
     assert 0 < (logits_of(model) - reference).std() / reference.std() < 0.05
 
 
-def test_metadata_alone_make_a_model(causal, tmp_path):
+def test_metadata_alone_make_a_model(causal, write_gguf, tmp_path):
     """No config.json: a Qwen3 of the usual head size, 128."""
     torch.manual_seed(0)
     config = type(causal.config)(
@@ -144,12 +140,8 @@ def test_an_adapter_finds_its_file(folder, tmp_path, quantization):
     if quantization:
         pytest.importorskip("bitsandbytes")
     model, tokenizer = load(str(folder), gguf_file="Q8_0.gguf", quantization=quantization, device="cpu")
-    options = {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [tokenizer.mask_token_id]}
-    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
+    peft = save_adapter(model, tokenizer, tmp_path)
     assert peft.peft_config["default"].base_model_name_or_path == str(folder)
-    peft.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    save_record(peft, tmp_path)
     again, its_tokenizer = load(str(tmp_path), quantization=quantization, device="cpu")
     assert torch.equal(logits_of(again), logits_of(peft))
     assert its_tokenizer.mask_token_id == tokenizer.mask_token_id
@@ -162,6 +154,22 @@ def test_a_full_checkpoint_is_an_ordinary_one(folder, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
     again, _ = load(str(tmp_path), device="cpu")
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_an_adapter_over_a_checkpoint_that_came_from_a_file(folder, tmp_path):
+    """The checkpoint has weights of its own: neither it nor what is trained on it needs the file again."""
+    model, tokenizer = load(str(folder), gguf_file="Q8_0.gguf", device="cpu")
+    assert model.config.diffusion["gguf_file"] == "Q8_0.gguf"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "full")
+    full, tokenizer = load(str(tmp_path / "full"), device="cpu")
+    assert "gguf_file" not in full.config.diffusion
+    peft = save_adapter(full, tokenizer, tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "diffusion_config.json").read_text())
+    assert "gguf_file" not in record and record["mask_token_id"] == tokenizer.mask_token_id
+    again, _ = load(str(tmp_path / "adapter"), device="cpu")
+    assert torch.equal(logits_of(again), logits_of(peft))
+    assert again.peft_config["default"].base_model_name_or_path == str(tmp_path / "full")
 
 
 def test_the_working_directory_is_not_searched(folder, reference, tmp_path, monkeypatch):
@@ -182,7 +190,7 @@ def test_a_truncated_file_is_refused(folder, tmp_path, length):
         load(str(tmp_path), gguf_file="x.gguf", device="cpu")
 
 
-def test_an_unknown_architecture_is_refused(causal, tmp_path):
+def test_an_unknown_architecture_is_refused(causal, write_gguf, tmp_path):
     write_gguf(tmp_path / "x.gguf", causal, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), arch="plm")
     with pytest.raises(OSError, match="`model`.*architecture plm is not supported"):
         load(str(tmp_path), gguf_file="x.gguf", device="cpu")

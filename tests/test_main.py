@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM, Qwen3Config
+from transformers import BertConfig, Qwen3Config
 
 from llm_diffusion import load_diffusion_model
 from llm_diffusion.config import build, layers, merge, read_preset, stages_of
-from llm_diffusion.main import cli, lora
+from llm_diffusion.main import cli
 from llm_diffusion.modeling import save_record
 
 FAST = {
@@ -71,51 +71,6 @@ def test_result_is_loaded_by_chat_and_generate(trained):
         assert result.exit_code == 0 and result.stdout.endswith("\n")
 
 
-def test_debug_limits_the_data_and_marks_the_run(tmp_path):
-    from llm_diffusion.main import training_arguments
-
-    hp = build({**FAST, "debug": True})
-    assert training_arguments(hp, {"name": "sft"}, tmp_path, "cpu", "none").run_name == "debug-tiny-sft"
-
-
-def test_settings_reach_the_trainer(tmp_path):
-    from llm_diffusion.config import stages_of
-    from llm_diffusion.main import training_arguments
-
-    hp = build({**FAST, "warmup_steps": 7, "max_grad_norm": 0.5, "sft_config": {"learning_rate": 1e-5}})
-    pretrain, sft = (training_arguments(hp, stage, tmp_path, "cpu", "none") for stage in stages_of(hp))
-    assert (pretrain.warmup_steps, pretrain.max_grad_norm) == (7, 0.5)
-    assert (pretrain.learning_rate, sft.learning_rate) == (2e-4, 1e-5)
-    assert pretrain.completion_only_loss is False and sft.completion_only_loss is None
-
-
-def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    from llm_diffusion.main import start_wandb
-
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    hp = build({**FAST, "use_wandb": True, "debug": True, "wandb_config": {"wandb_log_path": str(tmp_path / "w")}})
-    assert start_wandb(hp) == "wandb"
-    assert os.environ["WANDB_MODE"] == "offline" and os.environ["WANDB_PROJECT"] == "debug-llm-diffusion"
-
-
-TINY_SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def test_lora_targets_are_resolved_for_other_architectures():
-    phi = PhiForCausalLM(PhiConfig(**TINY_SIZES, intermediate_size=32))
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
-    for model in (phi, gpt2):
-        adapted = get_peft_model(model, lora(build({}), model))
-        assert adapted.get_nb_trainable_parameters()[0] > 0
-    with pytest.raises(ValueError, match="query_proj"):
-        lora(build({"lora_config": {"target_modules": ["query_proj"]}}), phi)
-    with pytest.raises(ValueError, match="lora_config"):
-        build({"lora_config": {"rank": 4}})
-
-
 def write(path: Path, text: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -139,7 +94,7 @@ def orphan_adapter(path: Path) -> str:
 
 
 def encoder_only(path: Path) -> str:
-    BertConfig(**TINY_SIZES).save_pretrained(path / "bert")
+    BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2).save_pretrained(path / "bert")
     return str(path / "bert")
 
 
@@ -283,13 +238,6 @@ def test_the_three_stages_are_what_convert_adds():
     assert hp.training["load_best_model_at_end"] is True
 
 
-def test_lora_on_attention_alone_by_its_real_names():
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64))
-    config = lora(build({"lora_config": {"target_modules": "attention"}}), model)
-    adapted = {name for name, _ in get_peft_model(model, config).named_parameters() if "lora_A" in name}
-    assert len(adapted) == 4 and all(".attn." in name for name in adapted)  # two layers, c_attn and c_proj
-
-
 def test_missing_bitsandbytes_is_one_line(tmp_path):
     """In a process of its own, where the package really cannot be imported."""
     hidden = write(tmp_path / "bitsandbytes.py", "raise ImportError('hidden')\n")
@@ -303,3 +251,13 @@ def test_missing_bitsandbytes_is_one_line(tmp_path):
     )
     assert result.returncode == 2
     assert "bitsandbytes is not installed" in result.stderr.splitlines()[-1]
+
+
+def test_the_command_line_sends_no_usage_counts():
+    """In a process of its own: the hub's client reads the variable when it is imported, and never again."""
+    code = (
+        "from click.testing import CliRunner; from llm_diffusion.main import cli; CliRunner().invoke(cli, ['--list-presets'])\n"
+        "from huggingface_hub import constants; assert constants.HF_HUB_DISABLE_TELEMETRY"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)

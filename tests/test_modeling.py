@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import llm_diffusion as ld
+from llm_diffusion.analysis import load_config
 from llm_diffusion.attention_masks import annealed
 from llm_diffusion.modeling import load_diffusion_model as load
 from llm_diffusion.modeling import save_record
@@ -293,6 +294,52 @@ def test_an_adapter_comes_back_as_it_was(base, tmp_path, vocab, tied):
     with torch.no_grad():
         torch.testing.assert_close(again(**masked).logits, peft(**masked).logits, atol=1e-6, rtol=1e-6)
     assert torch.equal(again.generate(input_ids=IDS, **settings), peft.generate(input_ids=IDS, **settings))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """`hub(name, folder)`: the folder as a repository in a cache of its own, without a connection."""
+    cache, commit = tmp_path / "hub", "0123456789abcdef" * 2 + "01234567"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT reads both
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+    def put(name, folder):
+        repository = cache / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        return repository / "snapshots" / commit
+
+    return put
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT saves the adapter, without a connection
+def test_an_adapter_on_the_hub_is_found_by_its_name(base, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub("user/base", base())
+    model, tokenizer = load("user/base", device="cpu")
+    peft = perturbed(model, tokenizer.mask_token_id)
+    there = hub("user/adapter", save_adapter(peft, tokenizer, tmp_path / "saved"))
+    again, its_tokenizer = load("user/adapter", device="cpu")
+    torch.testing.assert_close(logits_of(again), logits_of(peft), atol=1e-6, rtol=1e-6)
+    assert ld.probe_attention(again) == "bidirectional"
+    assert again.get_base_model().config.diffusion["base_model"] == "user/base"
+    assert its_tokenizer.mask_token_id == tokenizer.mask_token_id
+    assert load_config("user/adapter").num_hidden_layers == model.config.num_hidden_layers
+    (there / "diffusion_config.json").unlink()
+    with pytest.raises(ValueError, match="`model`: 'user/adapter' holds an adapter without diffusion_config.json"):
+        load("user/adapter", device="cpu")
+
+
+def test_a_checkpoint_on_the_hub_is_found_by_its_name(base, hub, tmp_path):
+    model, tokenizer = load(str(base()), time_embedding=True, device="cpu")
+    randomise_time(model)
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    hub("user/full", tmp_path / "saved")
+    again, _ = load("user/full", device="cpu")
+    assert torch.equal(logits_of(again), logits_of(model))
 
 
 def test_an_adapter_of_the_embedded_model_comes_back(tmp_path):

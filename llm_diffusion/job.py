@@ -1,0 +1,248 @@
+"""The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters, save,
+reload from disk, answer held-out prompts beside their references.
+
+Trade-off: one file of plain steps, read from top to bottom. Alternative: a pipeline framework.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from loguru import logger
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from .attention import in_attention
+from .callbacks import LogLinesCallback, plot_loss
+from .config import SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
+from .conversion import Stage, run_stages
+from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
+from .evaluation import AnswerReport, evaluate_answers
+from .hub import best_device, check_device, quantization_config
+from .modeling import CONVERSION_OPTIONS, load_diffusion_model
+from .report import decoding, show
+from .trainers.sft_config import DiffusionSFTConfig
+
+SETTINGS = "hyper_parameters.json"
+
+
+def run(hp: HyperParameters, resume: bool = False) -> None:
+    """The main job."""
+    started = time.perf_counter()
+    device = hp.device or best_device()
+    if hp.num_threads:
+        torch.set_num_threads(hp.num_threads)
+    output = Path(hp.output_dir).expanduser()
+    quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
+    check_device(device)
+    check_writable(output, "output_dir")
+    if resume:
+        check_same_settings(hp, output / SETTINGS)
+    report_to = start_wandb(hp)
+    arguments = [training_arguments(hp, stage, output, device, report_to) for stage in stages_of(hp)]
+    print_settings(hp)
+    limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
+    train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
+    logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
+    options = {
+        "quantization_config": quantized,
+        "device": device,
+        "trust_remote_code": hp.trust_remote_code,
+        **hp.model_init_kwargs,
+    }
+    saved = {
+        key: value for key, value in options.items() if key != "gguf_file"
+    }  # adapters remember it, the rest has weights
+    model, tokenizer = load_diffusion_model(
+        hp.model, **{name: hp.training.get(name) for name in CONVERSION_OPTIONS}, **options
+    )
+    logger.info(
+        f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
+    )
+    if tokenizer.chat_template is None:
+        logger.info(
+            "the tokenizer has no chat template: using a plain one (User: … Assistant: …), saved with the model"
+        )
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    # An adapter is trained on.
+    peft_config = None if isinstance(model, PeftModel) or not hp.use_lora else lora(hp, model)
+    reports = {}
+    examples = list(test.select(range(min(hp.eval_examples, len(test)))))
+    if examples:
+        reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
+    histories = train_stages(
+        hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None
+    )
+    final = output / "sft_model"
+    del model
+    model, tokenizer = load_diffusion_model(str(final), **saved)
+    if examples:
+        reports["converted"] = measure(model, tokenizer, examples, hp)
+        results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
+        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot_loss(histories, output / "loss.png")
+    samples = list(test.select(range(min(6, len(test)))))
+    show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
+
+
+def measure(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict],
+    hp: HyperParameters,
+    autoregressive: bool = False,
+) -> AnswerReport:
+    name = "AR base" if autoregressive else "converted model"
+    logger.info(f"{name}: answering {len(examples)} held-out prompts")
+    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp, model))
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuses a folder that cannot be written, without making it: nothing is left behind when the run fails to start."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
+
+
+def check_same_settings(hp: HyperParameters, file: Path) -> None:
+    """Refuses to go on with a run that was started with other settings."""
+    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
+        raise ValueError(
+            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
+        )
+
+
+def print_settings(hp: HyperParameters) -> None:
+    logger.info("settings, resolved:")
+    for key, value in as_dict(hp).items():
+        if value not in (None, {}, ""):
+            logger.info(f"  {key}: {json.dumps(value)}")
+    low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
+    if (low, high) != (0.0, 1.0):
+        logger.warning(f"mask probability from {low} to {high}: the loss is a reweighted objective, not the ELBO")
+
+
+def train_stages(
+    hp: HyperParameters,
+    arguments: list[DiffusionSFTConfig],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    peft_config: LoraConfig | None,
+    train: Dataset,
+    test: Dataset,
+    output: Path,
+    resume: dict[str, Any] | None,
+) -> dict[str, list[dict]]:
+    """Stage after stage over the same weights; returns their log histories. `resume`: how a saved stage is loaded."""
+    stages = [
+        Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
+    ]
+
+    def started() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+        if hp.use_wandb and "WANDB_DIR" in os.environ:
+            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
+
+    return run_stages(
+        model,
+        tokenizer,
+        stages,
+        train,
+        test.select(range(min(len(test), 200))),
+        output,
+        peft_config,
+        callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
+        load=None if resume is None else lambda folder: load_diffusion_model(folder, **resume),
+        started=started,
+    )
+
+
+def training_arguments(
+    hp: HyperParameters, stage: dict[str, Any], output: Path, device: str, report_to: str
+) -> DiffusionSFTConfig:
+    prefix = "debug-" if hp.debug else ""
+    settings: dict[str, Any] = {
+        "num_train_epochs": hp.epochs,
+        "per_device_train_batch_size": hp.batch_size,
+        "per_device_eval_batch_size": hp.batch_size,
+        "learning_rate": hp.learning_rate,
+        "gradient_accumulation_steps": hp.gradient_accumulation_steps,
+        "max_length": hp.max_length,
+        "seed": hp.seed,
+        "dataloader_num_workers": hp.dataloader_num_workers,
+        "dataloader_pin_memory": device.startswith("cuda"),
+        "use_cpu": device == "cpu",
+        "report_to": report_to,
+        "run_name": f"{prefix}{Path(hp.model).name}-{stage['name']}",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "disable_tqdm": not sys.stderr.isatty(),
+        **hp.training,
+        **{key: value for key, value in stage.items() if key not in ("name", "trains")},
+    }
+    if settings.get("load_best_model_at_end"):
+        settings = {"metric_for_best_model": "eval_nelbo", "greater_is_better": False, **settings}
+    return DiffusionSFTConfig(str(output / stage["name"]), **settings)
+
+
+def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:
+    """LoRA settings with target modules that this architecture has.
+
+    The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
+    user chose are never replaced: unmatched ones are an error. "attention" is every linear layer of the attention, whatever it
+    is called.
+    """
+    settings = dict(hp.lora_config)
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    names = {layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"}
+    targets = settings.get("target_modules")
+    if targets == "attention":
+        settings["target_modules"] = [layer for layer in layers if in_attention(layer)]
+    if isinstance(targets, list):
+        missing = [
+            target for target in targets if not any(layer == target or layer.endswith(f".{target}") for layer in layers)
+        ]
+        if missing and targets == SEED_LORA_TARGETS:
+            logger.info(
+                f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {sorted(names)}"
+            )
+            settings["target_modules"] = "all-linear"
+        elif missing:
+            raise ValueError(
+                f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {sorted(names)}."
+            )
+    return LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+def start_wandb(hp: HyperParameters) -> str:
+    """What to report to; without a login Weights & Biases goes on offline."""
+    if not hp.use_wandb:
+        return str(hp.training.get("report_to", "none"))
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("`use_wandb`: wandb is not installed; run `pip install 'llm-diffusion[wandb]'`.") from error
+    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (hp.wandb_config.get("project") or "llm-diffusion")
+    if hp.wandb_config.get("entity"):
+        os.environ["WANDB_ENTITY"] = hp.wandb_config["entity"]
+    if hp.wandb_config.get("wandb_log_path"):
+        folder = Path(hp.wandb_config["wandb_log_path"]).expanduser()
+        check_writable(folder, "wandb_config.wandb_log_path")
+        os.environ["WANDB_DIR"] = str(folder)
+    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
+        logger.warning(
+            "wandb: not logged in; going on offline. Run `wandb login` or set WANDB_API_KEY, and `wandb sync` to upload."
+        )
+        os.environ["WANDB_MODE"] = "offline"
+    return "wandb"
