@@ -66,6 +66,14 @@ def soft_cross_entropy(logits: torch.Tensor, teacher_logits: torch.Tensor) -> to
     return F.cross_entropy(logits.float(), teacher_logits.float().softmax(-1), reduction="none")
 
 
+def total_variation(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Half the absolute difference of every row's two distributions, fp32: two (n, V) -> (n,), in [0, 1].
+
+    One minus it is the chance that a token drawn from the first is accepted by the second (speculative decoding, arXiv 2211.17192).
+    """
+    return (logits.float().softmax(-1) - teacher_logits.float().softmax(-1)).abs().sum(-1) / 2
+
+
 def relative_error(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.Tensor:
     """Squared distance of every row over the teacher's squared length: two (n, D) -> (n,) fp32; 1 is as far as nothing at all."""
     wanted = teacher_hidden.float()

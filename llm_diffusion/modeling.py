@@ -32,6 +32,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from . import time_embedding as time_embeddings
 from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
+from .clean_prefix import check_clean_prefix
 from .generation import generate
 from .hub import (
     adapter_base,
@@ -55,10 +56,10 @@ logger = logging.getLogger(__name__)
 
 SIDECAR = "diffusion_config.json"
 MASK_TOKEN = "<|mask|>"
-ATTENTIONS = ("bidirectional", "block")
+ATTENTIONS = ("bidirectional", "block", "lossless")
 CLEAN_CONTEXTS = ("causal", "block")
 CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding")
-DEFAULT_BLOCK_LENGTH = 4
+DEFAULT_BLOCK_LENGTH = {"block": 4, "lossless": 8}
 
 
 def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -92,15 +93,23 @@ def _new_record(
     if attention not in ATTENTIONS:
         raise ValueError(f"`attention` must be one of {ATTENTIONS}, got {attention!r}.")
     get_noise_schedule(noise_schedule)
-    if attention == "block":
-        block_length = DEFAULT_BLOCK_LENGTH if block_length is None else block_length
+    if attention != "bidirectional":
+        block_length = DEFAULT_BLOCK_LENGTH[attention] if block_length is None else block_length
         clean_context = clean_context or "causal"
-        if block_length < 1:
-            raise ValueError(f"`block_length` must be at least 1, got {block_length}.")
+        least = 2 if attention == "lossless" else 1  # the first token of a draft is the base's own
+        if block_length < least:
+            raise ValueError(
+                f"`block_length` must be at least {least} with `attention`={attention!r}, got {block_length}."
+            )
         if clean_context not in CLEAN_CONTEXTS:
             raise ValueError(f"`clean_context` must be one of {CLEAN_CONTEXTS}, got {clean_context!r}.")
     elif block_length is not None or clean_context is not None:
         raise ValueError("`block_length` and `clean_context` belong to `attention`='block'; leave them out.")
+    if attention == "lossless" and (clean_context != "causal" or right_shift_logits is False or time_embedding):
+        raise ValueError(
+            "`attention`='lossless' drafts behind the base's own text and read-out: `clean_context` is 'causal', `right_shift_logits` "
+            "true and `time_embedding` false; leave them out."
+        )
     if right_shift_logits is None:
         right_shift_logits = (
             clean_context != "block"
@@ -132,8 +141,9 @@ def convert_to_diffusion(
     Args:
         model: any `AutoModelForCausalLM`, bare or under PEFT.
         tokenizer: its tokenizer; gets a mask token when it has none.
-        attention: "bidirectional" (default), or "block": bidirectional inside a block, blocks from left to right.
-        block_length: tokens of a block (default 4).
+        attention: "bidirectional" (default); "block": bidirectional inside a block, blocks from left to right; or "lossless": the model
+            stays as it is, and adapters learn to draft blocks that it verifies.
+        block_length: tokens of a block (default 4; 8 of a lossless draft).
         clean_context: how finished blocks see themselves: "causal" (default; what the AR model did) or "block".
         right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True, the read-out that the
             model was trained with; False for `clean_context="block"`.
@@ -195,9 +205,11 @@ def convert_to_diffusion(
 
 
 def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
-    if record["attention"] == "block":
+    if record["attention"] != "bidirectional":
         check_decoder(model)
         check_block_attention(model, record["block_length"])
+        if record["attention"] == "lossless":
+            check_clean_prefix(model)
     else:
         patch_causal_attention(model)
         if layers := recurrent_layers(model):

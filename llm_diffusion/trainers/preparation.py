@@ -108,6 +108,7 @@ def make_collator(
         random_replacement=args.random_replacement,
         vocab_size=max(len(processing_class), record["mask_token_id"] + 1),
         distillation_targets=args.distillation_targets,
+        full_mask_share=args.full_mask_share,
         pad_to_multiple_of=args.pad_to_multiple_of,
         packing=args.packing or bool(args.eval_packing),
         time_embedding=record.get("time_embedding", False),
@@ -123,7 +124,7 @@ def has_converted_weights(model: torch.nn.Module) -> bool:
 def check_way(model: torch.nn.Module, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
     """Refuses a model that does not follow the masks on its way from causal attention."""
     way = args.way()
-    if record["attention"] == "block":
+    if record["attention"] != "bidirectional":
         if args.max_length is not None and record["block_length"] > args.max_length:
             raise ValueError(
                 f"`block_length` ({record['block_length']}) is longer than `max_length` ({args.max_length}): no row would have a "

@@ -28,7 +28,7 @@ from trl import SFTTrainer
 
 from ..annealing import Annealing
 from ..card import model_card
-from ..losses import entropy, relative_error, soft_cross_entropy, token_nll
+from ..losses import entropy, relative_error, soft_cross_entropy, token_nll, total_variation
 from ..masking import IGNORE_INDEX, uniform
 from ..modeling import (
     CONVERSION_OPTIONS,
@@ -41,6 +41,7 @@ from ..modeling import (
 )
 from ..patching import base_of
 from .distillation import check_teacher, head_inputs, teacher_scores, with_own_words
+from .drafting import check_drafter, draft_logits, ready_drafter
 from .preparation import (
     by_length,
     check_way,
@@ -68,6 +69,7 @@ class _Scores:
     entropy: torch.Tensor
     logits: torch.Tensor | None = None  # (n, V)
     hidden: torch.Tensor | None = None  # (n, D), inputs of the head
+    teacher: tuple[torch.Tensor, torch.Tensor] | None = None  # the same of the AR model, where it was heard already
 
 
 class DiffusionSFTTrainer(SFTTrainer):
@@ -127,7 +129,9 @@ class DiffusionSFTTrainer(SFTTrainer):
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
             record["base_fingerprint"] = fingerprint(base_of(model))  # full training may have moved it
-        check_teacher(peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model), args)
+        adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
+        check_teacher(adapted, converted_base, args)
+        check_drafter(record, adapted, converted_base, args)
         self.diffusion_collator = make_collator(processing_class, record, args)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
@@ -142,6 +146,9 @@ class DiffusionSFTTrainer(SFTTrainer):
             **kwargs,
         )
         self.data_collator = self.diffusion_collator
+        self._drafts = record["attention"] == "lossless"
+        if self._drafts:
+            ready_drafter(self.model, record["mask_token_id"])
         if not args.packing:
             report_dropped(train_dataset, self.train_dataset, args)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
@@ -294,16 +301,20 @@ class DiffusionSFTTrainer(SFTTrainer):
         taught, tokens = noisy["taught"][scores.keep], noisy["tokens"][scores.keep]
         taught &= tokens > 0
         rows = scores.keep.nonzero()[:, 0][taught]
-        packed = self.diffusion_collator.packing
-        logits, hidden = teacher_scores(model, self.model, part, rows, tokens[taught], packed)
-        soft = soft_cross_entropy(scores.logits[taught], logits)
+        if scores.teacher is not None:
+            logits, hidden = (said[taught] for said in scores.teacher)
+        else:
+            packed = self.diffusion_collator.packing
+            logits, hidden = teacher_scores(model, self.model, part, rows, tokens[taught], packed)
+        divergence = total_variation if self.args.distillation_divergence == "tv" else soft_cross_entropy
+        soft = divergence(scores.logits[taught], logits)
         # Where the words are its own, the student has no other teacher.
         share = torch.where(data[taught], self.args.distillation_weight, float(self.args.distillation_weight > 0))
         mixed = (1 - share) * objective[taught] + share * soft
         if self.args.distillation_hidden_weight:
             mixed = mixed + self.args.distillation_hidden_weight * relative_error(scores.hidden[taught], hidden)
-        kl = (soft - entropy(logits)).detach()
-        self._add("train", distillation=kl.sum(), taught=taught.sum(), listened=scores.keep.sum())
+        lost = soft.detach() - (entropy(logits) if self.args.distillation_divergence == "kl" else 0)
+        self._add("train", distillation=lost.sum(), taught=taught.sum(), listened=scores.keep.sum())
         return objective.index_put((taught.nonzero()[:, 0],), mixed)
 
     def _on_policy(self, model: torch.nn.Module, part: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -370,6 +381,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         inputs = {**noisy["inputs"], "use_cache": False}
         if inputs["attention_mask"].dim() == 4:
             inputs["attention_mask"] = self._in_compute_dtype(inputs["attention_mask"])
+        if self._drafts:
+            return self._score_drafts(model, noisy, inputs, listening)
         if targets.device.type == "cuda" and not listening:
             # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
             output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
@@ -385,6 +398,26 @@ class DiffusionSFTTrainer(SFTTrainer):
         if listening:
             scores.logits = logits
             scores.hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][keep]
+        return scores
+
+    def _score_drafts(
+        self, model: torch.nn.Module, noisy: dict[str, Any], inputs: dict[str, Any], listening: bool
+    ) -> _Scores:
+        """As `_score`: the clean half through the base, whose word on every target comes with it."""
+        keep, length = noisy["targets"] != IGNORE_INDEX, noisy["masked"].shape[1]
+        rows, before = keep.nonzero()[:, 0], noisy["tokens"][keep] - 1
+        wanted = None
+        if listening:
+            wanted = torch.zeros_like(noisy["masked"])
+            wanted[rows, before] = True
+        logits, said, hidden = draft_logits(model, self.model, inputs, length, keep, wanted)
+        targets = noisy["targets"][keep]
+        plain = logits.detach()
+        scores = _Scores(keep, token_nll(logits, targets), plain.argmax(-1) == targets, entropy(plain), None)
+        if listening:
+            place = (wanted.flatten().cumsum(0) - 1)[rows * length + before]
+            said[:, self.diffusion_collator.mask_token_id] = torch.finfo(said.dtype).min
+            scores.logits, scores.teacher = logits, (said[place], hidden[place])
         return scores
 
     def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
@@ -406,9 +439,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         if not sums or not sums["maskable"]:
             return {}
         nelbo, scored = sums["nll"] / sums["maskable"], max(sums["scored"], 1)
+        # What a drafter says to whole blocks bounds nothing.
+        bound = {"nelbo": nelbo, "perplexity_bound": float(torch.tensor(nelbo).exp())} if not self._drafts else {}
         return {
-            "nelbo": nelbo,
-            "perplexity_bound": float(torch.tensor(nelbo).exp()),
+            **bound,
             "masked_accuracy": sums["right"] / scored,
             "masked_nll": sums["terms"] / scored,
             "masked_entropy": sums["entropy"] / scored,
@@ -438,9 +472,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values = {f"{metric_key_prefix}_{name}": value for name, value in self._metric_values("eval").items()}
         output.metrics.update(values)
-        if f"{metric_key_prefix}_nelbo" in values:
+        loss = f"{metric_key_prefix}_{'masked_nll' if self._drafts else 'nelbo'}"
+        if loss in values:
             # Over all tokens at once, so the same whatever the batch size; the host averages batches.
-            output.metrics[f"{metric_key_prefix}_loss"] = values[f"{metric_key_prefix}_nelbo"]
+            output.metrics[f"{metric_key_prefix}_loss"] = values[loss]
         return output
 
     def prediction_step(

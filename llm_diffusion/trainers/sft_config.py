@@ -15,6 +15,7 @@ from ..losses import WEIGHTS
 from ..noise_schedules import get_noise_schedule
 
 TARGETS = ("causal", "all")
+DIVERGENCES = ("kl", "tv")
 NORMALIZATIONS = ("token", "sequence", "length", "masked")
 
 
@@ -24,8 +25,8 @@ class DiffusionSFTConfig(SFTConfig):
 
     > Parameters that control the conversion (of a model that is not converted yet)
 
-        attention: "bidirectional" (the default) or "block".
-        block_length: tokens of a block (default 4).
+        attention: "bidirectional" (the default), "block" or "lossless" (adapters draft, the base verifies).
+        block_length: tokens of a block (default 4; 8 of a lossless draft).
         clean_context: how finished blocks see themselves: "causal" (the default) or "block".
         right_shift_logits: whether hidden state i - 1 predicts token i; None is the recommended read-out.
         time_embedding: whether the model is told the noise level (default False).
@@ -57,19 +58,21 @@ class DiffusionSFTConfig(SFTConfig):
 
         distillation_weight: share of the labels that its distribution takes the place of, in [0, 1].
         distillation_targets: "causal" (only tokens whose right-hand context is hidden, where it is right) or "all" masked tokens.
+        distillation_divergence: "kl", or "tv": total variation, which is the share of drafted tokens that the base rejects.
         distillation_hidden_weight: weight of the relative squared distance to the hidden state that it reads the token from.
         on_policy_share: share of rows in which masked text is replaced by what the model itself says, one more forward; they are
             masked again and learn from the teacher alone. Needs `distillation_weight`.
 
     > Parameters that control the canvas
 
+        full_mask_share: of lossless drafts, the share of blocks that are masked whole; the others are masked as in diffusion.
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
 
     > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
     """
 
-    attention: str | None = field(default=None, metadata={"help": "bidirectional or block."})
+    attention: str | None = field(default=None, metadata={"help": "bidirectional, block or lossless."})
     block_length: int | None = field(default=None, metadata={"help": "Tokens of a block."})
     clean_context: str | None = field(
         default=None, metadata={"help": "How finished blocks see themselves: causal or block."}
@@ -99,6 +102,8 @@ class DiffusionSFTConfig(SFTConfig):
     random_replacement: float = field(default=0.0, metadata={"help": "Share of seen tokens replaced by random ones."})
     distillation_weight: float = field(default=0.0, metadata={"help": "Share of the AR model's word in the labels."})
     distillation_targets: str = field(default="causal", metadata={"help": "causal or all."})
+    distillation_divergence: str = field(default="kl", metadata={"help": "kl or tv."})
+    full_mask_share: float = field(default=0.7, metadata={"help": "Share of lossless drafts that are masked whole."})
     distillation_hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the AR model's hidden states."})
     on_policy_share: float = field(default=0.0, metadata={"help": "Share of rows with the model's own words."})
     normalization: str = field(default="token", metadata={"help": "token, sequence, length or masked."})
@@ -160,7 +165,7 @@ class DiffusionSFTConfig(SFTConfig):
         return bool(self.distillation_weight or self.distillation_hidden_weight)
 
     def _check_teaching(self) -> None:
-        for name in ("distillation_weight", "on_policy_share"):
+        for name in ("distillation_weight", "on_policy_share", "full_mask_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if not 0 <= self.random_replacement < 1:
@@ -168,6 +173,10 @@ class DiffusionSFTConfig(SFTConfig):
         if self.distillation_hidden_weight < 0:
             raise ValueError(
                 f"`distillation_hidden_weight` must not be negative, got {self.distillation_hidden_weight}."
+            )
+        if self.distillation_divergence not in DIVERGENCES:
+            raise ValueError(
+                f"`distillation_divergence` must be one of {DIVERGENCES}, got {self.distillation_divergence!r}."
             )
         if self.distillation_targets not in TARGETS:
             raise ValueError(f"`distillation_targets` must be one of {TARGETS}, got {self.distillation_targets!r}.")
@@ -194,6 +203,6 @@ class DiffusionSFTConfig(SFTConfig):
         )
         if way.mode == "block" and self.max_length is None:
             raise ValueError("`annealing`='block' needs a `max_length`, at which blocks stop growing.")
-        if self.attention == "block" and way.mode != "block":
+        if self.attention in ("block", "lossless") and way.mode != "block":
             raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
         return way

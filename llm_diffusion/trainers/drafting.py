@@ -1,0 +1,90 @@
+"""Training a drafter: clean text through the base as it is, noisy blocks through the adapter, in two forward passes.
+
+Trade-off: two calls of the model, of which the first has no gradient. Alternative: one call over both halves, see `clean_prefix`; it is
+what the tests compare this with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache
+
+from ..adapter_switch import check_adapters
+from ..clean_prefix import CleanPrefix, allow_prefix_under_checkpointing
+from .distillation import head_inputs
+from .sft_config import DiffusionSFTConfig
+
+
+def check_drafter(record: dict[str, Any], adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
+    """Refuses what a drafter cannot be trained with."""
+    if record["attention"] != "lossless":
+        return
+    if not adapted or converted_base:
+        raise ValueError(
+            "`attention`='lossless' trains adapters on an autoregressive base, which verifies what they draft; "
+            + ("the base is a converted checkpoint itself." if converted_base else "pass a `peft_config`.")
+        )
+    for name in ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` means nothing to `attention`='lossless', whose clean text is the base's; leave it out."
+            )
+
+
+def ready_drafter(model: PeftModel, mask_token_id: int) -> None:
+    """Checks the adapters that were made, and lets them train under gradient checkpointing."""
+    check_adapters(model, mask_token_id)
+    allow_prefix_under_checkpointing(model)
+
+
+def draft_logits(
+    model: torch.nn.Module,
+    adapted: PeftModel,
+    inputs: dict[str, Any],
+    length: int,
+    keep: torch.Tensor,
+    wanted: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The drafter's logits at `keep`, and what the base says.
+
+    Args:
+        model: called; `adapted` or a wrapper of it.
+        inputs: of a row of noisy and clean tokens, (B, N + L) each, and their (B, 1, N + L, N + L) mask.
+        length: L.
+        keep: (B, N + L), all of it in the noisy part.
+        wanted: (B, L) clean tokens at which the base's logits and hidden states are returned too.
+
+    Returns:
+        (n, V) logits; (m, V) logits and (m, D) inputs of the head of the base, or None.
+    """
+    ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"]
+    noisy, clean = slice(0, ids.shape[1] - length), slice(ids.shape[1] - length, None)
+    cache, training = DynamicCache(), adapted.training
+    adapted.eval()  # no dropout
+    try:
+        with torch.no_grad(), adapted.disable_adapter(), head_inputs(adapted) as caught:
+            base_logits = model(
+                input_ids=ids[:, clean],
+                position_ids=places[:, clean],
+                attention_mask=mask[:, :, clean, clean],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if wanted is None else wanted,
+            ).logits
+    finally:
+        adapted.train(training)
+    logits = model(
+        input_ids=ids[:, noisy],
+        position_ids=places[:, noisy],
+        attention_mask=torch.cat([mask[:, :, noisy, clean], mask[:, :, noisy, noisy]], -1),
+        past_key_values=CleanPrefix(cache),
+        use_cache=False,
+        logits_to_keep=keep[:, noisy],
+    ).logits
+    if wanted is None:
+        return logits, None, None
+    hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
+    return logits, base_logits, hidden
