@@ -111,7 +111,9 @@ class LosslessDecoder:
         """The prompt, and the first drafts behind it."""
         ids, place = self.canvas[:, : self.prompt_length], self.valid.cumsum(-1) - 1
         causal = self.valid[:, None, :] & torch.ones_like(self.valid[0]).outer(torch.ones_like(self.valid[0])).tril()
-        ends = [self.prompt_length] if self._outcomes() else []
+        # The row of the mask token is the adapter's: a prompt that speaks of it is read with the adapter off.
+        spoken_of = bool((ids == self.settings.mask_token_id).any())
+        ends = [self.prompt_length] if self._outcomes() and not spoken_of else []
         logits = self._forward(ids, place.clamp(min=0), causal, 1, ends, [0] * len(ends), self.valid)
         if ends:
             self.cache.crop(-self.block_length)
