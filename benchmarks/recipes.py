@@ -38,6 +38,7 @@ FULL, HEAD = "full", "fresh head"
 RANK, LEARNING_RATE, FULL_LEARNING_RATE = 32, 2e-3, 3e-4
 SHARES = (0.9, 0.95, 0.98)  # of the AR base's exact match
 BLOCK_4 = {"attention": "block", "block_length": 4}
+BLOCK_CAUSAL = {"clean_context": "block", "right_shift_logits": True}
 LISTENING = {"distillation_weight": 0.5, "distillation_targets": "all", "distillation_hidden_weight": 0.1}
 CO_LOSS = {**BLOCK_4, "ar_loss_weight": 0.5}
 
@@ -55,9 +56,11 @@ RECIPES: dict[str, tuple[dict[str, Any], int | str]] = {
         RANK,
     ),
     "block 4": (BLOCK_4, RANK),
-    "block 4, block-causal": ({**BLOCK_4, "clean_context": "block"}, RANK),
+    "block 4, block-causal": ({**BLOCK_4, **BLOCK_CAUSAL}, RANK),
+    "block 4, block-causal, own position": ({**BLOCK_4, "clean_context": "block"}, RANK),
     "block 8": ({"attention": "block", "block_length": 8}, RANK),
-    "block 8, block-causal": ({"attention": "block", "block_length": 8, "clean_context": "block"}, RANK),
+    "block 8, block-causal": ({"attention": "block", "block_length": 8, **BLOCK_CAUSAL}, RANK),
+    "block 8, block-causal, own position": ({"attention": "block", "block_length": 8, "clean_context": "block"}, RANK),
     "block 8, growing": (
         {"attention": "block", "block_length": 8, "annealing": "block", "annealing_steps": 0.5},
         RANK,

@@ -83,10 +83,12 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
         block_length: of a block model, which is handed its mask; read from `config.diffusion` when left out.
 
     Returns:
-        "causal", "bidirectional", "block" (block-causal) or "mixed" (none of these, or different with padding).
+        "causal", "bidirectional", "block" (block-causal) or "mixed" (none of these, or different with padding). The base of a
+        lossless drafter is causal.
     """
     record = getattr(base_of(model).config, "diffusion", None) or {}
-    block_length = block_length or record.get("block_length")  # set on block models alone
+    if record.get("attention") == "block":
+        block_length = block_length or record["block_length"]
     length = max(PROBE_LENGTH, 2 * (block_length or 0))
     index = torch.arange(length)
     patterns = {"causal": index[:, None] >= index[None], "bidirectional": torch.ones(length, length, dtype=torch.bool)}

@@ -137,6 +137,7 @@ def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
         (None, {"normalization": "length"}),
         (None, {"normalization": "masked"}),
         (LORA, {"random_replacement": 0.2, "attention": "block"}),
+        (LORA, {"attention": "lossless", "distillation_weight": 0.5}),
         (LORA, {"distillation_weight": 0.5, "distillation_hidden_weight": 0.1, "attention": "block"}),
         (LORA, {"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5}),
     ],

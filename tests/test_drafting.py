@@ -1,0 +1,176 @@
+"""Training drafters: two passes against one with gated adapters, what is drafted, what is asked, and reloading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_distillation import moved, step_batch
+from test_sft import LORA, make, tiny_model, tokenizer  # noqa: F401
+from transformers import AutoModelForCausalLM
+
+from llm_diffusion.adapter_switch import AdapterSwitch
+from llm_diffusion.evaluation import evaluate_answers
+from llm_diffusion.masking import IGNORE_INDEX
+from llm_diffusion.modeling import load_diffusion_model
+from llm_diffusion.patching import base_of
+from llm_diffusion.probing import probe_attention
+from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
+
+
+def drafter(tmp_path: Any, tokenizer: Any, **settings: Any) -> Any:  # noqa: F811
+    return make(tmp_path, tokenizer, peft_config=LORA, attention="lossless", **{"block_length": 4, **settings})
+
+
+def gradient(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 96, "packing_strategy": "bfd"}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_passes_are_one_with_gated_adapters(tmp_path, tokenizer, settings, checkpointing) -> None:  # noqa: F811
+    """The loss and its gradient, also where layers are run twice."""
+    trainer = moved(drafter(tmp_path, tokenizer, gradient_checkpointing=checkpointing, **settings))
+    batch = step_batch(trainer)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
+    loss.backward()
+    ours = gradient(trainer)
+    trainer.model.zero_grad()
+    noisy = trainer._corrupt(batch, "train")
+    keep, length = noisy["targets"] != IGNORE_INDEX, batch["input_ids"].shape[1]
+    base_of(trainer.model).activation_checkpointing_disable()
+    with AdapterSwitch(trainer.model) as switch:
+        width = noisy["inputs"]["input_ids"].shape[1]
+        switch.set(True, (torch.arange(width) < width - length)[:, None])
+        logits = trainer.model(**noisy["inputs"]).logits[keep]
+        want = torch.nn.functional.cross_entropy(logits, noisy["targets"][keep], reduction="sum")
+        want.backward()
+    assert keep.sum() > 30
+    assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+    torch.testing.assert_close(ours, gradient(trainer), rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
+
+
+def test_what_is_drafted_and_what_is_asked(tmp_path, tokenizer) -> None:  # noqa: F811
+    """Blocks start anywhere; their first token is never asked, nor what stands behind the answer; most are masked whole."""
+    trainer = drafter(tmp_path, tokenizer, full_mask_share=0.8)
+    collator = trainer.diffusion_collator
+    rows = [trainer.train_dataset[i] for i in range(16)]
+    batch, b = collator(rows), 4
+    starts, whole, blocks, known = set(), 0, 0, 0
+    for step in range(20):
+        noisy = collator.corrupt(batch, seed=0, step=step, rows=torch.arange(16), n_rows=16)
+        n = noisy["inputs"]["input_ids"].shape[1] - batch["input_ids"].shape[1]
+        assert (noisy["targets"][:, n:] == IGNORE_INDEX).all()  # the clean half is the base's
+        sees = noisy["inputs"]["attention_mask"][:, 0] == 0
+        for row, labels in enumerate(batch["labels"]):
+            ids = batch["input_ids"][row]
+            answer = (labels != IGNORE_INDEX).nonzero().flatten()
+            end = next(int(i) for i in answer if ids[i] == collator.eos_token_id)
+            asked = set(noisy["tokens"][row, :n][noisy["targets"][row, :n] != IGNORE_INDEX].tolist())
+            assert max(asked, default=0) <= end
+            place = noisy["inputs"]["position_ids"][row, :n].tolist()
+            # Of the mask itself: whoever sees each other in the noisy half is a block.
+            groups = {tuple(sorted(place[k] for k in sees[row, q, :n].nonzero().flatten().tolist())) for q in range(n)}
+            for group in groups:
+                if not group or group[0] < answer[0] or group[-1] > end:
+                    continue
+                starts.add(group[0] % b)
+                assert len(group) <= b and group[0] not in asked
+                masked = noisy["masked"][row, list(group)]
+                blocks += len(group) == b
+                whole += len(group) == b and bool(masked[1:].all())
+                known += len(group) == b and bool(masked[1:].all()) and not masked[0]
+    assert starts == {0, 1, 2, 3}
+    assert 0.8 < whole / blocks < 0.95  # 0.8, and some of the others by chance
+    assert 0.3 < known / whole < 0.7
+
+
+@pytest.mark.parametrize("divergence", ["kl", "tv"])
+def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -> None:  # noqa: F811
+    settings = {"distillation_weight": 1.0, "distillation_divergence": divergence, "full_mask_share": 1.0}
+    trainer = moved(drafter(tmp_path, tokenizer, **settings))
+    batch = step_batch(trainer)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
+    noisy = trainer._corrupt(batch, "train")
+    keep = noisy["targets"] != IGNORE_INDEX
+    assert noisy["taught"][keep].all()  # whole blocks see nothing to the right
+    scores = trainer._score(trainer.model, noisy)
+    rows, tokens = keep.nonzero()[:, 0], noisy["tokens"][keep]
+    logits = tiny_model().eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    logits = logits[rows, tokens - 1]
+    logits[:, trainer.diffusion_collator.mask_token_id] = -torch.inf
+    p, q = logits.softmax(-1), trainer._score(trainer.model, noisy, listening=True).logits.softmax(-1)
+    want = -(p * q.log()).sum(-1) if divergence == "kl" else (p - q).clamp(min=0).sum(-1)
+    assert loss.item() == pytest.approx(want.sum().item(), rel=1e-3)
+    assert scores.logits is None
+
+
+def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> None:  # noqa: F811
+    """Logged without a bound, saved as a small adapter, reloaded on its base, whose words it keeps."""
+    base = AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, dtype=torch.float32)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 2e-3}
+    trainer = make(
+        tmp_path,
+        tokenizer,
+        base,
+        lora,
+        tiny_dataset(48),
+        tiny_dataset(8, split="test"),
+        attention="lossless",
+        **settings,
+    )
+    trainer.train()
+    log = trainer.state.log_history
+    assert "nelbo" not in log[0] and "perplexity_bound" not in log[0]
+    assert log[4]["masked_nll"] < log[0]["masked_nll"]
+    evaluated = trainer.evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(evaluated["eval_masked_nll"])
+    trainer.save_model(str(tmp_path / "saved"))
+    model, own_tokenizer = load_diffusion_model(str(tmp_path / "saved"))
+    assert base_of(model).config.diffusion["attention"] == "lossless"
+    assert base_of(model).config.diffusion["block_length"] == 8
+    with model.disable_adapter():
+        assert probe_attention(model) == "causal"
+    examples = list(tiny_dataset(12, seed=1, split="test"))
+    want = evaluate_answers(model, own_tokenizer, examples, autoregressive=True, max_new_tokens=60)
+    got = evaluate_answers(model, own_tokenizer, examples, max_new_tokens=60)
+    assert got.answers == want.answers
+
+
+@pytest.mark.parametrize(
+    ("settings", "peft_config", "message"),
+    [
+        ({}, None, "peft_config"),
+        ({"block_length": 1}, LORA, "at least 2"),
+        ({"clean_context": "block"}, LORA, "clean_context"),
+        ({"right_shift_logits": False}, LORA, "right_shift_logits"),
+        ({"time_embedding": True}, LORA, "time_embedding"),
+        ({"complementary_masks": True}, LORA, "complementary_masks"),
+        ({"random_replacement": 0.1}, LORA, "random_replacement"),
+        ({"full_mask_share": 1.5}, LORA, "full_mask_share"),
+        ({"ar_loss_weight": 0.5}, LORA, "ar_loss_weight"),
+        ({}, LoraConfig(target_modules="all-linear", use_dora=True), "DoRA"),
+        ({}, LoraConfig(target_modules="all-linear", trainable_token_indices=[7]), "trainable_token_indices"),
+    ],
+)
+def test_what_cannot_be_lossless_is_refused(tmp_path, tokenizer, settings, peft_config, message) -> None:  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tokenizer, peft_config=peft_config, attention="lossless", **settings)
+
+
+def test_adapters_of_other_modes_are_no_drafters(tmp_path, tokenizer) -> None:  # noqa: F811
+    trainer = make(tmp_path, tokenizer, peft_config=LORA)
+    with pytest.raises(ValueError, match="converted with 'bidirectional'"):
+        make(tmp_path, tokenizer, model=trainer.model, attention="lossless")
+    full = make(tmp_path / "full", tokenizer, attention="block", block_length=4)
+    full.save_model(str(tmp_path / "full"))
+    rows = Dataset.from_list([{"text": "2+2=4"}] * 4)
+    with pytest.raises(ValueError, match="converted with 'block'"):
+        model, own = load_diffusion_model(str(tmp_path / "full"))
+        make(tmp_path, own, model=model, peft_config=LORA, attention="lossless", dataset=rows)
