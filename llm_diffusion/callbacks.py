@@ -38,8 +38,12 @@ class LogLinesCallback(TrainerCallback):
             "nelbo": "nats/token",
             "masked_accuracy": "accuracy",
             "eval_nelbo": "held-out nats/token",
+            "accepted_length": "accepted",
+            "eval_accepted_length": "held-out accepted",
             "learning_rate": "lr",
         }
+        if not any("nelbo" in name for name in logs):  # a drafter, whose loss is no bound
+            names = {"masked_nll": "nats/token", "eval_masked_nll": "held-out nats/token", **names}
         figures = "  ".join(f"{label} {float(logs[name]):.3g}" for name, label in names.items() if name in logs)
         took = time.perf_counter() - self.started
         left = took / max(state.global_step, 1) * (state.max_steps - state.global_step)
@@ -59,8 +63,7 @@ def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, offset = figure.subplots(), 0
     for number, (phase, history) in enumerate(histories.items()):
-        train = [(offset + row["step"], row["nelbo"]) for row in history if "nelbo" in row]
-        held_out = [(offset + row["step"], row["eval_nelbo"]) for row in history if "eval_nelbo" in row]
+        train, held_out = (_curve(history, offset, prefix) for prefix in ("", "eval_"))
         if train:
             axes.plot(*zip(*train, strict=True), color=f"C{number}", label=f"{phase}: training")
         if held_out:
@@ -71,3 +74,9 @@ def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
     if axes.has_data():
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _curve(history: list[dict], offset: int, prefix: str) -> list[tuple[int, float]]:
+    """Steps and NELBO; of a drafter, which has none, the NLL of what it drafts."""
+    kind = "nelbo" if any(f"{prefix}nelbo" in row for row in history) else "masked_nll"
+    return [(offset + row["step"], row[prefix + kind]) for row in history if prefix + kind in row]

@@ -15,6 +15,8 @@ def plain_loader(record: dict[str, Any], adapter: bool, converted_base: bool) ->
         record: `config.diffusion`.
         converted_base: whether an adapter's base folder is a converted model itself.
     """
+    if record["attention"] == "lossless":
+        return "A plain loader puts the adapter under every token, which makes the base worse: load it with llm_diffusion, or the base alone."
     if record["attention"] != "bidirectional":
         return "A plain loader gives the causal model: block attention is handed in as a mask by llm_diffusion."
     if record.get("time_embedding"):
@@ -34,7 +36,13 @@ def plain_loader(record: dict[str, Any], adapter: bool, converted_base: bool) ->
 def model_card(record: dict[str, Any], name: str, tags: list[str], adapter: bool, converted_base: bool) -> str:
     """Markdown with the hub's metadata."""
     base = record["base_model"]
-    kind = f"blocks of {record['block_length']}" if record["attention"] == "block" else "full attention"
+    what = "A masked-diffusion language model, converted from"
+    if record["attention"] == "lossless":
+        what = (
+            "A lossless drafter: this adapter proposes tokens by diffusion, the untouched base accepts those that it would have said "
+            "itself, so the text is the base's own in fewer forward passes. Trained for"
+        )
+    kind = f"blocks of {record['block_length']}" if record["attention"] != "bidirectional" else "full attention"
     read_out = "right-shifted" if record["right_shift_logits"] else "own position"
     header = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
     if "/" in base and not base.startswith(("/", ".")):
@@ -44,7 +52,7 @@ def model_card(record: dict[str, Any], name: str, tags: list[str], adapter: bool
         [
             *header,
             f"\n# {name}\n",
-            f"A masked-diffusion language model, converted from `{base}` with llm_diffusion {record['version']}: {kind}, "
+            f"{what} `{base}` with llm_diffusion {record['version']}: {kind}, "
             f"{read_out} read-out, {record['conversion_steps']:,} steps, {record['training_tokens']:,} tokens.\n",
             "```python",
             "import llm_diffusion as ld\n",

@@ -7,7 +7,7 @@ need extracting.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -29,12 +29,14 @@ class AnswerReport:
         answers: texts, in the order of the examples.
         exact_match: percent by kind of task.
         tokens_per_forward: answer tokens, end token included, over forward passes, mean over examples.
+        accepted: of lossless decoding, how many verifications yielded how many tokens.
         seconds: for all examples.
     """
 
     answers: list[str] = field(default_factory=list)
     exact_match: dict[str, float] = field(default_factory=dict)
     tokens_per_forward: float = 0.0
+    accepted: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
@@ -82,6 +84,7 @@ def evaluate_answers(
         settings: decoding settings.
     """
     device, report, right, forwards = base_of(model).device, AnswerReport(), defaultdict(list), 0.0
+    accepted: Counter[int] = Counter()
     started = time.perf_counter()
     for start in range(0, len(examples), BATCH_SIZE):
         batch = encode_prompts(
@@ -95,7 +98,10 @@ def evaluate_answers(
             output = generate(model, **batch, **{**settings, "return_dict_in_generate": True})
             ids = output.sequences
             forwards += output.tokens_per_forward.sum().item()
+            if output.accepted is not None:
+                accepted.update(output.accepted[output.accepted > 0].tolist())
         report.answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    report.accepted = dict(sorted(accepted.items()))
     report.seconds = time.perf_counter() - started
     report.tokens_per_forward = forwards / len(examples)
     for example, answer in zip(examples, report.answers, strict=True):

@@ -192,7 +192,7 @@ def training_arguments(
         **{key: value for key, value in stage.items() if key not in ("name", "trains")},
     }
     if settings.get("load_best_model_at_end"):
-        settings = {"metric_for_best_model": "eval_nelbo", "greater_is_better": False, **settings}
+        settings = {"metric_for_best_model": "eval_loss", "greater_is_better": False, **settings}
     return DiffusionSFTConfig(str(output / stage["name"]), **settings)
 
 

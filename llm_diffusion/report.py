@@ -59,7 +59,12 @@ def show(
         table.add_section()
         table.add_row("tokens per forward", f"{base.tokens_per_forward:.2f}", f"{converted.tokens_per_forward:.2f}", "")
         table.add_row("seconds", f"{base.seconds:.1f}", f"{converted.seconds:.1f}", "")
+        if converted.accepted:
+            same = sum(a == b for a, b in zip(base.answers, converted.answers, strict=True))
+            table.add_row("same answers as the base", "", f"{same} of {len(base.answers)}", "")
         console.print(table)
+        if converted.accepted:
+            console.print(accepted_table(converted.accepted))
     report = evaluate_answers(model, tokenizer, samples, **decoding(hp, model))
     for example, answer in zip(samples, report.answers, strict=True):
         prompt, reference = prompt_and_reference(example)
@@ -83,8 +88,23 @@ def training_table(histories: dict[str, list[dict]], model: torch.nn.Module) -> 
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, history in histories.items():
         last = {name: row[name] for row in history for name in row}
+        # What a drafter says to whole blocks bounds nothing; its loss is shown.
+        last = {
+            **{f"{kind}nelbo": last[f"{kind}masked_nll"] for kind in ("", "eval_") if f"{kind}masked_nll" in last},
+            **last,
+        }
         figures = [f"{last[name]:.3f}" if name in last else "-" for name in ("nelbo", "eval_nelbo")]
         table.add_row(phase, str(last["step"]), f"{last['train_runtime']:.0f}", *figures)
+    return table
+
+
+def accepted_table(accepted: dict[int, int]) -> Any:
+    """Tokens that a verification yielded, as a histogram."""
+    table, total = Table(title="Tokens that a verified draft yielded"), sum(accepted.values())
+    for column in ("tokens", "share", ""):
+        table.add_column(column, justify="left" if not column else "right")
+    for tokens, count in accepted.items():
+        table.add_row(str(tokens), f"{100 * count / total:.0f} %", "█" * round(40 * count / total))
     return table
 
 

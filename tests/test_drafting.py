@@ -19,6 +19,7 @@ from llm_diffusion.modeling import load_diffusion_model
 from llm_diffusion.patching import base_of
 from llm_diffusion.probing import probe_attention
 from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
+from llm_diffusion.trainers.drafting import accepted_lengths
 
 
 def drafter(tmp_path: Any, tokenizer: Any, **settings: Any) -> Any:  # noqa: F811
@@ -110,6 +111,25 @@ def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -
     assert scores.logits is None
 
 
+def test_accepted_lengths_are_runs_from_the_start() -> None:
+    """Of blocks of four: three tokens are asked, the first is the base's own."""
+    agrees = [[1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1], [1, 1, 1]]
+    whole = [True, True, True, True, False]  # the last but one is cut short by the end of the answer
+    rows, tokens = [0, 0, 1, 1, 2], [1, 5, 2, 6, 1]
+    flat = [
+        torch.tensor([value for block, n in zip(column, agrees, strict=True) for value in make_list(block, n)])
+        for column in (rows, whole)
+    ]
+    places = torch.tensor([t + i for t, n in zip(tokens, agrees, strict=True) for i in range(len(n))])
+    right = torch.tensor([bool(value) for block in agrees for value in block])
+    total, blocks = accepted_lengths(right, flat[0], places, flat[1].bool(), 4)
+    assert (int(total), int(blocks)) == (3 + 1 + 4, 3)
+
+
+def make_list(value: Any, like: list[int]) -> list[Any]:
+    return [value] * len(like)
+
+
 def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> None:  # noqa: F811
     """Logged without a bound, saved as a small adapter, reloaded on its base, whose words it keeps."""
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, dtype=torch.float32)
@@ -131,16 +151,18 @@ def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> No
     assert log[4]["masked_nll"] < log[0]["masked_nll"]
     evaluated = trainer.evaluate()
     assert evaluated["eval_loss"] == pytest.approx(evaluated["eval_masked_nll"])
+    assert 1 <= evaluated["eval_accepted_length"] <= 8
     trainer.save_model(str(tmp_path / "saved"))
     model, own_tokenizer = load_diffusion_model(str(tmp_path / "saved"))
     assert base_of(model).config.diffusion["attention"] == "lossless"
     assert base_of(model).config.diffusion["block_length"] == 8
     with model.disable_adapter():
         assert probe_attention(model) == "causal"
-    examples = list(tiny_dataset(12, seed=1, split="test"))
-    want = evaluate_answers(model, own_tokenizer, examples, autoregressive=True, max_new_tokens=60)
-    got = evaluate_answers(model, own_tokenizer, examples, max_new_tokens=60)
+    examples = list(tiny_dataset(6, seed=1, split="test"))
+    want = evaluate_answers(model, own_tokenizer, examples, autoregressive=True, max_new_tokens=24)
+    got = evaluate_answers(model, own_tokenizer, examples, max_new_tokens=24, draft_outcomes=2)
     assert got.answers == want.answers
+    assert sum(got.accepted.values()) > 6 and max(got.accepted) <= 8
 
 
 @pytest.mark.parametrize(

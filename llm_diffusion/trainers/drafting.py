@@ -40,6 +40,30 @@ def ready_drafter(model: PeftModel, mask_token_id: int) -> None:
     allow_prefix_under_checkpointing(model)
 
 
+def accepted_lengths(
+    agrees: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, block_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What verification would yield of the drafts: their tokens up to the first that the base would not say, and its own before them.
+
+    Args:
+        agrees: (n,) bool, whether the best guess is the base's; in the order of `rows` and `tokens`, (n,) each.
+        whole: (n,) bool, of a block that was masked whole.
+
+    Returns:
+        Sum over whole blocks of full length, and how many these are.
+    """
+    jumps = (rows[1:] != rows[:-1]) | (tokens[1:] != tokens[:-1] + 1)  # between blocks stands a token that is not asked
+    starts = torch.nn.functional.pad(jumps, (1, 0), value=True)[: len(rows)]
+    segment = starts.long().cumsum(0) - 1
+    sizes = torch.zeros_like(segment).scatter_add(0, segment, torch.ones_like(segment))
+    counted = whole & (sizes[segment] == block_length - 1)
+    misses = (~agrees).long().cumsum(0)
+    before = torch.zeros_like(misses).scatter_add(0, segment, starts * (misses - (~agrees).long()))
+    run = (misses == before[segment]) & counted
+    blocks = (counted & starts).sum()
+    return run.sum() + blocks, blocks
+
+
 def draft_logits(
     model: torch.nn.Module,
     adapted: PeftModel,

@@ -41,7 +41,7 @@ from ..modeling import (
 )
 from ..patching import base_of
 from .distillation import check_teacher, head_inputs, teacher_scores, with_own_words
-from .drafting import check_drafter, draft_logits, ready_drafter
+from .drafting import accepted_lengths, check_drafter, draft_logits, ready_drafter
 from .preparation import (
     by_length,
     check_way,
@@ -80,7 +80,8 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
     `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
-    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `taught_ratio`.
+    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `taught_ratio`. A drafter logs no bound, but
+    `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -261,7 +262,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         if mode == "train" and self.args.on_policy_share and "noise_rows" in part:
             part, own = self._on_policy(model, part)
         noisy = self._corrupt(part, mode, complement)
-        scores = self._score(model, noisy, listening=mode == "train" and self.args.listens)
+        listens = self.args.listens if mode == "train" else self._drafts
+        scores = self._score(model, noisy, listening=listens)
         keep, terms, rows = scores.keep, scores.nll, scores.keep.nonzero()[:, 0]
         weights, ar_weights = noisy["weights"][keep], noisy["ar_weights"][keep]
         data = ~own[rows]  # the student's own words are no labels
@@ -279,8 +281,13 @@ class DiffusionSFTTrainer(SFTTrainer):
             masked=share * (noisy["masked"] & maskable).sum(),
             **_by_level(terms.detach() * data, noisy["levels"][keep] * data),
         )
+        if scores.teacher is not None:
+            best = scores.logits.detach().argmax(-1) == scores.teacher[0].argmax(-1)
+            whole, b = (noisy["levels"][keep] == 1) & data, self.diffusion_collator.block_length
+            yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][keep], whole, b)
+            self._add(mode, accepted=yielded, blocks=blocks)
         objective = terms * data
-        if scores.logits is not None:
+        if mode == "train" and scores.logits is not None:
             objective = self._listen(model, part, noisy, scores, objective, data)
         objective = objective * (weights + ar_weights)
         if self.args.normalization == "sequence":
@@ -460,6 +467,7 @@ class DiffusionSFTTrainer(SFTTrainer):
                 if "taught" in sums
                 else {}
             ),
+            **({"accepted_length": sums["accepted"] / max(sums["blocks"], 1)} if "blocks" in sums else {}),
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
