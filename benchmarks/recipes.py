@@ -60,7 +60,6 @@ RECIPES: dict[str, tuple[dict[str, Any], int | str]] = {
     "block 4, block-causal, own position": ({**BLOCK_4, "clean_context": "block"}, RANK),
     "block 8": ({"attention": "block", "block_length": 8}, RANK),
     "block 8, block-causal": ({"attention": "block", "block_length": 8, **BLOCK_CAUSAL}, RANK),
-    "block 8, block-causal, own position": ({"attention": "block", "block_length": 8, "clean_context": "block"}, RANK),
     "block 8, growing": (
         {"attention": "block", "block_length": 8, "annealing": "block", "annealing_steps": 0.5},
         RANK,

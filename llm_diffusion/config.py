@@ -81,6 +81,7 @@ class HyperParameters:
     phases: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
     stages: list[dict[str, Any]] = field(default_factory=list)
     max_examples: int | None = None
+    answers_from_base: bool = False
     eval_examples: int = 0
     generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 128, "block_length": 32})
     device: str | None = None

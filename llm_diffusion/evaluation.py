@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .generation import generate, generate_autoregressive
@@ -66,6 +67,30 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | l
         for prompt in prompts
     ]
     return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+
+
+def answered_by_base(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_new_tokens: int = 128
+) -> Dataset:
+    """Chats whose last answers are what the AR base says itself, adapter off: what a drafter has to foresee.
+
+    Args:
+        dataset: with `messages`, or `prompt` and `completion`.
+    """
+    if not {"messages", "completion"} & set(dataset.column_names):
+        raise ValueError(
+            f"`answers_from_base` needs chats or prompts with completions, got the columns {dataset.column_names}."
+        )
+    rows = list(dataset)
+    answers = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens).answers
+    for row, answer in zip(rows, answers, strict=True):
+        if "messages" in row:
+            row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": answer}]
+        elif isinstance(row["completion"], list):
+            row["completion"] = [{"role": "assistant", "content": answer}]
+        else:
+            row["completion"] = answer
+    return Dataset.from_list([row for row, answer in zip(rows, answers, strict=True) if answer.strip()])
 
 
 def evaluate_answers(

@@ -25,7 +25,7 @@ from .callbacks import LogLinesCallback, plot_loss
 from .config import SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
 from .conversion import Stage, run_stages
 from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
-from .evaluation import AnswerReport, evaluate_answers
+from .evaluation import AnswerReport, answered_by_base, evaluate_answers
 from .hub import best_device, check_device, quantization_config
 from .modeling import CONVERSION_OPTIONS, load_diffusion_model
 from .report import decoding, show
@@ -78,6 +78,12 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
     if examples:
         reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
+    if hp.answers_from_base:
+        logger.info(
+            f"AR base: answering the {len(train):,} training prompts, which it is trained on in place of the data's answers"
+        )
+        limit = hp.generation.get("max_new_tokens", 128)
+        train = answered_by_base(model, tokenizer, train, max_new_tokens=limit)
     histories = train_stages(
         hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None
     )

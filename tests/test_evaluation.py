@@ -4,9 +4,16 @@ import itertools
 
 import pytest
 import torch
+from datasets import Dataset
 
 import llm_diffusion as ld
-from llm_diffusion.evaluation import AnswerReport, encode_prompts, evaluate_answers, prompt_and_reference
+from llm_diffusion.evaluation import (
+    AnswerReport,
+    answered_by_base,
+    encode_prompts,
+    evaluate_answers,
+    prompt_and_reference,
+)
 from llm_diffusion.tiny import tiny_examples
 
 SETTINGS = {"max_new_tokens": 10, "threshold": 0.9}
@@ -94,3 +101,17 @@ def test_prompts_are_padded_on_the_left(tiny):
     assert torch.equal(
         batch["input_ids"][batch["attention_mask"] == 0].unique(), torch.tensor([tokenizer.pad_token_id])
     )
+
+
+def test_answers_of_the_base_take_the_place_of_the_datas(tiny):
+    model, tokenizer = tiny
+    chats = Dataset.from_list([with_reference(example, "wrong") for example in examples(3)])
+    answered = answered_by_base(model, tokenizer, chats, max_new_tokens=40)
+    want = evaluate_answers(model, tokenizer, list(chats), autoregressive=True, max_new_tokens=40).answers
+    assert [row["messages"][-1]["content"] for row in answered] == want
+    assert [row["messages"][:-1] for row in answered] == [row["messages"][:-1] for row in chats]
+    plain = Dataset.from_list([{"prompt": "2+2=", "completion": "5"}])
+    told = evaluate_answers(model, tokenizer, list(plain), autoregressive=True, max_new_tokens=3).answers
+    assert answered_by_base(model, tokenizer, plain, max_new_tokens=3)["completion"] == told
+    with pytest.raises(ValueError, match="answers_from_base"):
+        answered_by_base(model, tokenizer, Dataset.from_list([{"text": "2+2=4"}]))

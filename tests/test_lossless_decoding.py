@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, T
 from llm_diffusion.adapter_switch import AdapterSwitch
 from llm_diffusion.generation import _settings, generate, generate_autoregressive
 from llm_diffusion.lossless_decoding import LosslessDecoder
+from llm_diffusion.modeling import load_diffusion_model
 
 EOS, PAD, MASK = 2, 0, 63
 
@@ -189,3 +190,42 @@ def test_what_is_refused(random_llama, random_diffuser) -> None:
         generate(random_diffuser(True), ids[:1, :4] % 30, max_new_tokens=8, verify=True)
     with pytest.raises(ValueError, match="no autoregressive model"):
         generate(model.merge_and_unload(), ids, mask, max_new_tokens=8)
+
+
+def test_a_quantised_base_is_what_is_kept() -> None:
+    """Under nf4 the guarantee is against the quantised base."""
+    model, tokenizer = load_diffusion_model("tiny", attention="lossless", block_length=4, quantization="nf4")
+    mask = tokenizer.mask_token_id
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[mask]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    batch = tokenizer(
+        ["<|im_start|>user\nSort the letters: k d e a<|im_end|>\n<|im_start|>assistant\n"] * 2, return_tensors="pt"
+    )
+    want = generate_autoregressive(model.eval(), **batch, max_new_tokens=12, do_sample=False)
+    assert torch.equal(generate(model, **batch, max_new_tokens=12), want)
+
+
+def test_drafts_in_progress_are_streamed(random_llama) -> None:
+    class Drafts:
+        def __init__(self) -> None:
+            self.seen, self.drafts, self.ended = [], [], False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen.append(value)
+
+        def put_draft(self, value: torch.Tensor) -> None:
+            self.drafts.append(value)
+
+        def end(self) -> None:
+            self.ended = True
+
+    model, (ids, mask), streamer = drafter(random_llama(vocab_size=64)), prompts(1), Drafts()
+    output = generate(model, ids, mask, max_new_tokens=9, eos_token_id=None, streamer=streamer)
+    assert streamer.ended and torch.equal(streamer.seen[-1], output[:, 9:])
+    left = [int((draft == MASK).sum()) for draft in streamer.drafts]
+    assert left == sorted(left, reverse=True) and left[-1] == 0
+    for draft in streamer.drafts:  # what is written stays
+        assert torch.equal(draft[draft != MASK], output[:, 9:][draft != MASK])
