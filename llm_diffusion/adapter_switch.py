@@ -1,13 +1,18 @@
-"""Turns the adapters of a model off and on without walking it, whole or row by row of one forward pass.
+"""Turns the adapters of a model off and on without walking it, whole or for the last rows of a forward pass.
 
-Purpose: drafting (adapter on) and verifying (adapter off) alternate at every forward pass of lossless decoding, and share one where
-rows are gated. Walking the modules, as PEFT's `disable_adapter` does, costs more than the forward pass of a small model.
-Trade-off: two names of PEFT are relied on, `_disable_adapters` of a layer and the modules in its `lora_B`, here and nowhere else.
-Alternative: PEFT's activated LoRA, which gates by a token sequence in the prompt, not by row.
+Purpose: drafting (adapter on) and verifying (adapter off) alternate at every forward pass of lossless decoding, or share one. Walking
+the modules, as PEFT's `disable_adapter` does, costs more than the forward pass of a small model; and PEFT's own forward computes the
+adapter for every row and copies the whole embedding to change one row of it.
+Trade-off: while it is open, LoRA layers run a forward of ours, which knows plain LoRA only and refuses the rest. Alternative: PEFT's
+activated LoRA, which gates by a token sequence in the prompt, not by row.
+
+References: LoRA (arXiv 2106.09685).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,45 +20,65 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch.nn import functional as F
 
-from .patching import base_of
+from .patching import Patch, base_of
 
 
 class AdapterSwitch:
-    """The adapters of one model, found once. `close()`, or the end of a `with` block, leaves them on.
+    """The adapters of one model, found once; for inference. `close()`, or the end of a `with` block, gives them back.
+
+    Attributes:
+        first: rows (positions of a pass) from this one on hear the adapters; None: no row does.
 
     Raises:
         ValueError: see `check_adapters`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._gate: torch.Tensor | None = None
-        base = base_of(model)
-        check_adapters(base, getattr(base.config, "diffusion", {}).get("mask_token_id"))
-        self._layers = [
-            module for module in base.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        ]
+        self.first: int | None = None
+        base, self._patch = base_of(model), Patch()
+        self._mask_token_id = getattr(base.config, "diffusion", {}).get("mask_token_id")
+        modules = list(base.modules())
+        check_adapters(base, self._mask_token_id, modules)
+        self._mask_row: torch.Tensor | None = None
+        for module in modules:
+            if isinstance(module, LoraLayer):
+                self._patch.set(module, "forward", self._forward_of(module))
+            elif isinstance(module, AuxiliaryTrainingWrapper | TrainableTokensLayer):
+                self._patch.set(module, "_disable_adapters", True)
+            if isinstance(module, TrainableTokensLayer):
+                self._mask_row = module.trainable_tokens_delta[module.active_adapters[0]][0]
+        self._hook = base.get_input_embeddings().register_forward_hook(self._embed)
+
+    def _forward_of(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
         branches = [
-            branch for layer in self._layers if isinstance(layer, LoraLayer) for branch in layer.lora_B.values()
+            (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias, layer.scaling[name])
+            for name in layer.active_adapters
+            if name in layer.lora_A
         ]
-        self._hooks = [branch.register_forward_hook(self._apply) for branch in branches]
-        self._on = True
+        return partial(self._forward, layer.get_base_layer(), branches)
 
-    def _apply(self, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return output if self._gate is None else output * self._gate.to(output.dtype)
+    def _forward(self, base: torch.nn.Module, branches: list[tuple], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = base(x, *args, **kwargs)
+        if self.first is None:
+            return output
+        for down, up, bias, scaling in branches:
+            heard = F.linear(F.linear(x[:, self.first :].to(down.dtype), down), up, bias)
+            output[:, self.first :] += (heard * scaling).to(output.dtype)
+        return output
 
-    def set(self, on: bool, rows: torch.Tensor | None = None) -> None:
-        """On or off for the whole next passes; `rows` (L, 1) of ones and zeros tells which positions hear them."""
-        self._gate = rows if on else None
-        if on != self._on:
-            for layer in self._layers:
-                layer._disable_adapters = not on
-            self._on = on
+    def _embed(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """The mask token's own row, where the adapters are heard."""
+        if self.first is None or self._mask_row is None:
+            return output
+        heard = args[0][:, self.first :, None] == self._mask_token_id
+        rows = torch.where(heard, self._mask_row.to(output.dtype), output[:, self.first :])
+        return torch.cat([output[:, : self.first], rows], 1)
 
     def close(self) -> None:
-        self.set(True)
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
+        self._patch.undo()
 
     def __enter__(self) -> AdapterSwitch:
         return self
@@ -62,13 +87,19 @@ class AdapterSwitch:
         self.close()
 
 
-def check_adapters(model: torch.nn.Module, mask_token_id: int | None = None) -> None:
+def check_adapters(
+    model: torch.nn.Module, mask_token_id: int | None = None, modules: list[torch.nn.Module] | None = None
+) -> None:
     """Refuses adapters under which the base is not there any more, or that act on more than the rows that hear them.
+
+    Args:
+        modules: all of the model's, if they were listed already.
 
     Raises:
         ValueError: none, merged, no plain LoRA, on the vocabulary, or with token rows of their own besides the mask token's.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    modules = list(base_of(model).modules()) if modules is None else modules
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
     if not any(isinstance(layer, LoraLayer) for layer in layers):
         raise ValueError(
             "`attention`='lossless' needs LoRA adapters beside their base; this model has none, or they were merged, and no "
@@ -76,14 +107,13 @@ def check_adapters(model: torch.nn.Module, mask_token_id: int | None = None) -> 
         )
     if any(layer.merged for layer in layers):
         raise ValueError("`attention`='lossless': the adapter is merged into the base; call `unmerge_adapter()` first.")
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     vocabulary = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
     odd = [type(layer).__name__ for layer in layers if not isinstance(layer, LoraLayer | TrainableTokensLayer)]
-    odd += ["DoRA" for layer in layers if any(getattr(layer, "use_dora", {}).values())]
+    odd += ["a variant of LoRA" for layer in layers if getattr(layer, "lora_variant", None)]
     odd += ["LoRA on the vocabulary" for layer in layers if isinstance(layer, LoraLayer) and layer in vocabulary]
-    odd += [f"`modules_to_save` ({name})" for name in wrapped]
+    odd += ["`modules_to_save`" for module in modules if isinstance(module, ModulesToSaveWrapper)]
     odd += [
-        f"`trainable_token_indices` ({rows})"
+        f"`trainable_token_indices` {rows}"
         for layer in layers
         if isinstance(layer, TrainableTokensLayer)
         for rows in layer.token_indices.values()

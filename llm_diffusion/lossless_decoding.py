@@ -111,9 +111,7 @@ class LosslessDecoder:
         """The prompt, and the first drafts behind it."""
         ids, place = self.canvas[:, : self.prompt_length], self.valid.cumsum(-1) - 1
         causal = self.valid[:, None, :] & torch.ones_like(self.valid[0]).outer(torch.ones_like(self.valid[0])).tril()
-        # The row of the mask token is the adapter's: a prompt that speaks of it is read with the adapter off.
-        spoken_of = bool((ids == self.settings.mask_token_id).any())
-        ends = [self.prompt_length] if self._outcomes() and not spoken_of else []
+        ends = [self.prompt_length] if self._outcomes() else []
         logits = self._forward(ids, place.clamp(min=0), causal, 1, ends, [0] * len(ends), self.valid)
         if ends:
             self.cache.crop(-self.block_length)
@@ -155,7 +153,7 @@ class LosslessDecoder:
             places.append(self.length[:, None] + far + torch.arange(b, device=ids.device))
             keep.append(torch.arange(rows.start, rows.stop - 1, device=ids.device))
         masks = torch.full((batch, n_masks), self.settings.mask_token_id, device=ids.device)
-        self.switch.set(n_masks > 0, (torch.arange(mask.shape[1], device=ids.device) >= n_clean)[:, None])
+        self.switch.first = n_clean if n_masks else None
         return self._call(torch.cat([ids, masks], -1), torch.cat(places, -1), mask, torch.cat(keep))
 
     def _call(self, ids: torch.Tensor, place: torch.Tensor, mask: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -178,7 +176,7 @@ class LosslessDecoder:
             block = torch.arange(b, device=self.token.device)
             mask = torch.ones((len(self.rows), b, cached + b), dtype=torch.bool, device=self.token.device)
             mask[:, :, :cached] = self.valid[:, None]
-            self.switch.set(True)
+            self.switch.first = 0
             logits = self._call(
                 torch.cat([self.token[:, None], masks], -1), self.length[:, None] + block, mask, block[:-1]
             )
@@ -287,9 +285,10 @@ def decode_lossless(
     on_step: Callable[[torch.Tensor], None] | None = None,
 ) -> DiffusionOutput:
     """Answers left-padded prompts (B, P) as the base would; sequences (B, P + max_new_tokens), `accepted` (B, cycles)."""
-    training = model.training
-    model.eval()
+    if training := model.training:  # walking a small model costs as much as running it
+        model.eval()
     try:
         return LosslessDecoder(model, input_ids, attention_mask, copy.copy(settings)).run(on_step)
     finally:
-        model.train(training)
+        if training:
+            model.train()
