@@ -52,8 +52,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         temperature: 0.0 is greedy; above, tokens are sampled (with `top_p`, `top_k`).
         mask_token_id: defaults to `config.diffusion`.
         verify: whether the base accepts what the adapter drafts; None: of models converted with `attention="lossless"`, and of no other.
-        draft_outcomes: of lossless decoding, for how many places where a draft may end the next one is made in the same pass; None is
-            all of them, 0 drafts in a pass of its own.
+        draft_outcomes: of lossless decoding, for how many places where a draft may end the next one is made in the same pass, the block's
+            length is all; None is as many as cost little on the device at hand, 0 drafts in a pass of its own.
         eos_early_stop: stop a row when an EOS is committed and no mask is left before it.
         seed: of sampling and of random order.
         output_history: keep the canvas after every step.

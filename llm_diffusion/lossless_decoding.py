@@ -36,6 +36,9 @@ from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .patching import base_of
 from .speculation import accept_greedy, accept_sampled, sample
 
+# Rows of a pass that cost little more than one row does: where drafting in advance stops paying.
+FREE_ROWS = {"cpu": 32, "cuda": 512}
+
 
 class LosslessDecoder:
     """One batch under lossless decoding.
@@ -69,7 +72,7 @@ class LosslessDecoder:
         self.nfe = torch.zeros_like(self.length)
         self.accepted: list[torch.Tensor] = []
         self.counts = torch.zeros(self.block_length, device=input_ids.device)  # how often a draft ended where
-        self.cache = DynamicCache()
+        self.cache, self.token_device = DynamicCache(), input_ids.device
         # Drafts may reach further than the model can count; what is there is never accepted.
         self.last_place = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - 1
         warpers = []
@@ -99,9 +102,11 @@ class LosslessDecoder:
     def _outcomes(self) -> list[int]:
         """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest or most frequent first."""
         wanted = self.settings.draft_outcomes
-        if wanted is None or wanted >= self.block_length:
+        if wanted is None:
+            wanted = FREE_ROWS.get(self.token_device.type, FREE_ROWS["cpu"]) // (len(self.rows) * self.block_length) - 1
+        if wanted >= self.block_length:
             return list(range(self.block_length))
-        if not wanted:
+        if wanted <= 0:
             return []
         # Until something is known, drafts are taken to be right.
         prior = torch.linspace(0, 0.5, self.block_length, device=self.counts.device)

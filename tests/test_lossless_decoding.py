@@ -53,7 +53,7 @@ def same_as_base(model, block: int = 20, **settings) -> torch.Tensor:
     return got
 
 
-@pytest.mark.parametrize("outcomes", [None, 0, 1, 2])
+@pytest.mark.parametrize("outcomes", [None, 0, 1, 8])
 @pytest.mark.parametrize("block_length", [2, 4, 8])
 @pytest.mark.parametrize("std", [0.0, 0.05, 0.5])
 def test_greedy_is_the_base_whatever_is_drafted(random_llama, block_length, outcomes, std) -> None:
@@ -87,7 +87,7 @@ def test_any_number_of_new_tokens(random_llama, limit) -> None:
 
 def test_one_by_one_as_in_a_batch(random_llama) -> None:
     model, (ids, mask) = drafter(random_llama(vocab_size=64), 4), prompts()
-    settings = {"max_new_tokens": 20, "eos_token_id": None, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 20, "eos_token_id": None, "return_dict_in_generate": True, "draft_outcomes": 4}
     for temperature in (0.0, 1.0):
         batch = generate(model, ids, mask, temperature=temperature, **settings)
         for row in range(len(ids)):
@@ -124,7 +124,7 @@ def exact(model, prompt: torch.Tensor, n: int, warp) -> dict[tuple[int, ...], fl
 
 @pytest.mark.parametrize(
     ("settings", "outcomes"),
-    [({"temperature": 1.0}, None), ({"temperature": 0.7, "top_k": 3}, None), ({"temperature": 1.0, "top_p": 0.8}, 0)],
+    [({"temperature": 1.0}, 3), ({"temperature": 0.7, "top_k": 3}, 1), ({"temperature": 1.0, "top_p": 0.8}, 0)],
 )
 def test_samples_are_distributed_as_the_base(random_llama, settings, outcomes) -> None:
     """10,000 samples of three tokens over a vocabulary of 6, mask among them."""
