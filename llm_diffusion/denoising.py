@@ -109,6 +109,10 @@ def fill_masks(
     settings = copy.copy(settings)
     span = input_ids.shape[1] - first
     record = record_of(model)
+    if record.get("attention") == "lossless":
+        raise ValueError(
+            "`model`: a lossless adapter drafts what its base says next; it cannot fill gaps. Train one with `attention='bidirectional'`."
+        )
     settings.block_length = min(record.get("block_length") or settings.block_length or span, span)
     eos = eos_ids(settings, input_ids.device)
     rows = _start(input_ids, attention_mask, settings, first, from_start=record.get("attention") == "block")

@@ -197,7 +197,7 @@ def load_inference(model: str, settings: str) -> Any:
     quiet_hosts()
     chosen = {"max_new_tokens": 128, "threshold": 0.95, **read_mapping(settings, "--settings")}
     inference = DiffusionInference.from_pretrained(model, **chosen)
-    if "block_length" not in chosen and record_of(inference.model).get("attention") != "block":
+    if "block_length" not in chosen and record_of(inference.model).get("attention", "bidirectional") == "bidirectional":
         inference.settings |= {"block_length": 16, "grow_canvas": True}
     return inference
 

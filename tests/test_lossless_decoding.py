@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llm_diffusion.adapter_switch import AdapterSwitch
+from llm_diffusion.denoising import fill_masks
 from llm_diffusion.generation import _settings, generate, generate_autoregressive
 from llm_diffusion.lossless_decoding import LosslessDecoder
 from llm_diffusion.modeling import load_diffusion_model
@@ -188,6 +189,8 @@ def test_what_is_refused(random_llama, random_diffuser) -> None:
         generate(model, ids[:, :0], mask[:, :0], max_new_tokens=8)
     with pytest.raises(ValueError, match="verify"):
         generate(random_diffuser(True), ids[:1, :4] % 30, max_new_tokens=8, verify=True)
+    with pytest.raises(ValueError, match="cannot fill gaps"):
+        fill_masks(model, ids, mask, _settings(model.base_model.model, None, {"max_new_tokens": 8}))
     with pytest.raises(ValueError, match="no autoregressive model"):
         generate(model.merge_and_unload(), ids, mask, max_new_tokens=8)
 

@@ -63,6 +63,29 @@ def test_main_job_end_to_end(trained):
     assert record["conversion_steps"] == 3 and record["base_model"] == "tiny"  # both phases
 
 
+def test_the_lossless_job_keeps_every_answer(tmp_path):
+    """Two steps teach a drafter nothing, and cost nothing: the answers are the base's."""
+    small = {
+        name: FAST[name]
+        for name in ("max_examples", "test_size", "batch_size", "max_length", "device", "eval_examples")
+    }
+    small |= {
+        "stages": [{"name": "sft", "trains": "adapters", "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}]
+    }
+    small |= {"output_dir": str(tmp_path / "out"), "generation": {"max_new_tokens": 16}, "answers_from_base": True}
+    result = invoke("--preset", "tiny-lossless", "--hyper-parameters-json", json.dumps(small))
+    assert result.exit_code == 0, result.output
+    assert "6 of 6" in result.stdout and "a verified draft yielded" in result.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["converted"]["answers"] == results["AR base"]["answers"]
+    assert sum(results["converted"]["accepted"].values()) >= 6
+    assert "accepts those that it would have said" in (tmp_path / "out" / "sft_model" / "README.md").read_text()
+    chat = invoke(
+        "chat", str(tmp_path / "out" / "sft_model"), "Sort the letters: k d", "--settings", '{"max_new_tokens": 8}'
+    )
+    assert chat.exit_code == 0 and chat.stdout.strip() == "d k"
+
+
 def test_result_is_loaded_by_chat_and_generate(trained):
     model = str(trained[0] / "sft_model")
     settings = ("--settings", '{"max_new_tokens": 8}')

@@ -1,4 +1,4 @@
-"""Every command of the README: the Python block is run, command lines are parsed, scripts and presets exist."""
+"""Every command of the README and the docs: the Python block is run, command lines are parsed, scripts and presets exist."""
 
 import re
 import shlex
@@ -12,14 +12,20 @@ from llm_diffusion.main import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
+DOCS = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language, text=TEXT):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def shell_lines():
-    return [line.split("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [
+        line.split("  #")[0].strip()
+        for block in blocks("bash", TEXT + DOCS)
+        for line in block.splitlines()
+        if line.strip()
+    ]
 
 
 def test_python_block_runs(tmp_path, monkeypatch, capsys):
