@@ -81,9 +81,9 @@ def test_the_lossless_job_keeps_every_answer(tmp_path):
     assert sum(results["converted"]["accepted"].values()) >= 6
     assert "accepts those that it would have said" in (tmp_path / "out" / "sft_model" / "README.md").read_text()
     chat = invoke(
-        "chat", str(tmp_path / "out" / "sft_model"), "Sort the letters: k d", "--settings", '{"max_new_tokens": 8}'
+        "chat", str(tmp_path / "out" / "sft_model"), "Sort the letters: k d e a", "--settings", '{"max_new_tokens": 8}'
     )
-    assert chat.exit_code == 0 and chat.stdout.strip() == "d k"
+    assert chat.exit_code == 0 and chat.stdout.strip() == "a d e k"
 
 
 def test_result_is_loaded_by_chat_and_generate(trained):
