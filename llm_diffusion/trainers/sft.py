@@ -42,6 +42,7 @@ from ..modeling import (
 from ..patching import base_of
 from .distillation import check_teacher, head_inputs, teacher_scores, with_own_words
 from .drafting import accepted_lengths, check_drafter, draft_logits, ready_drafter
+from .metrics import by_level, metric_values
 from .preparation import (
     by_length,
     check_way,
@@ -55,8 +56,6 @@ from .preparation import (
 from .sft_config import DiffusionSFTConfig
 
 logger = logging.getLogger(__name__)
-
-LEVELS = ("low", "middle", "high")  # thirds of the mask probability
 
 
 @dataclass
@@ -279,7 +278,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             entropy=(scores.entropy * bound).sum(),
             scored=bound.sum(),
             masked=share * (noisy["masked"] & maskable).sum(),
-            **_by_level(terms.detach() * data, noisy["levels"][keep] * data),
+            **by_level(terms.detach() * data, noisy["levels"][keep] * data),
         )
         if scores.teacher is not None:
             best = scores.logits.detach().argmax(-1) == scores.teacher[0].argmax(-1)
@@ -443,32 +442,7 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _metric_values(self, mode: str) -> dict[str, float]:
         sums = {name: self.accelerator.gather(value).sum().item() for name, value in self._sums[mode].items()}
         self._sums[mode] = {}
-        if not sums or not sums["maskable"]:
-            return {}
-        nelbo, scored = sums["nll"] / sums["maskable"], max(sums["scored"], 1)
-        # What a drafter says to whole blocks bounds nothing.
-        bound = {"nelbo": nelbo, "perplexity_bound": float(torch.tensor(nelbo).exp())} if not self._drafts else {}
-        return {
-            **bound,
-            "masked_accuracy": sums["right"] / scored,
-            "masked_nll": sums["terms"] / scored,
-            "masked_entropy": sums["entropy"] / scored,
-            "mask_ratio": sums["masked"] / sums["maskable"],
-            **{
-                f"masked_nll_{name}_noise": sums[f"nll_{name}"] / sums[f"n_{name}"]
-                for name in LEVELS
-                if sums[f"n_{name}"]
-            },
-            **(
-                {
-                    "distillation_loss": sums["distillation"] / max(sums["taught"], 1),
-                    "taught_ratio": sums["taught"] / max(sums["listened"], 1),
-                }
-                if "taught" in sums
-                else {}
-            ),
-            **({"accepted_length": sums["accepted"] / max(sums["blocks"], 1)} if "blocks" in sums else {}),
-        }
+        return metric_values(sums, bounded=not self._drafts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -521,10 +495,3 @@ class DiffusionSFTTrainer(SFTTrainer):
         return model_card(
             base.config.diffusion, name, [*self._tag_names, *more], adapter, has_converted_weights(self.model)
         )
-
-
-def _by_level(terms: torch.Tensor, levels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sum and count of the NLL in each third of the noise; what was read from clean text has none."""
-    third = torch.where(levels > 0, (levels * len(LEVELS)).long().clamp(max=len(LEVELS) - 1), -1)
-    sums = {f"nll_{name}": (terms * (third == i)).sum() for i, name in enumerate(LEVELS)}
-    return sums | {f"n_{name}": (third == i).sum() for i, name in enumerate(LEVELS)}
