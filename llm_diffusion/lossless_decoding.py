@@ -255,18 +255,18 @@ class LosslessDecoder:
         # What does not fit is written where it stands already.
         column = torch.where(fits, column, self.prompt_length + self.done[self.rows][:, None])
         self.canvas[self.rows] = self.canvas[self.rows].scatter(-1, column, torch.where(fits, block, block[:, :1]))
-        lengths = torch.full_like(self.nfe, -1)
-        lengths[self.rows] = accepted + 1
-        self.accepted.append(lengths)
 
     def _unfinished(self, block: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
         """Rows that go on; behind the end token of the others the canvas is filled with it."""
         step = torch.arange(self.block_length, device=block.device)
         ends = torch.isin(block, self.eos) & (step <= accepted[:, None])
-        ended = ends.any(-1)
+        ended, before = ends.any(-1), self.done.clone()
         self.done[self.rows] += torch.where(ended, ends.long().argmax(-1) + 1, accepted + 1)
         limit = self.settings.max_new_tokens
         self.done.clamp_(max=limit)
+        yielded = torch.full_like(self.done, -1)
+        yielded[self.rows] = (self.done - before)[self.rows]
+        self.accepted.append(yielded)
         index = torch.arange(self.canvas.shape[1], device=block.device)
         behind = (index >= self.prompt_length + self.done[self.rows][:, None]) & ended[:, None]
         end = block.gather(-1, ends.long().argmax(-1, keepdim=True))
