@@ -3,6 +3,7 @@
     python benchmarks/recipes.py --seeds 0 1 2 --output benchmarks/results/recipes
     python benchmarks/recipes.py --only "block 4 + co-loss" --steps 1400 --output /tmp/long
     python benchmarks/recipes.py --report --output benchmarks/results/recipes      # tables and picture of what is there
+    python benchmarks/recipes.py --orders --steps 260                               # one bidirectional model, decoded in many orders
 
 Every recipe sees the same examples in the same order for the same number of optimiser steps; a seed draws other examples, other
 noise and other adapters. Finished runs are kept in `<output>.jsonl` and not run again, so several processes with different
@@ -130,21 +131,7 @@ def run(recipe: str, seed: int, steps: int, batch_size: int, milestones: int, ex
             if state.global_step % max(1, steps // milestones) == 0 and state.global_step < steps:
                 reached.append((state.global_step, answers(model, 180).mean))
 
-    common = {
-        "max_steps": steps,
-        "per_device_train_batch_size": batch_size,
-        "learning_rate": FULL_LEARNING_RATE if rank == FULL else LEARNING_RATE,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 20,
-        "max_length": 256,
-        "seed": seed,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": not torch.cuda.is_available(),
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "logging_steps": 50,
-    }
+    common = common_settings(steps, batch_size, seed, FULL_LEARNING_RATE if rank == FULL else LEARNING_RATE)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if autoregressive:
@@ -187,6 +174,57 @@ def run(recipe: str, seed: int, steps: int, batch_size: int, milestones: int, ex
         "gap": gap,
         "milestones": [(round(tokens * step / steps), mean) for step, mean in reached],
         "seconds": seconds,
+    }
+
+
+ORDERS: list[dict[str, Any]] = [
+    {"block_length": 80, "threshold": 0.9},
+    *({"block_length": block, "grow_canvas": True, "threshold": 0.9} for block in (16, 8, 4, 2, 1)),
+    *({"block_length": block, "grow_canvas": True, "threshold": 0.98} for block in (16, 4)),
+]
+
+
+def orders(steps: int, examples: int) -> str:
+    """What the order of commits does to one bidirectional model: blocks that come into being one after the other, and none."""
+    model, tokenizer = build("bidirectional", 64)
+    train, test = data(0, 32 * steps)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DiffusionSFTTrainer(
+            model,
+            DiffusionSFTConfig(folder, exact_mask_count=True, **common_settings(steps, 32, 0, LEARNING_RATE)),
+            train_dataset=train,
+            processing_class=tokenizer,
+            peft_config=lora(64),
+        )
+        trainer.train()
+    lines = [
+        "| blocks of | threshold | " + " | ".join(KINDS) + " | mean | tokens/forward |",
+        "|" + "---|" * (len(KINDS) + 4),
+    ]
+    for settings in ORDERS:
+        found = evaluate_answers(trainer.model, tokenizer, list(test)[:examples], max_new_tokens=80, **settings)
+        scores = " | ".join(f"{found.exact_match[kind]:.1f}" for kind in KINDS)
+        block = settings["block_length"] if "grow_canvas" in settings else "the whole canvas"
+        figures = f"{found.mean:.1f} | {found.tokens_per_forward:.2f}"
+        lines.append(f"| {block} | {settings['threshold']} | {scores} | {figures} |")
+    return "\n".join(lines)
+
+
+def common_settings(steps: int, batch_size: int, seed: int, learning_rate: float) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "max_length": 256,
+        "seed": seed,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "logging_steps": 50,
     }
 
 
@@ -310,7 +348,14 @@ def main() -> None:
     parser.add_argument("--milestones", type=int, default=4)
     parser.add_argument("--examples", type=int, default=480)
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--orders", action="store_true", help="decode one bidirectional model in many orders")
     args = parser.parse_args()
+    if args.orders:
+        text = f"`python benchmarks/recipes.py --orders --steps {args.steps}`\n\n{orders(args.steps, args.examples)}\n"
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_name("orders.md").write_text(text)
+        print(text)
+        return
     lines = args.output.with_suffix(".jsonl")
     lines.parent.mkdir(parents=True, exist_ok=True)
     lines.touch()

@@ -130,9 +130,9 @@ def exact(model, prompt: torch.Tensor, n: int, warp) -> dict[tuple[int, ...], fl
     [({"temperature": 1.0}, 3), ({"temperature": 0.7, "top_k": 3}, 1), ({"temperature": 1.0, "top_p": 0.8}, 0)],
 )
 def test_samples_are_distributed_as_the_base(random_llama, settings, outcomes) -> None:
-    """10,000 samples of three tokens over a vocabulary of 6, mask among them."""
+    """4,000 samples of three tokens over a vocabulary of 6, mask among them."""
     model = drafter(random_llama(vocab_size=6, initializer_range=0.4, seed=5), 3, std=0.3)
-    prompt, n = torch.tensor([[3, 1, 4]]), 10_000
+    prompt, n = torch.tensor([[3, 1, 4]]), 4_000
 
     def warp(logits):
         logits = TemperatureLogitsWarper(settings["temperature"])(None, logits)
