@@ -37,19 +37,22 @@ class AdapterSwitch:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.first: int | None = None
-        base, self._patch = base_of(model), Patch()
+        base, self._patch, self._batch = base_of(model), Patch(), 1
+        if "adapter_switch" in vars(base):
+            raise RuntimeError("lossless decoding is running on this model already; one call at a time.")
         self._mask_token_id = getattr(base.config, "diffusion", {}).get("mask_token_id")
-        modules = list(base.modules())
+        modules, embedding = list(base.modules()), base.get_input_embeddings()
         check_adapters(base, self._mask_token_id, modules)
         self._mask_row: torch.Tensor | None = None
+        if self._mask_token_id is not None:  # as the adapters have it, scaled as the embedding scales
+            self._mask_row = embedding(torch.tensor([[self._mask_token_id]], device=embedding.weight.device))[0, 0]
+        self._patch.set(base, "adapter_switch", True)
         for module in modules:
             if isinstance(module, LoraLayer):
                 self._patch.set(module, "forward", self._forward_of(module))
             elif isinstance(module, AuxiliaryTrainingWrapper | TrainableTokensLayer):
                 self._patch.set(module, "_disable_adapters", True)
-            if isinstance(module, TrainableTokensLayer):
-                self._mask_row = module.trainable_tokens_delta[module.active_adapters[0]][0]
-        self._hook = base.get_input_embeddings().register_forward_hook(self._embed)
+        self._hook = embedding.register_forward_hook(self._embed)
 
     def _forward_of(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
         branches = [
@@ -63,13 +66,16 @@ class AdapterSwitch:
         output = base(x, *args, **kwargs)
         if self.first is None:
             return output
+        # Some layers see the rows of all texts one under the other.
+        rows, found = (value.view(self._batch, -1, value.shape[-1]) for value in (x, output))
         for down, up, bias, scaling in branches:
-            heard = F.linear(F.linear(x[:, self.first :].to(down.dtype), down), up, bias)
-            output[:, self.first :] += (heard * scaling).to(output.dtype)
+            heard = F.linear(F.linear(rows[:, self.first :].to(down.dtype), down), up, bias)
+            found[:, self.first :] += (heard * scaling).to(output.dtype)
         return output
 
     def _embed(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """The mask token's own row, where the adapters are heard."""
+        self._batch = len(args[0])
         if self.first is None or self._mask_row is None:
             return output
         heard = args[0][:, self.first :, None] == self._mask_token_id
@@ -109,6 +115,7 @@ def check_adapters(
         raise ValueError("`attention`='lossless': the adapter is merged into the base; call `unmerge_adapter()` first.")
     vocabulary = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
     odd = [type(layer).__name__ for layer in layers if not isinstance(layer, LoraLayer | TrainableTokensLayer)]
+    odd += [type(layer).__name__ for layer in layers if isinstance(layer, LoraLayer) and not layer.lora_A]
     odd += ["a variant of LoRA" for layer in layers if getattr(layer, "lora_variant", None)]
     odd += ["LoRA on the vocabulary" for layer in layers if isinstance(layer, LoraLayer) and layer in vocabulary]
     odd += ["`modules_to_save`" for module in modules if isinstance(module, ModulesToSaveWrapper)]

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .adapter_switch import AdapterSwitch
 from .attention_masks import additive, block_causal
-from .patching import base_of
+from .patching import adapters_off, base_of
 from .probing import probe_ids
 
 BLOCK, BLOCKS = 4, 3  # of the probe
@@ -79,7 +80,61 @@ def check_clean_prefix(model: torch.nn.Module) -> None:
     finally:
         base.train(training)
     scale = want.abs().max()
-    if max((read - want).abs().max(), (again - want).abs().max()) > 0.01 * scale:
+    if not max((read - want).abs().max(), (again - want).abs().max()) <= 0.01 * scale:  # nor what is no number
         raise ValueError(
             f"`attention`='lossless': {name} gives other logits from its cache than without; use `attention`='block'."
+        )
+
+
+def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool) -> None:
+    """Refuses adapters that decoding would hear otherwise than training does, on one block behind a clean one.
+
+    Raises:
+        ValueError: adapters on experts or other layers that do not see rows, or layers that drop the prefix while checkpointed.
+    """
+    base = base_of(model)
+    name, training = type(base).__name__, base.training
+    ids = probe_ids(base, 2 * BLOCK)
+    ids[:, BLOCK:] = mask_token_id
+    place = torch.arange(ids.shape[1], device=ids.device)[None]
+    mask = additive(block_causal(torch.ones_like(ids), BLOCK), base.dtype)
+    clean = {
+        "input_ids": ids[:, :BLOCK],
+        "attention_mask": mask[:, :, :BLOCK, :BLOCK],
+        "position_ids": place[:, :BLOCK],
+    }
+    noisy = {"input_ids": ids[:, BLOCK:], "attention_mask": mask[:, :, BLOCK:], "position_ids": place[:, BLOCK:]}
+    adapters = [parameter for key, parameter in model.named_parameters() if "lora_B" in key]
+    kept = [parameter.detach().clone() for parameter in adapters]
+    base.eval()
+    try:
+        with torch.no_grad():
+            for parameter in adapters:  # they start at zero, and would not be heard at all
+                parameter.copy_(torch.full_like(parameter, 0.01))
+            cache = DynamicCache()
+            with adapters_off(model):
+                base(**clean, past_key_values=cache, use_cache=True)
+            want = base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False).logits
+            with AdapterSwitch(model) as switch:
+                switch.first = BLOCK
+                found = base(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, BLOCK:]
+        if checkpointing:
+            base.train()
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False)
+    except Exception as error:
+        hint = "; set `gradient_checkpointing` to false" if base.training else "; leave experts out of `target_modules`"
+        raise ValueError(f"`attention`='lossless': the adapters of {name} cannot draft: {error}{hint}.") from error
+    finally:
+        if checkpointing:
+            base.activation_checkpointing_disable()
+        base.train(training)
+        with torch.no_grad():
+            for parameter, value in zip(adapters, kept, strict=True):
+                parameter.copy_(value)
+    others = torch.arange(want.shape[-1], device=want.device) != mask_token_id  # which is never said
+    if not (want - found)[..., others].abs().max() <= 0.01 * want[..., others].abs().max():
+        raise ValueError(
+            f"`attention`='lossless': the adapters of {name} are heard otherwise in decoding than in training; adapt linear layers that "
+            "see every token, and no experts."
         )

@@ -52,6 +52,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         attention: "bidirectional", "block" (answers are filled up with EOS to the end of their block) or "lossless" (blocks start
             anywhere; their first token is the base's own and never asked, nor is what stands behind the answer).
         block_length, clean_context: of block attention, see `attention_masks.block_diffusion`.
+        max_positions: tokens that the model can count; tails end there.
         full_mask_share: of lossless drafts, the share of blocks that are masked whole, as most are in decoding.
         ar_loss_weight: weight of next-token prediction on the clean half of block attention.
         min_mask_probability, max_mask_probability: range of the mask probability; anything but (0, 1) is no ELBO.
@@ -76,6 +77,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     block_length: int | None = None
     clean_context: str = "causal"
     full_mask_share: float = 0.7
+    max_positions: int | None = None
     ar_loss_weight: float = 0.0
     min_mask_probability: float = 0.0
     max_mask_probability: float = 1.0
@@ -119,7 +121,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         ids, labels = ids[: ends[-1] + 1], labels[: ends[-1] + 1]
         if self.attention == "lossless":
             # A draft does not know where the answer ends: masks stand behind it too, which are not asked for.
-            tail = [self.eos_token_id] * (self.block_length - 1)
+            tail = self._tail(ids, self.block_length - 1)
             return ids + tail, labels + tail
         if self.attention == "block":
             tail = [self.eos_token_id] * (-len(ids) % self.block_length)
@@ -129,8 +131,12 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         if cut % 1000 < 1000 * self.random_canvas:
             end = first + 1 + length % (len(ids) - first)
             return ids[:end], labels[:end]
-        tail = [self.eos_token_id] * (length % (self.eos_tail + 1))
+        tail = self._tail(ids, length % (self.eos_tail + 1))
         return ids + tail, labels + tail
+
+    def _tail(self, ids: list[int], length: int) -> list[int]:
+        room = length if self.max_positions is None else max(self.max_positions - len(ids), 0)
+        return [self.eos_token_id] * min(length, room)
 
     def corrupt(
         self,
@@ -204,6 +210,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         if lossless:
             masked, probability = self._drafted(seed, step, rows, masked, probability, maskable, part)
             weights = torch.ones_like(weights)
+            # A draft sees nothing behind its first token, neither the next question.
+            behind = ~maskable & (attention_mask > 0) & _behind_first(maskable, part)
         seen = ids
         if self.random_replacement and not fixed:
             replaced = masking.draw_mask(seed, step, rows, self.random_replacement, maskable, masking.REPLACE_STREAM)
@@ -211,8 +219,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             seen = torch.where(replaced, tokens + (tokens >= self.mask_token_id), ids)  # any but the mask
         taught = self._without_tail(ids, maskable)
         if self.distillation_targets == "causal":
-            taught &= _nothing_to_the_right((attention_mask > 0) & ~masked, part)
-        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, probability, taught)
+            shown = (attention_mask > 0) & ~(masked | behind if lossless else masked)
+            taught &= _nothing_to_the_right(shown, part)
+        hidden = masked | behind if lossless else masked
+        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, probability, taught, hidden)
         if self.attention == "bidirectional":
             laid_out = self._whole(noised)
         else:
@@ -332,9 +342,10 @@ class _Noised:
     weights: torch.Tensor
     probability: torch.Tensor
     taught: torch.Tensor
+    hidden: torch.Tensor  # what stands as a mask: the masked tokens, of a drafter more
 
     def noisy(self, mask_token_id: int) -> torch.Tensor:
-        return self.seen.masked_fill(self.masked, mask_token_id)
+        return self.seen.masked_fill(self.hidden, mask_token_id)
 
 
 def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -355,6 +366,13 @@ def _nothing_to_the_right(visible: torch.Tensor, part: torch.Tensor) -> torch.Te
     place = _places(part)
     last = torch.full_like(part, -1).scatter_reduce(-1, part, torch.where(visible, place, -1), "amax")
     return place > last.gather(-1, part)
+
+
+def _behind_first(maskable: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Which tokens have a maskable one before them in their own part: (B, L) each -> (B, L) bool."""
+    place, length = _places(part), part.shape[-1]
+    first = torch.full_like(part, length).scatter_reduce(-1, part, torch.where(maskable, place, length), "amin")
+    return place > first.gather(-1, part)
 
 
 def _parts(documents: torch.Tensor, block_length: int | None, offset: torch.Tensor | int = 0) -> torch.Tensor:

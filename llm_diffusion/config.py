@@ -199,6 +199,10 @@ def build(given: dict[str, Any]) -> HyperParameters:
             nested[key] = check_training_value(key, nested[key])
     check_ranges(hp)
     hp.stages = check_stages(hp.stages)
+    if hp.training.get("attention") == "lossless" and any(stage["trains"] == "everything" for stage in stages_of(hp)):
+        raise ValueError(
+            "`attention`='lossless' trains adapters, beside a base that stays as it is: `use_lora` is true, and no stage trains 'everything'."
+        )
     memory = hp.model_init_kwargs.get("max_memory")
     if isinstance(memory, dict):  # JSON has no integer keys, and accelerate numbers the cards by integers
         hp.model_init_kwargs["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in memory.items()}

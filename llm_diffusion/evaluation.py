@@ -6,6 +6,7 @@ need extracting.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from .generation import generate, generate_autoregressive
 from .patching import base_of
 
+logger = logging.getLogger(__name__)
 Decode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
 BATCH_SIZE = 50
 
@@ -30,6 +32,7 @@ class AnswerReport:
         answers: texts, in the order of the examples.
         exact_match: percent by kind of task.
         tokens_per_forward: answer tokens, end token included, over forward passes, mean over examples.
+        ended: whether each answer came to its end token.
         accepted: of lossless decoding, how many verifications yielded how many tokens.
         seconds: for all examples.
     """
@@ -37,6 +40,7 @@ class AnswerReport:
     answers: list[str] = field(default_factory=list)
     exact_match: dict[str, float] = field(default_factory=dict)
     tokens_per_forward: float = 0.0
+    ended: list[bool] = field(default_factory=list)
     accepted: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -82,15 +86,30 @@ def answered_by_base(
             f"`answers_from_base` needs chats or prompts with completions, got the columns {dataset.column_names}."
         )
     rows = list(dataset)
-    answers = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens).answers
-    for row, answer in zip(rows, answers, strict=True):
+    report = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens)
+    for row, answer in zip(rows, report.answers, strict=True):
         if "messages" in row:
             row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": answer}]
         elif isinstance(row["completion"], list):
             row["completion"] = [{"role": "assistant", "content": answer}]
         else:
             row["completion"] = answer
-    return Dataset.from_list([row for row, answer in zip(rows, answers, strict=True) if answer.strip()])
+    # An answer that was cut off would teach a false end.
+    whole = [
+        row for row, ended, answer in zip(rows, report.ended, report.answers, strict=True) if ended and answer.strip()
+    ]
+    if len(whole) < len(rows):
+        logger.warning(
+            "%d of %d answers are not over after %d tokens and are dropped",
+            len(rows) - len(whole),
+            len(rows),
+            max_new_tokens,
+        )
+    if not whole:
+        raise ValueError(
+            f"`answers_from_base`: no answer is over after {max_new_tokens} tokens; raise `generation.max_new_tokens`."
+        )
+    return Dataset.from_list(whole)
 
 
 def evaluate_answers(
@@ -125,6 +144,8 @@ def evaluate_answers(
             forwards += output.tokens_per_forward.sum().item()
             if output.accepted is not None:
                 accepted.update(output.accepted[output.accepted > 0].tolist())
+        end = torch.tensor(tokenizer.eos_token_id, device=ids.device)
+        report.ended += (ids[:, batch["input_ids"].shape[1] :] == end).any(-1).tolist()
         report.answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     report.accepted = dict(sorted(accepted.items()))
     report.seconds = time.perf_counter() - started

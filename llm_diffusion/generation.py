@@ -5,20 +5,28 @@ Trade-off: one entry that picks the engine by how the model attends. Alternative
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import logging
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .attention import causal_attention
 from .block_decoding import decode_blocks
 from .denoising import eos_ids, fill_masks, record_of
-from .generation_config import DiffusionGenerationConfig, DiffusionOutput
+from .generation_config import NEUTRAL, DiffusionGenerationConfig, DiffusionOutput
 from .lossless_decoding import decode_lossless
-from .patching import base_of
+from .patching import adapters_off, base_of
+
+logger = logging.getLogger(__name__)
+
+# Of a `GenerationConfig`: what changes logits and looks at the text so far.
+PROCESSORS = {
+    *("repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "min_length", "bad_words_ids", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "guidance_scale"),
+    *("exponential_decay_length_penalty", "num_beams", "penalty_alpha", "assistant_early_exit"),
+}
 
 
 def _settings(
@@ -77,7 +85,7 @@ def _with_canvas(
         )
     new = (0, settings.max_new_tokens)
     pad = torch.nn.functional.pad
-    return pad(input_ids, new, value=settings.mask_token_id), pad(attention_mask, new, value=1)
+    return pad(input_ids, new, value=settings.mask_token_id), pad(attention_mask.long(), new, value=1)
 
 
 def generate(
@@ -139,7 +147,12 @@ def generate(
         raise ValueError(
             "`verify`=False: a lossless adapter was trained on what its base writes; it can only draft for it."
         )
+    if lossless and not settings.eos_early_stop:
+        raise ValueError(
+            "`eos_early_stop`=False: what the base says behind its end token is not decoded; leave it out."
+        )
     if lossless:
+        warn_of_processors(base, kwargs)
         output = decode_lossless(model, input_ids, attention_mask[:, :start], settings, on_step)
     elif block_length and settings.use_cache is not False:
         output = decode_blocks(model, input_ids, attention_mask[:, :start], settings, on_step)
@@ -150,6 +163,21 @@ def generate(
         streamer.put(output.sequences[:, start:].cpu())
         streamer.end()
     return output if settings.return_dict_in_generate else output.sequences
+
+
+def warn_of_processors(base: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Says which habits of the base's own `generate` are left out: the text is the base's without them."""
+    own = base.generation_config.to_diff_dict()
+    left_out = {
+        name: own[name]
+        for name in sorted(PROCESSORS & set(own) - set(kwargs))
+        if own[name] not in (None, False, 0, NEUTRAL.get(name))
+    }
+    if left_out:
+        logger.warning(
+            "lossless decoding leaves out %s of the base's generation_config; pass neutral values to compare with its `generate`",
+            left_out,
+        )
 
 
 def _trim(sequences: torch.Tensor, start: int, settings: DiffusionGenerationConfig) -> torch.Tensor:
@@ -171,8 +199,5 @@ def generate_autoregressive(model: torch.nn.Module, input_ids: torch.Tensor, **k
     Under LoRA this is the untouched base, the fair baseline of its conversion. Arguments as in transformers.
     """
     base = base_of(model)
-    with ExitStack() as stack:
-        if isinstance(model, PeftModel):
-            stack.enter_context(model.disable_adapter())
-        stack.enter_context(causal_attention(base))
+    with adapters_off(model), causal_attention(base):
         return type(base).generate(base, input_ids, **kwargs)

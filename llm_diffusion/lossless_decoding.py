@@ -121,7 +121,10 @@ class LosslessDecoder:
         if ends:
             self.cache.crop(-self.block_length)
         self.token = self._first(logits[:, 0])
-        self._draft(logits[:, None, 1:] if ends else None, torch.zeros_like(self.rows))
+        self.accepted.append(torch.full_like(self.done, -1))
+        stay = self._end_known()
+        if self.rows.numel():
+            self._draft(logits[stay][:, None, 1:] if ends else None, torch.zeros_like(self.rows))
 
     def _forward(
         self,
@@ -235,12 +238,12 @@ class LosslessDecoder:
         kept = torch.arange(most, device=block.device) <= accepted[:, None]
         self.valid = torch.cat([self.valid, kept], -1)
         self.length, self.token = self.length + accepted + 1, token
-        stay = self._unfinished(block, accepted)
-        if not bool(stay.all()):
-            self._leave(stay.nonzero().squeeze(-1))
-            accepted, drafts = accepted[stay], drafts[stay]
+        stay = self._unfinished(block, accepted).nonzero().squeeze(-1)
+        self._leave(stay)
+        stay = stay[self._end_known()]
         if not self.rows.numel():
             return
+        accepted, drafts = accepted[stay], drafts[stay]
         self.counts += torch.bincount(accepted, minlength=b)
         chosen = torch.full_like(accepted, -1)
         for number, outcome in enumerate(outcomes):
@@ -273,8 +276,27 @@ class LosslessDecoder:
         self.canvas[self.rows] = torch.where(behind, end, self.canvas[self.rows])
         return ~ended & (self.done[self.rows] < limit)
 
+    def _end_known(self) -> torch.Tensor:
+        """Ends the rows whose next token, which is the base's own already, is an end token or the last one; places of the others."""
+        done, limit = self.done[self.rows], self.settings.max_new_tokens
+        ended = torch.isin(self.token, self.eos)
+        over = ended | (done + 1 >= limit)
+        if bool(over.any()):
+            index = torch.arange(self.canvas.shape[1], device=done.device)
+            column = self.prompt_length + done[:, None]
+            here = over[:, None] & ((index == column) | ((index > column) & ended[:, None]))
+            self.canvas[self.rows] = torch.where(here, self.token[:, None], self.canvas[self.rows])
+            last = self.accepted[-1]
+            last[self.rows] = torch.where(over, last[self.rows].clamp(min=0) + 1, last[self.rows])
+            self.done[self.rows] = done + over.long()
+        stay = (~over).nonzero().squeeze(-1)
+        self._leave(stay)
+        return stay
+
     def _leave(self, stay: torch.Tensor) -> None:
         """Only the rows `stay` go on."""
+        if len(stay) == len(self.rows):
+            return
         self.rows, self.token, self.length = self.rows[stay], self.token[stay], self.length[stay]
         self.valid = self.valid[stay]
         if stay.numel():

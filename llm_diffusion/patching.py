@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,21 @@ class Patch:
 
     def __exit__(self, *exception: object) -> None:
         self.undo()
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """The base alone, where `model` is a `PeftModel`; PEFT's own way leaves every adapter trainable, also those that were frozen."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, trained in kept:
+            parameter.requires_grad_(trained)
 
 
 def bind(model: torch.nn.Module, name: str, function: Any) -> None:

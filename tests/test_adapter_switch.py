@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import BioGptConfig, BioGptForCausalLM
 
 from llm_diffusion.adapter_switch import AdapterSwitch, check_adapters
 
@@ -88,3 +89,37 @@ def test_without_adapters_nothing_is_left_to_verify_with(random_llama) -> None:
         AdapterSwitch(merged)
     with pytest.raises(ValueError, match="LoRA"):
         check_adapters(get_peft_model(random_llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[])))
+
+
+@torch.no_grad()
+def test_one_call_at_a_time_and_nothing_left_after_a_refusal(random_llama) -> None:
+    model = adapted(random_llama)
+    before = model(torch.full((1, 3), MASK)).logits
+    with AdapterSwitch(model), pytest.raises(RuntimeError, match="one call at a time"):
+        AdapterSwitch(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear"))  # without a row for the mask token
+    model.set_adapter("other")
+    with AdapterSwitch(model) as switch:
+        switch.first = 0
+        model(torch.full((1, 3), MASK))
+    model.set_adapter("default")
+    assert torch.equal(model(torch.full((1, 3), MASK)).logits, before)
+
+
+def test_the_mask_row_is_scaled_as_the_embedding_scales() -> None:
+    config = BioGptConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        scale_embedding=True,
+    )
+    model = BioGptForCausalLM(config).eval()
+    model.config.diffusion = {"mask_token_id": MASK}
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[MASK]))
+    embedding, ids = model.get_base_model().get_input_embeddings(), torch.tensor([[5, MASK]])
+    want = embedding(ids)
+    with AdapterSwitch(model) as switch:
+        switch.first = 0
+        torch.testing.assert_close(embedding(ids), want)

@@ -161,3 +161,9 @@ def test_defaults_are_not_shared_between_objects():
     assert dataclasses.asdict(HyperParameters()) == dataclasses.asdict(HyperParameters())
     HyperParameters().lora_config["r"] = 1
     assert HyperParameters().lora_config["r"] == 16
+
+
+def test_a_drafter_is_an_adapter():
+    for more in ({"use_lora": False}, {"stages": [{"name": "sft", "trains": "everything"}]}):
+        with pytest.raises(ValueError, match="lossless"):
+            build({"model": "tiny", "attention": "lossless", **more})

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_sft import LORA, make, tiny_model, tokenizer  # noqa: F401
+from transformers import MistralConfig, MistralForCausalLM
 
 from llm_diffusion.attention import causal_attention
 from llm_diffusion.masking import IGNORE_INDEX
@@ -121,6 +122,38 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer)
     assert sums["taught"] == sums["listened"] == len(rows)
     masks_share = logits.softmax(-1)[:, trainer.diffusion_collator.mask_token_id]
     assert sums["distillation"].item() == pytest.approx(-(1 - masks_share).log().sum().item(), rel=1e-3)
+
+
+def test_frozen_adapters_stay_frozen(tmp_path, tokenizer) -> None:  # noqa: F811
+    trainer = make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0)
+    for name, parameter in trainer.model.named_parameters():
+        parameter.requires_grad_("q_proj" in name and "lora" in name)
+    want = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, step_batch(trainer), num_items_in_batch=torch.tensor(1))
+    assert [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad] == want
+
+
+def test_packed_texts_of_a_windowed_base_are_refused(tmp_path, tokenizer) -> None:  # noqa: F811
+    config = MistralConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
+    )
+    with pytest.raises(ValueError, match="sliding windows"):
+        make(
+            tmp_path,
+            tokenizer,
+            model=MistralForCausalLM(config),
+            peft_config=LORA,
+            distillation_weight=1.0,
+            packing=True,
+        )
 
 
 def test_own_words_stand_where_another_noise_had_masks(tmp_path, tokenizer) -> None:  # noqa: F811

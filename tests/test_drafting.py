@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from test_distillation import moved, step_batch
 from test_sft import LORA, make, tiny_model, tokenizer  # noqa: F401
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from llm_diffusion.adapter_switch import AdapterSwitch
 from llm_diffusion.evaluation import evaluate_answers
@@ -115,6 +116,88 @@ def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -
     assert scores.logits is None
 
 
+def test_the_loss_is_a_mean_over_what_is_asked(tmp_path, tokenizer) -> None:  # noqa: F811
+    """So that training and evaluation, short and long answers can be compared."""
+    trainer = drafter(tmp_path, tokenizer, block_length=8)
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["loss"] == pytest.approx(row["masked_nll"], rel=1e-4)
+
+
+def test_growing_drafts_start_with_something_to_draft(tmp_path, tokenizer) -> None:  # noqa: F811
+    settings = {"annealing": "block", "max_steps": 6, "distillation_weight": 0.5}
+    trainer = drafter(tmp_path, tokenizer, block_length=8, **settings)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["annealed_block_length"] for row in rows][0] == 2
+    assert all(row["grad_norm"] > 0 and row.get("accepted_length", 1) >= 1 for row in rows)
+
+
+def test_the_next_question_is_not_seen(tmp_path, tokenizer) -> None:  # noqa: F811
+    """In decoding only masks stand behind a draft, also in the middle of a conversation."""
+    collator = drafter(tmp_path, tokenizer, block_length=8, full_mask_share=1.0).diffusion_collator
+    end = collator.eos_token_id
+    ids = [5, 6, 7, 11, 12, 13, end, 21, 22, 23, 24, 25, 31, 32, 33, 34, 35, end]
+    labels = [-100] * 3 + ids[3:7] + [-100] * 5 + ids[12:]
+    batch = collator([{"input_ids": ids, "labels": labels}])
+    asked = 0
+    for step in range(30):
+        noisy = collator.corrupt(batch, seed=0, step=step, rows=torch.arange(1), n_rows=1)
+        inputs, n = noisy["inputs"], noisy["inputs"]["input_ids"].shape[1] - batch["input_ids"].shape[1]
+        for q in (noisy["targets"][0, :n] != IGNORE_INDEX).nonzero().flatten().tolist():
+            seen = (inputs["attention_mask"][0, 0, q, :n] == 0).nonzero().flatten()
+            later = inputs["position_ids"][0, seen] > noisy["tokens"][0, q]
+            assert (inputs["input_ids"][0, seen][later] == collator.mask_token_id).all()
+            asked += 1
+    assert asked > 100
+
+
+def test_tails_end_where_the_model_does(tmp_path, tokenizer) -> None:  # noqa: F811
+    config = GPT2Config(
+        vocab_size=512, n_embd=32, n_layer=1, n_head=4, n_positions=64, eos_token_id=2, bos_token_id=None
+    )
+    rows = Dataset.from_list([{"prompt": "a " * 20, "completion": "b " * 60}] * 4)
+    for attention in ("bidirectional", "lossless"):
+        settings = {
+            "attention": attention,
+            "dataset": rows,
+            "max_length": 64,
+            "eos_tail": 16,
+            "gradient_checkpointing": False,
+        }
+        make(tmp_path, tokenizer, model=GPT2LMHeadModel(copy.deepcopy(config)), peft_config=LORA, **settings).train()
+    with pytest.raises(ValueError, match="gradient_checkpointing"):
+        settings["gradient_checkpointing"] = True
+        make(tmp_path, tokenizer, model=GPT2LMHeadModel(copy.deepcopy(config)), peft_config=LORA, **settings)
+
+
+def test_mixtures_of_experts_train_their_attention(tmp_path, tokenizer) -> None:  # noqa: F811
+    """Experts see no rows and are refused; the host's load-balancing loss is off."""
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    config = Qwen3MoeConfig(
+        vocab_size=512, intermediate_size=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, **sizes
+    )
+    attention = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    for settings in ({"attention": "lossless"}, {"attention": "block"}):
+        make(
+            tmp_path, tokenizer, model=Qwen3MoeForCausalLM(copy.deepcopy(config)), peft_config=attention, **settings
+        ).train()
+    with pytest.raises(ValueError, match="lossless"):
+        make(
+            tmp_path,
+            tokenizer,
+            model=Qwen3MoeForCausalLM(copy.deepcopy(config)),
+            peft_config=LORA,
+            attention="lossless",
+        )
+
+
 def test_accepted_lengths_are_runs_from_the_start() -> None:
     """Of blocks of four: three tokens are asked, the first is the base's own."""
     agrees = [[1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1], [1, 1, 1]]
@@ -183,6 +266,10 @@ def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> No
         ({"ar_loss_weight": 0.5}, LORA, "ar_loss_weight"),
         ({}, LoraConfig(target_modules="all-linear", use_dora=True), "variant"),
         ({}, LoraConfig(target_modules="all-linear", trainable_token_indices=[7]), "trainable_token_indices"),
+        ({}, LoraConfig(target_modules="all-linear", bias="all"), "bias"),
+        ({}, LoraConfig(target_modules="all-linear", init_lora_weights="pissa"), "init_lora_weights"),
+        ({"loss_weight": "cart"}, LORA, "loss_weight"),
+        ({"router_aux_loss_coef": 0.1}, LORA, "router_aux_loss_coef"),
     ],
 )
 def test_what_cannot_be_lossless_is_refused(tmp_path, tokenizer, settings, peft_config, message) -> None:  # noqa: F811

@@ -110,8 +110,7 @@ def test_answers_of_the_base_take_the_place_of_the_datas(tiny):
     want = evaluate_answers(model, tokenizer, list(chats), autoregressive=True, max_new_tokens=40).answers
     assert [row["messages"][-1]["content"] for row in answered] == want
     assert [row["messages"][:-1] for row in answered] == [row["messages"][:-1] for row in chats]
-    plain = Dataset.from_list([{"prompt": "2+2=", "completion": "5"}])
-    told = evaluate_answers(model, tokenizer, list(plain), autoregressive=True, max_new_tokens=3).answers
-    assert answered_by_base(model, tokenizer, plain, max_new_tokens=3)["completion"] == told
+    with pytest.raises(ValueError, match="no answer is over after 3 tokens"):  # a cut would be a false end
+        answered_by_base(model, tokenizer, chats, max_new_tokens=3)
     with pytest.raises(ValueError, match="answers_from_base"):
         answered_by_base(model, tokenizer, Dataset.from_list([{"text": "2+2=4"}]))

@@ -6,10 +6,19 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from llm_diffusion.adapter_switch import AdapterSwitch
+from llm_diffusion.clean_prefix import check_drafts
 from llm_diffusion.denoising import fill_masks
 from llm_diffusion.generation import _settings, generate, generate_autoregressive
 from llm_diffusion.lossless_decoding import LosslessDecoder
@@ -85,7 +94,57 @@ def test_end_tokens_end_rows_and_free_them(random_llama) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 5, 7])
 def test_any_number_of_new_tokens(random_llama, limit) -> None:
-    same_as_base(drafter(random_llama(vocab_size=64), 4), limit)
+    got = same_as_base(drafter(random_llama(vocab_size=64), 4), limit)
+    assert limit > 1 or (got.nfe == 1).all()  # the prompt's own pass says the first
+
+
+def test_a_known_end_needs_no_verification(random_llama) -> None:
+    """With drafts that are never right, every pass but the prompt's says one token more than it is asked to verify."""
+    model = drafter(random_llama(vocab_size=64), 4, std=5.0)
+    ids, mask = prompts(1)
+    settings = {"eos_token_id": None, "draft_outcomes": 4, "return_dict_in_generate": True}
+    got = generate(model, ids, mask, max_new_tokens=6, **settings)
+    if (got.accepted <= 2).all():
+        assert got.nfe.item() <= 6
+    assert got.accepted[got.accepted > 0].sum() == 6
+
+
+def test_other_architectures_and_their_layouts() -> None:
+    """Layers that see rows one under the other (OPT, shared experts), scaled embeddings (BioGPT), GPT-2's transposed weights."""
+    small = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "hidden_size": 32,
+    }
+    configs = [
+        transformers.OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32, init_std=0.2),
+        transformers.BioGptConfig(**small, intermediate_size=64, initializer_range=0.2, scale_embedding=True),
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+        transformers.PhiConfig(**small, intermediate_size=64, initializer_range=0.2),
+    ]
+    for config in configs:
+        torch.manual_seed(0)
+        model = drafter(AutoModelForCausalLM.from_config(config).eval(), 4)
+        for rows in (1, 3):
+            ids, mask = prompts(rows)
+            common = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": PAD}
+            want = generate_autoregressive(
+                model, ids, attention_mask=mask, do_sample=False, suppress_tokens=[63], **common
+            )
+            assert torch.equal(generate(model, ids, mask, draft_outcomes=4, **common), want), config.model_type
+        check_drafts(model, 63, checkpointing=False)
+
+
+def test_processors_of_the_base_are_said_to_be_left_out(random_llama, caplog) -> None:
+    model, (ids, mask) = drafter(random_llama(vocab_size=64)), prompts(1)
+    model.get_base_model().generation_config.repetition_penalty = 1.3
+    generate(model, ids, mask, max_new_tokens=4)
+    assert "repetition_penalty" in caplog.text
+    caplog.clear()
+    generate(model, ids, mask, max_new_tokens=4, repetition_penalty=1.0)
+    assert "repetition_penalty" not in caplog.text
 
 
 def test_one_by_one_as_in_a_batch(random_llama) -> None:
@@ -183,6 +242,7 @@ def test_what_is_refused(random_llama, random_diffuser) -> None:
     for settings, message in (
         ({"verify": False}, "verify"),
         ({"draft_outcomes": -1}, "draft_outcomes"),
+        ({"eos_early_stop": False}, "eos_early_stop"),
         ({"block_length": 8}, "block_length"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -17,19 +17,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from transformers import DynamicCache
 
 from .. import masking
 from ..attention import causal_attention
 from ..attention_masks import additive, block_causal, positions
-from ..patching import base_of
+from ..patching import adapters_off, base_of
 from .sft_config import DiffusionSFTConfig
 
 
-def check_teacher(adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
+def check_base_stays(configs: list[PeftConfig]) -> None:
+    """Refuses adapters that change the base: with them off it is no longer the autoregressive model.
+
+    Raises:
+        ValueError: biases are trained, or the weights are moved at the start (PiSSA, OLoRA, CorDA, LoftQ).
+    """
+    for config in configs:
+        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        if bias != "none" or start not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ValueError(
+                f"`peft_config`: bias={bias!r} and init_lora_weights={start!r} change the base itself, which must stay the "
+                "autoregressive model here; use bias='none' and init_lora_weights=True."
+            )
+
+
+def check_teacher(model: torch.nn.Module, adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
     """Refuses distillation where no autoregressive model is left to listen to."""
     if not args.listens:
         return
+    config = base_of(model).config
+    windows = getattr(config, "causal_windows", None) or any(
+        getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers
+    )
+    if args.packing and windows:
+        raise ValueError(
+            "`packing`: the autoregressive model has sliding windows, which the mask of packed texts would take from it while it "
+            "teaches; leave one of packing and distillation off."
+        )
     if not adapted:
         raise ValueError(
             "`distillation_weight` and `distillation_hidden_weight` need adapters, under which the autoregressive model stays as "
@@ -84,7 +109,7 @@ def teacher_scores(
     training = adapted.training
     adapted.eval()  # no dropout
     try:
-        with adapted.disable_adapter(), causal_attention(adapted), head_inputs(adapted) as caught:
+        with adapters_off(adapted), causal_attention(adapted), head_inputs(adapted) as caught:
             logits = model(input_ids=ids, **inputs, use_cache=False, logits_to_keep=wanted).logits
     finally:
         adapted.train(training)

@@ -13,7 +13,8 @@ from peft import PeftModel
 from transformers import DynamicCache
 
 from ..adapter_switch import check_adapters
-from ..clean_prefix import CleanPrefix, allow_prefix_under_checkpointing
+from ..clean_prefix import CleanPrefix, allow_prefix_under_checkpointing, check_drafts
+from ..patching import adapters_off
 from .distillation import head_inputs
 from .sft_config import DiffusionSFTConfig
 
@@ -27,6 +28,10 @@ def check_drafter(record: dict[str, Any], adapted: bool, converted_base: bool, a
             "`attention`='lossless' trains adapters on an autoregressive base, which verifies what they draft; "
             + ("the base is a converted checkpoint itself." if converted_base else "pass a `peft_config`.")
         )
+    if args.loss_weight != "elbo":
+        raise ValueError(
+            "`loss_weight` weighs noise levels, of which a drafter knows one; leave it out with `attention`='lossless'."
+        )
     for name in ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight"):
         if getattr(args, name):
             raise ValueError(
@@ -34,10 +39,11 @@ def check_drafter(record: dict[str, Any], adapted: bool, converted_base: bool, a
             )
 
 
-def ready_drafter(model: PeftModel, mask_token_id: int) -> None:
+def ready_drafter(model: PeftModel, mask_token_id: int, checkpointing: bool) -> None:
     """Checks the adapters that were made, and lets them train under gradient checkpointing."""
     check_adapters(model, mask_token_id)
     allow_prefix_under_checkpointing(model)
+    check_drafts(model, mask_token_id, checkpointing)
 
 
 def accepted_lengths(
@@ -89,7 +95,7 @@ def draft_logits(
     cache, training = DynamicCache(), adapted.training
     adapted.eval()  # no dropout
     try:
-        with torch.no_grad(), adapted.disable_adapter(), head_inputs(adapted) as caught:
+        with torch.no_grad(), adapters_off(adapted), head_inputs(adapted) as caught:
             base_logits = model(
                 input_ids=ids[:, clean],
                 position_ids=places[:, clean],

@@ -86,8 +86,21 @@ def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
     base.prepared_for_training = True
 
 
+def no_router_loss(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
+    """Turns off the load-balancing loss of mixtures of experts, which the host computes beside its own objective, not ours."""
+    if args.router_aux_loss_coef:
+        raise ValueError(
+            f"`router_aux_loss_coef`={args.router_aux_loss_coef} belongs to the host's own objective; leave it out."
+        )
+    if hasattr(base_of(model).config.get_text_config(), "output_router_logits"):
+        args.router_aux_loss_coef = 0.0
+
+
 def make_collator(
-    processing_class: PreTrainedTokenizerBase, record: dict[str, Any], args: DiffusionSFTConfig
+    processing_class: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    args: DiffusionSFTConfig,
+    max_positions: int | None = None,
 ) -> DataCollatorForMaskedDiffusion:
     return DataCollatorForMaskedDiffusion(
         pad_token_id=processing_class.pad_token_id,
@@ -109,6 +122,7 @@ def make_collator(
         vocab_size=max(len(processing_class), record["mask_token_id"] + 1),
         distillation_targets=args.distillation_targets,
         full_mask_share=args.full_mask_share,
+        max_positions=max_positions,
         pad_to_multiple_of=args.pad_to_multiple_of,
         packing=args.packing or bool(args.eval_packing),
         time_embedding=record.get("time_embedding", False),

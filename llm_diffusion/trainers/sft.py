@@ -40,7 +40,7 @@ from ..modeling import (
     set_final_causal_ratio,
 )
 from ..patching import base_of
-from .distillation import check_teacher, head_inputs, teacher_scores, with_own_words
+from .distillation import check_base_stays, check_teacher, head_inputs, teacher_scores, with_own_words
 from .drafting import accepted_lengths, check_drafter, draft_logits, ready_drafter
 from .metrics import by_level, metric_values
 from .preparation import (
@@ -49,6 +49,7 @@ from .preparation import (
     clean_prompts,
     has_converted_weights,
     make_collator,
+    no_router_loss,
     prepare_adapter,
     prepare_quantised,
     report_dropped,
@@ -130,9 +131,14 @@ class DiffusionSFTTrainer(SFTTrainer):
             peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
             record["base_fingerprint"] = fingerprint(base_of(model))  # full training may have moved it
         adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
-        check_teacher(adapted, converted_base, args)
+        if args.listens or record["attention"] == "lossless":
+            given = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+            check_base_stays(given + ([peft_config] if peft_config is not None else []))
+        check_teacher(model, adapted, converted_base, args)
         check_drafter(record, adapted, converted_base, args)
-        self.diffusion_collator = make_collator(processing_class, record, args)
+        no_router_loss(model, args)
+        positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+        self.diffusion_collator = make_collator(processing_class, record, args, positions)
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
             model=model,
@@ -148,7 +154,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         self.data_collator = self.diffusion_collator
         self._drafts = record["attention"] == "lossless"
         if self._drafts:
-            ready_drafter(self.model, record["mask_token_id"])
+            ready_drafter(self.model, record["mask_token_id"], args.gradient_checkpointing)
         if not args.packing:
             report_dropped(train_dataset, self.train_dataset, args)
         if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
@@ -223,6 +229,8 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of a step is divided by, of one micro-batch."""
         maskable = batch["labels"] != IGNORE_INDEX
+        if self._drafts and self.args.normalization in ("token", "masked"):
+            return (self._corrupt(batch, "train")["targets"] != IGNORE_INDEX).sum()  # the others are never asked
         if self.args.normalization == "token":
             return maskable.sum()
         if self.args.normalization == "sequence":
@@ -283,6 +291,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         if scores.teacher is not None:
             best = scores.logits.detach().argmax(-1) == scores.teacher[0].argmax(-1)
             whole, b = (noisy["levels"][keep] == 1) & data, self.diffusion_collator.block_length
+            b = (self._block_length() or b) if mode == "train" else b
             yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][keep], whole, b)
             self._add(mode, accepted=yielded, blocks=blocks)
         objective = terms * data
@@ -347,14 +356,13 @@ class DiffusionSFTTrainer(SFTTrainer):
         rows = part.get("noise_rows") if mode == "train" else None
         # Phases of one run share a seed and one way from causal attention: all steps so far count.
         step, way = self._start["conversion_steps"] + self.state.global_step, self._way()
-        target = self.diffusion_collator.block_length
         noisy = self.diffusion_collator.corrupt(
             part,
             seed=self.args.seed if seed is None else seed,
             step=0 if rows is None else step,
             rows=rows,
             n_rows=part.get("n_noise_rows"),
-            block_length=way.block_length(step, target) if way is not None and target and mode == "train" else None,
+            block_length=self._block_length() if mode == "train" else None,
             complement=complement,
         )
         if way is not None and self.diffusion_collator.attention == "bidirectional":
@@ -364,6 +372,14 @@ class DiffusionSFTTrainer(SFTTrainer):
             if mask is not None:
                 noisy["inputs"]["attention_mask"] = mask
         return noisy
+
+    def _block_length(self) -> int | None:
+        """Of this step's blocks, which may still grow; None without blocks."""
+        way, target = self._way(), self.diffusion_collator.block_length
+        if way is None or target is None:
+            return target
+        length = way.block_length(self._start["conversion_steps"] + self.state.global_step, target)
+        return max(length, 2) if self._drafts else length  # of a block of one nothing is drafted
 
     def _way(self) -> Annealing | None:
         if self._annealed:
@@ -376,8 +392,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         if way is None:
             return {}
         if way.mode == "block":
-            target = self.diffusion_collator.block_length or self.args.max_length
-            return {"annealed_block_length": way.block_length(step, target)}
+            return {"annealed_block_length": self._block_length() or way.block_length(step, self.args.max_length)}
         return {"causal_ratio": way.causal_ratio(step)}
 
     def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> _Scores:
