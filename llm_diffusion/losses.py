@@ -82,4 +82,11 @@ def relative_error(hidden: torch.Tensor, teacher_hidden: torch.Tensor) -> torch.
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Entropy of every row's distribution in nats, fp32: (n, V) -> (n,)."""
-    return torch.distributions.Categorical(logits=logits.float(), validate_args=False).entropy()
+    # A few rows at a time, and no table of p log p: a figure for the log must not set the peak of memory.
+    parts = logits.split(max(1, 2**22 // logits.shape[-1]))
+    return torch.cat([_entropy(part.float()) for part in parts])
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    mean = (logits.softmax(-1)[:, None] @ logits[..., None]).flatten()
+    return logits.logsumexp(-1) - mean
