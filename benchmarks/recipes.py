@@ -276,7 +276,7 @@ def tokens_to(share: float, runs: list[dict[str, Any]], base: float) -> str:
 
 def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
     columns = ["recipe", "seeds", *KINDS, "mean", "kept", "tokens/forward", "NELBO − AR NLL"]
-    columns += [f"tokens to {100 * share:.0f} %" for share in SHARES] + ["seconds"]
+    columns += [f"tokens to {100 * share:.0f} %" for share in SHARES]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     cells = ["AR base", ""] + [f"{base['exact_match'][kind]:.1f}" for kind in KINDS] + [f"{base['mean']:.1f}", "100 %"]
     lines.append("| " + " | ".join(cells + ["1.00"] + [""] * (len(columns) - len(cells) - 1)) + " |")
@@ -294,7 +294,6 @@ def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
         cells += [spread([run["tokens_per_forward"] for run in found], 2)]
         cells += ["" if found[0]["gap"] is None else spread([run["gap"] for run in found], 3)]
         cells += [tokens_to(share, found, base["mean"]) for share in SHARES]
-        cells += [f"{statistics.mean(run['seconds'] for run in found):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
