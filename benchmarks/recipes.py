@@ -79,10 +79,10 @@ RECIPES: dict[str, tuple[dict[str, Any], int | str]] = {
 }
 
 
-def threshold_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """Decoding: every token that is sure; bidirectional models in blocks of 16 that come into being one after the other."""
+def decoding(settings: dict[str, Any], threshold: float | None = 0.98) -> dict[str, Any]:
+    """Every token that is sure, or one a step without a threshold; bidirectional models in blocks of 16 that come into being one after the other."""
     block = {} if settings["attention"] == "block" else {"block_length": 16, "grow_canvas": True}
-    return {"max_new_tokens": 80, "threshold": 0.98, **block}
+    return {"max_new_tokens": 80, "threshold": threshold, **block}
 
 
 def data(seed: int, rows: int) -> tuple[Dataset, Dataset]:
@@ -108,7 +108,9 @@ def lora(rank: int | str) -> LoraConfig | None:
     return LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=2 * r, target_modules="all-linear", modules_to_save=head)
 
 
-def run(recipe: str, seed: int, steps: int, batch_size: int, milestones: int, examples: int) -> dict[str, Any]:
+def run(
+    recipe: str, seed: int, steps: int, batch_size: int, milestones: int, examples: int, careful: bool
+) -> dict[str, Any]:
     settings, rank = RECIPES[recipe]
     settings = dict(settings)
     if "annealing_steps" in settings:
@@ -120,11 +122,11 @@ def run(recipe: str, seed: int, steps: int, batch_size: int, milestones: int, ex
     autoregressive = not settings
     reached: list[tuple[int, float]] = []
 
-    def answers(model: torch.nn.Module, n: int) -> Any:
+    def answers(model: torch.nn.Module, n: int, **how: Any) -> Any:
         if autoregressive:  # `generate_autoregressive` turns adapters off: decode the merged twin
             merged = copy.deepcopy(model).merge_and_unload().eval()
             return evaluate_answers(merged, tokenizer, held_out[:n], autoregressive=True, max_new_tokens=80)
-        return evaluate_answers(model, tokenizer, held_out[:n], **threshold_of(settings))
+        return evaluate_answers(model, tokenizer, held_out[:n], **decoding(settings, **how))
 
     class Milestones(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -160,6 +162,7 @@ def run(recipe: str, seed: int, steps: int, batch_size: int, milestones: int, ex
         trainer.train()
         seconds = time.perf_counter() - started
         report = answers(trainer.model, examples)
+        one_a_step = answers(trainer.model, examples, threshold=None).mean if careful else None
         gap = None if autoregressive else nelbo(trainer) - autoregressive_nll(tokenizer, test)
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset.select(range(steps * batch_size)))
     reached.append((steps, report.mean))
@@ -171,6 +174,7 @@ def run(recipe: str, seed: int, steps: int, batch_size: int, milestones: int, ex
         "exact_match": report.exact_match,
         "mean": report.mean,
         "tokens_per_forward": report.tokens_per_forward,
+        "one_a_step": one_a_step,
         "gap": gap,
         "milestones": [(round(tokens * step / steps), mean) for step, mean in reached],
         "seconds": seconds,
@@ -275,7 +279,7 @@ def tokens_to(share: float, runs: list[dict[str, Any]], base: float) -> str:
 
 
 def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
-    columns = ["recipe", "seeds", *KINDS, "mean", "kept", "tokens/forward", "NELBO − AR NLL"]
+    columns = ["recipe", "seeds", *KINDS, "mean", "kept", "tokens/forward", "mean, one token a step", "NELBO − AR NLL"]
     columns += [f"tokens to {100 * share:.0f} %" for share in SHARES]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     cells = ["AR base", ""] + [f"{base['exact_match'][kind]:.1f}" for kind in KINDS] + [f"{base['mean']:.1f}", "100 %"]
@@ -292,6 +296,8 @@ def table(runs: list[dict[str, Any]], base: dict[str, Any]) -> str:
         cells += [spread([run["mean"] for run in found])]
         cells += [f"{100 * statistics.mean(run['mean'] for run in found) / base['mean']:.1f} %"]
         cells += [spread([run["tokens_per_forward"] for run in found], 2)]
+        one_a_step = [run["one_a_step"] for run in found if run.get("one_a_step") is not None]
+        cells += [spread(one_a_step) if one_a_step else ""]
         cells += ["" if found[0]["gap"] is None else spread([run["gap"] for run in found], 3)]
         cells += [tokens_to(share, found, base["mean"]) for share in SHARES]
         lines.append("| " + " | ".join(cells) + " |")
@@ -346,6 +352,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--milestones", type=int, default=4)
     parser.add_argument("--examples", type=int, default=480)
+    parser.add_argument("--careful", action="store_true", help="answer once more, one token a step")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--orders", action="store_true", help="decode one bidirectional model in many orders")
     args = parser.parse_args()
@@ -362,7 +369,7 @@ def main() -> None:
         done = {(run["recipe"], run["seed"]) for run in map(json.loads, lines.read_text().splitlines())}
         if (recipe, seed) in done:
             continue
-        result = run(recipe, seed, args.steps, args.batch_size, args.milestones, args.examples)
+        result = run(recipe, seed, args.steps, args.batch_size, args.milestones, args.examples, args.careful)
         with lines.open("a") as file:
             file.write(json.dumps(result) + "\n")
         print(f"{recipe}, seed {seed}: {result['mean']:.1f} in {result['seconds']:.0f} s", flush=True)
