@@ -122,7 +122,7 @@ def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool
             base.train()
             base.activation_checkpointing_enable({"use_reentrant": False})
             base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False)
-    except Exception as error:
+    except Exception as error:  # experts, shapes, checkpointing: every host fails in its own way
         hint = "; set `gradient_checkpointing` to false" if base.training else "; leave experts out of `target_modules`"
         raise ValueError(f"`attention`='lossless': the adapters of {name} cannot draft: {error}{hint}.") from error
     finally:

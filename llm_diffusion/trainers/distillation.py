@@ -79,6 +79,20 @@ def head_inputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+def asked(like: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (n,) of which some may be named twice, in the noisy and in the clean half -> each once, as a mask (B, L) like `like`,
+    and (n,) where in its order the answers stand."""
+    wanted = torch.zeros_like(like, dtype=torch.bool)
+    wanted[rows, columns] = True
+    return wanted, (wanted.flatten().cumsum(0) - 1)[rows * like.shape[1] + columns]
+
+
+def unsaid(logits: torch.Tensor, adapted: PeftModel) -> torch.Tensor:
+    """The AR model's logits (n, V), changed in place: the mask token, which it never knew, out of reach."""
+    logits[:, base_of(adapted).config.diffusion["mask_token_id"]] = torch.finfo(logits.dtype).min
+    return logits
+
+
 @torch.no_grad()
 def teacher_scores(
     model: torch.nn.Module,
@@ -100,8 +114,7 @@ def teacher_scores(
         (n, V) logits, the mask token out of reach, and (n, D) inputs of the head.
     """
     ids, documents = part["input_ids"], part["attention_mask"]
-    wanted = torch.zeros_like(ids, dtype=torch.bool)
-    wanted[rows, tokens - 1] = True
+    wanted, place = asked(ids, rows, tokens - 1)
     inputs: dict[str, Any] = {"attention_mask": documents}
     if packed:
         mask = additive(block_causal(documents, 1), base_of(adapted).dtype)
@@ -114,11 +127,7 @@ def teacher_scores(
     finally:
         adapted.train(training)
     hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
-    # The same token may be asked for twice, in the noisy and in the clean half.
-    place = (wanted.flatten().cumsum(0) - 1)[rows * ids.shape[1] + tokens - 1]
-    logits, mask_token_id = logits[place], base_of(adapted).config.diffusion["mask_token_id"]
-    logits[:, mask_token_id] = torch.finfo(logits.dtype).min  # a row that the AR model never knew
-    return logits, hidden[place]
+    return unsaid(logits[place], adapted), hidden[place]
 
 
 def with_own_words(

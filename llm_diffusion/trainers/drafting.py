@@ -15,7 +15,6 @@ from transformers import DynamicCache
 from ..adapter_switch import check_adapters
 from ..clean_prefix import CleanPrefix, allow_prefix_under_checkpointing, check_drafts
 from ..patching import adapters_off
-from .distillation import head_inputs
 from .sft_config import DiffusionSFTConfig
 
 
@@ -77,7 +76,7 @@ def draft_logits(
     length: int,
     keep: torch.Tensor,
     wanted: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The drafter's logits at `keep`, and what the base says.
 
     Args:
@@ -85,17 +84,17 @@ def draft_logits(
         inputs: of a row of noisy and clean tokens, (B, N + L) each, and their (B, 1, N + L, N + L) mask.
         length: L.
         keep: (B, N + L), all of it in the noisy part.
-        wanted: (B, L) clean tokens at which the base's logits and hidden states are returned too.
+        wanted: (B, L) clean tokens at which the base's logits are returned too.
 
     Returns:
-        (n, V) logits; (m, V) logits and (m, D) inputs of the head of the base, or None.
+        (n, V) logits; (m, V) logits of the base, or None.
     """
     ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"]
     noisy, clean = slice(0, ids.shape[1] - length), slice(ids.shape[1] - length, None)
     cache, training = DynamicCache(), adapted.training
     adapted.eval()  # no dropout
     try:
-        with torch.no_grad(), adapters_off(adapted), head_inputs(adapted) as caught:
+        with torch.no_grad(), adapters_off(adapted):
             base_logits = model(
                 input_ids=ids[:, clean],
                 position_ids=places[:, clean],
@@ -114,7 +113,4 @@ def draft_logits(
         use_cache=False,
         logits_to_keep=keep[:, noisy],
     ).logits
-    if wanted is None:
-        return logits, None, None
-    hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
-    return logits, base_logits, hidden
+    return logits, None if wanted is None else base_logits

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from trl import SFTTrainer
 
 from ..annealing import Annealing
 from ..card import model_card
-from ..losses import entropy, relative_error, soft_cross_entropy, token_nll, total_variation
+from ..losses import entropy, relative_error, soft_cross_entropy, total_variation
 from ..masking import IGNORE_INDEX, uniform
 from ..modeling import (
     CONVERSION_OPTIONS,
@@ -40,8 +38,8 @@ from ..modeling import (
     set_final_causal_ratio,
 )
 from ..patching import base_of
-from .distillation import check_base_stays, check_teacher, head_inputs, teacher_scores, with_own_words
-from .drafting import accepted_lengths, check_drafter, draft_logits, ready_drafter
+from .distillation import check_base_stays, check_teacher, teacher_scores, with_own_words
+from .drafting import accepted_lengths, check_drafter, ready_drafter
 from .metrics import by_level, metric_values
 from .preparation import (
     by_length,
@@ -54,22 +52,10 @@ from .preparation import (
     prepare_quantised,
     report_dropped,
 )
+from .scoring import Scores, score, score_drafts
 from .sft_config import DiffusionSFTConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Scores:
-    """What the model says to n targets: which hidden states have one (B, M), NLL, whether the best guess was right, entropy (n,)."""
-
-    keep: torch.Tensor
-    nll: torch.Tensor
-    right: torch.Tensor
-    entropy: torch.Tensor
-    logits: torch.Tensor | None = None  # (n, V)
-    hidden: torch.Tensor | None = None  # (n, D), inputs of the head
-    teacher: tuple[torch.Tensor, torch.Tensor] | None = None  # the same of the AR model, where it was heard already
 
 
 class DiffusionSFTTrainer(SFTTrainer):
@@ -289,7 +275,7 @@ class DiffusionSFTTrainer(SFTTrainer):
             **by_level(terms.detach() * data, noisy["levels"][keep] * data),
         )
         if scores.teacher is not None:
-            best = scores.logits.detach().argmax(-1) == scores.teacher[0].argmax(-1)
+            best = scores.logits.detach().argmax(-1) == scores.teacher.argmax(-1)
             whole, b = (noisy["levels"][keep] == 1) & data, self.diffusion_collator.block_length
             b = (self._block_length() or b) if mode == "train" else b
             yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][keep], whole, b)
@@ -308,7 +294,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         model: torch.nn.Module,
         part: dict[str, Any],
         noisy: dict[str, Any],
-        scores: _Scores,
+        scores: Scores,
         objective: torch.Tensor,
         data: torch.Tensor,
     ) -> torch.Tensor:
@@ -317,7 +303,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         taught &= tokens > 0
         rows = scores.keep.nonzero()[:, 0][taught]
         if scores.teacher is not None:
-            logits, hidden = (said[taught] for said in scores.teacher)
+            logits, hidden = scores.teacher[taught], None
         else:
             packed = self.diffusion_collator.packing
             logits, hidden = teacher_scores(model, self.model, part, rows, tokens[taught], packed)
@@ -395,51 +381,14 @@ class DiffusionSFTTrainer(SFTTrainer):
             return {"annealed_block_length": self._block_length() or way.block_length(step, self.args.max_length)}
         return {"causal_ratio": way.causal_ratio(step)}
 
-    def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> _Scores:
+    def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> Scores:
         """What the model says to the targets; `listening` keeps its logits and hidden states."""
-        targets = noisy["targets"]
-        keep = targets != IGNORE_INDEX
         inputs = {**noisy["inputs"], "use_cache": False}
         if inputs["attention_mask"].dim() == 4:
             inputs["attention_mask"] = self._in_compute_dtype(inputs["attention_mask"])
         if self._drafts:
-            return self._score_drafts(model, noisy, inputs, listening)
-        if targets.device.type == "cuda" and not listening:
-            # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
-            output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
-            return _Scores(keep, -output.log_probs[keep], output.is_top1[keep], output.entropy[keep].detach())
-        with head_inputs(model) if listening else nullcontext([]) as caught:
-            logits = model(**inputs, logits_to_keep=keep).logits
-        scores = _Scores(
-            keep,
-            token_nll(logits, targets[keep]),
-            logits.detach().argmax(-1) == targets[keep],
-            entropy(logits.detach()),
-        )
-        if listening:
-            scores.logits = logits
-            scores.hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][keep]
-        return scores
-
-    def _score_drafts(
-        self, model: torch.nn.Module, noisy: dict[str, Any], inputs: dict[str, Any], listening: bool
-    ) -> _Scores:
-        """As `_score`: the clean half through the base, whose word on every target comes with it."""
-        keep, length = noisy["targets"] != IGNORE_INDEX, noisy["masked"].shape[1]
-        rows, before = keep.nonzero()[:, 0], noisy["tokens"][keep] - 1
-        wanted = None
-        if listening:
-            wanted = torch.zeros_like(noisy["masked"])
-            wanted[rows, before] = True
-        logits, said, hidden = draft_logits(model, self.model, inputs, length, keep, wanted)
-        targets = noisy["targets"][keep]
-        plain = logits.detach()
-        scores = _Scores(keep, token_nll(logits, targets), plain.argmax(-1) == targets, entropy(plain), None)
-        if listening:
-            place = (wanted.flatten().cumsum(0) - 1)[rows * length + before]
-            said[:, self.diffusion_collator.mask_token_id] = torch.finfo(said.dtype).min
-            scores.logits, scores.teacher = logits, (said[place], hidden[place])
-        return scores
+            return score_drafts(model, self.model, inputs, noisy, listening)
+        return score(model, inputs, noisy["targets"], listening)
 
     def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
         """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
