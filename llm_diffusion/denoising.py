@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from . import masking, unmasking
 from .attention_masks import additive, block_decoding
@@ -240,6 +240,16 @@ def commit(
     return unmasking.commit_quota(score, eligible, quota), tokens
 
 
+def warped(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
+    """Logits (..., V) under temperature (above 0), top-k and top-p, as the host's own sampling has them."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return warpers(None, logits.flatten(0, -2)).view_as(logits)
+
+
 def _propose(
     logits: torch.Tensor,
     keys: torch.Tensor,
@@ -250,12 +260,7 @@ def _propose(
     """(B, k, V) logits -> (B, k) proposed tokens: the best ones, or a sample by the Gumbel-max rule."""
     if settings.temperature == 0:
         return logits.argmax(-1)
-    warpers = LogitsProcessorList()
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None and settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    scores = warpers(None, (logits / settings.temperature).flatten(0, 1)).view_as(logits)
+    scores = warped(logits, settings)
     token = torch.arange(logits.shape[-1], device=logits.device)
     noise = masking.uniform(masking.hash_keys(settings.seed, step[:, None], keys[:, None], places)[..., None], token)
     return (scores - torch.log(-torch.log(noise))).argmax(-1)

@@ -26,17 +26,18 @@ import copy
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache
 
 from . import masking
 from .adapter_switch import AdapterSwitch
-from .attention_masks import additive
-from .denoising import ban, eos_ids, output_of, record_of, row_keys
+from .attention_masks import additive, block_causal
+from .denoising import ban, eos_ids, output_of, record_of, row_keys, warped
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .patching import base_of
 from .speculation import accept_greedy, accept_sampled, sample
 
-# Rows of a pass that cost little more than one row does: where drafting in advance stops paying.
+# Rows of a pass that cost little more than one row does: where drafting in advance stops paying. Of CUDA an estimate, from arithmetic
+# against bandwidth, not a measurement.
 FREE_ROWS = {"cpu": 32, "cuda": 512}
 
 
@@ -72,15 +73,9 @@ class LosslessDecoder:
         self.nfe = torch.zeros_like(self.length)
         self.accepted: list[torch.Tensor] = []
         self.counts = torch.zeros(self.block_length, device=input_ids.device)  # how often a draft ended where
-        self.cache, self.token_device = DynamicCache(), input_ids.device
+        self.cache = DynamicCache()
         # Drafts may reach further than the model can count; what is there is never accepted.
         self.last_place = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - 1
-        warpers = []
-        if settings.temperature:
-            warpers.append(TemperatureLogitsWarper(settings.temperature))
-            warpers += [TopKLogitsWarper(settings.top_k)] if settings.top_k else []
-            warpers += [TopPLogitsWarper(settings.top_p)] if settings.top_p is not None and settings.top_p < 1 else []
-        self.warpers = LogitsProcessorList(warpers)
 
     def run(self, on_step: Callable[[torch.Tensor], None] | None = None) -> DiffusionOutput:
         """Decodes all rows to their end."""
@@ -103,7 +98,9 @@ class LosslessDecoder:
         """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest or most frequent first."""
         wanted = self.settings.draft_outcomes
         if wanted is None:
-            wanted = FREE_ROWS.get(self.token_device.type, FREE_ROWS["cpu"]) // (len(self.rows) * self.block_length) - 1
+            wanted = (
+                FREE_ROWS.get(self.canvas.device.type, FREE_ROWS["cpu"]) // (len(self.rows) * self.block_length) - 1
+            )
         if wanted >= self.block_length:
             return list(range(self.block_length))
         if wanted <= 0:
@@ -115,7 +112,7 @@ class LosslessDecoder:
     def _prefill(self) -> None:
         """The prompt, and the first drafts behind it."""
         ids, place = self.canvas[:, : self.prompt_length], self.valid.cumsum(-1) - 1
-        causal = self.valid[:, None, :] & torch.ones_like(self.valid[0]).outer(torch.ones_like(self.valid[0])).tril()
+        causal = block_causal(self.valid.long(), 1)
         ends = [self.prompt_length] if self._outcomes() else []
         logits = self._forward(ids, place.clamp(min=0), causal, 1, ends, [0] * len(ends), self.valid)
         if ends:
@@ -124,7 +121,7 @@ class LosslessDecoder:
         self.accepted.append(torch.full_like(self.done, -1))
         stay = self._end_known()
         if self.rows.numel():
-            self._draft(logits[stay][:, None, 1:] if ends else None, torch.zeros_like(self.rows))
+            self._draft(logits[stay][:, None, 1:], torch.full_like(self.rows, 0 if ends else -1))
 
     def _forward(
         self,
@@ -176,26 +173,25 @@ class LosslessDecoder:
         ).logits
         return ban(logits.float(), self.settings)
 
-    def _draft(self, drafts: torch.Tensor | None, chosen: torch.Tensor | None) -> None:
+    def _draft(self, drafts: torch.Tensor, chosen: torch.Tensor) -> None:
         """Takes the drafts (B, n, b - 1, V) of the outcome (B,) that came true, -1 = none; or makes them, knowing the token."""
-        if drafts is None or bool((chosen < 0).any()):
+        missing = chosen < 0
+        if not bool(missing.all()):
+            logits = drafts[torch.arange(len(chosen), device=chosen.device), chosen.clamp(min=0)]
+        if bool(missing.any()):
             b, cached = self.block_length, self.valid.shape[1]
             masks = torch.full((len(self.rows), b - 1), self.settings.mask_token_id, device=self.token.device)
             block = torch.arange(b, device=self.token.device)
             mask = torch.ones((len(self.rows), b, cached + b), dtype=torch.bool, device=self.token.device)
             mask[:, :, :cached] = self.valid[:, None]
             self.switch.first = 0
-            logits = self._call(
+            made = self._call(
                 torch.cat([self.token[:, None], masks], -1), self.length[:, None] + block, mask, block[:-1]
             )
             self.cache.crop(-b)
-            if drafts is not None:
-                ready = drafts.gather(1, chosen.clamp(min=0)[:, None, None, None].expand(-1, 1, *drafts.shape[2:]))
-                logits = torch.where((chosen < 0)[:, None, None], logits, ready.squeeze(1))
-        else:
-            logits = drafts.gather(1, chosen[:, None, None, None].expand(-1, 1, *drafts.shape[2:])).squeeze(1)
+            logits = made if bool(missing.all()) else torch.where(missing[:, None, None], made, logits)
         if self.settings.temperature:
-            self.draft_probs = self._warp(logits)
+            self.draft_probs = warped(logits, self.settings).softmax(-1)
             self.draft = sample(self.draft_probs, self._noise(masking.TOKEN_STREAM, logits.shape[1], 1))
         else:
             self.draft = logits.argmax(-1)
@@ -205,15 +201,10 @@ class LosslessDecoder:
         place = self.length[:, None] + first + torch.arange(n, device=self.length.device)
         return masking.uniform(self.settings.seed, self.keys[self.rows][:, None], place, stream)
 
-    def _warp(self, logits: torch.Tensor) -> torch.Tensor:
-        """Probabilities under temperature, top-k and top-p, as the host's own sampling has them."""
-        flat = logits.flatten(0, -2)
-        return self.warpers(None, flat).softmax(-1).view_as(logits)
-
     def _first(self, logits: torch.Tensor) -> torch.Tensor:
         if not self.settings.temperature:
             return logits.argmax(-1)
-        return sample(self._warp(logits), self._noise(masking.ORDER_STREAM, 1, 0)[:, 0])
+        return sample(warped(logits, self.settings).softmax(-1), self._noise(masking.ORDER_STREAM, 1, 0)[:, 0])
 
     def _cycle(self) -> None:
         """Verifies the draft, and drafts on from wherever it may end."""
@@ -228,7 +219,9 @@ class LosslessDecoder:
         target, drafts = logits[:, :b], logits[:, b:].reshape(rows, len(outcomes), b - 1, logits.shape[-1])
         if self.settings.temperature:
             noise = self._noise(masking.MASK_STREAM, b - 1, 1), self._noise(masking.ORDER_STREAM, b, 1)
-            accepted, token = accept_sampled(self.draft, self.draft_probs, self._warp(target), *noise)
+            accepted, token = accept_sampled(
+                self.draft, self.draft_probs, warped(target, self.settings).softmax(-1), *noise
+            )
         else:
             accepted, token = accept_greedy(self.draft, target)
         self._commit(block, accepted)
@@ -248,7 +241,7 @@ class LosslessDecoder:
         chosen = torch.full_like(accepted, -1)
         for number, outcome in enumerate(outcomes):
             chosen[accepted == outcome] = number
-        self._draft(drafts if outcomes else None, chosen)
+        self._draft(drafts, chosen)
 
     def _commit(self, block: torch.Tensor, accepted: torch.Tensor) -> None:
         """Writes the accepted tokens into the canvas."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from test_sft import LORA, make, tiny_model, tokenizer  # noqa: F401
+from training import LORA, make, moved, step_batch, tiny_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from llm_diffusion.attention import causal_attention
@@ -23,22 +21,8 @@ LAYOUTS = [
 ]
 
 
-def moved(trainer: Any) -> Any:
-    """Adapters that do something, so that a teacher who hears them is found out."""
-    torch.manual_seed(1)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and "lora_B" in name:
-            parameter.data.normal_(std=0.3)
-    return trainer
-
-
-def step_batch(trainer: Any) -> dict[str, Any]:
-    (batch,), trainer.items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
-    return batch
-
-
 @pytest.mark.parametrize("settings", LAYOUTS)
-def test_the_teacher_is_the_base_as_it_was(tmp_path, tokenizer, settings) -> None:  # noqa: F811
+def test_the_teacher_is_the_base_as_it_was(tmp_path, tokenizer, settings) -> None:
     trainer = moved(make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0, **settings))
     batch = step_batch(trainer)
     rows, tokens = (batch["labels"] != IGNORE_INDEX).nonzero().unbind(-1)
@@ -53,7 +37,7 @@ def test_the_teacher_is_the_base_as_it_was(tmp_path, tokenizer, settings) -> Non
     torch.testing.assert_close(hidden, caught[0][rows, tokens - 1], rtol=1e-4, atol=1e-4)
 
 
-def test_texts_of_a_packed_row_are_taught_as_if_alone(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_texts_of_a_packed_row_are_taught_as_if_alone(tmp_path, tokenizer) -> None:
     settings = {"peft_config": LORA, "distillation_weight": 1.0, "packing": True, "max_length": 200, "eos_tail": 0}
     trainer = moved(make(tmp_path, tokenizer, random_canvas=0.0, **settings))
     batch = step_batch(trainer)
@@ -70,7 +54,7 @@ def test_texts_of_a_packed_row_are_taught_as_if_alone(tmp_path, tokenizer) -> No
 
 @pytest.mark.parametrize("targets", ["causal", "all"])
 @pytest.mark.parametrize("settings", LAYOUTS)
-def test_the_objective_is_its_formula(tmp_path, tokenizer, settings, targets) -> None:  # noqa: F811
+def test_the_objective_is_its_formula(tmp_path, tokenizer, settings, targets) -> None:
     """Term by term, from full logits of a student and of a base that never was converted."""
     weights = {"distillation_weight": 0.7, "distillation_hidden_weight": 0.3, "distillation_targets": targets}
     trainer = moved(make(tmp_path, tokenizer, peft_config=LORA, per_device_train_batch_size=8, **weights, **settings))
@@ -100,14 +84,14 @@ def test_the_objective_is_its_formula(tmp_path, tokenizer, settings, targets) ->
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
 
 
-def test_what_is_learnt_from_the_teacher_is_logged(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_what_is_learnt_from_the_teacher_is_logged(tmp_path, tokenizer) -> None:
     trainer = make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0, attention="block", max_steps=1)
     trainer.train()
     row = trainer.state.log_history[0]
     assert row["distillation_loss"] > 0 and 0.3 < row["taught_ratio"] < 1
 
 
-def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer) -> None:
     """Blocks of one token with a causal clean half are the AR model itself: only the mask token's own share is left."""
     settings = {"attention": "block", "block_length": 1, "eos_tail": 0}
     trainer = make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0, **settings)
@@ -124,7 +108,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer)
     assert sums["distillation"].item() == pytest.approx(-(1 - masks_share).log().sum().item(), rel=1e-3)
 
 
-def test_frozen_adapters_stay_frozen(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_frozen_adapters_stay_frozen(tmp_path, tokenizer) -> None:
     trainer = make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0)
     for name, parameter in trainer.model.named_parameters():
         parameter.requires_grad_("q_proj" in name and "lora" in name)
@@ -134,7 +118,7 @@ def test_frozen_adapters_stay_frozen(tmp_path, tokenizer) -> None:  # noqa: F811
     assert [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad] == want
 
 
-def test_packed_texts_of_a_windowed_base_are_refused(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_packed_texts_of_a_windowed_base_are_refused(tmp_path, tokenizer) -> None:
     config = MistralConfig(
         vocab_size=512,
         hidden_size=32,
@@ -156,7 +140,7 @@ def test_packed_texts_of_a_windowed_base_are_refused(tmp_path, tokenizer) -> Non
         )
 
 
-def test_own_words_stand_where_another_noise_had_masks(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_own_words_stand_where_another_noise_had_masks(tmp_path, tokenizer) -> None:
     trainer = moved(make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0, on_policy_share=0.5))
     trainer.model.train()
     batch = step_batch(trainer)
@@ -202,7 +186,7 @@ def test_an_end_token_of_its_own_ends_the_answer() -> None:
     assert part["input_ids"].tolist() == [[7, 2, 2, 2, 7, 5, 6]]
 
 
-def test_own_words_have_no_labels(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_own_words_have_no_labels(tmp_path, tokenizer) -> None:
     """With every row on policy nothing is left of the data: no bound, and an objective that is the teacher's alone."""
     settings = {"distillation_weight": 0.5, "distillation_targets": "all", "on_policy_share": 1.0}
     trainer = moved(make(tmp_path, tokenizer, peft_config=LORA, **settings))
@@ -219,7 +203,7 @@ def test_own_words_have_no_labels(tmp_path, tokenizer) -> None:  # noqa: F811
     assert loss.item() == pytest.approx((terms * noisy["weights"][rows, places]).sum().item(), rel=1e-4)
 
 
-def test_without_an_autoregressive_model_there_is_no_teacher(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_without_an_autoregressive_model_there_is_no_teacher(tmp_path, tokenizer) -> None:
     with pytest.raises(ValueError, match="peft_config"):
         make(tmp_path, tokenizer, distillation_weight=1.0)
     full = make(tmp_path / "full", tokenizer)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from test_distillation import moved, step_batch
-from test_sft import LORA, make, tiny_model, tokenizer  # noqa: F401
+from training import LORA, make, moved, step_batch, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from llm_diffusion.adapter_switch import AdapterSwitch
@@ -23,7 +22,7 @@ from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
 from llm_diffusion.trainers.drafting import accepted_lengths
 
 
-def drafter(tmp_path: Any, tokenizer: Any, **settings: Any) -> Any:  # noqa: F811
+def drafter(tmp_path: Any, tokenizer: Any, **settings: Any) -> Any:
     return make(tmp_path, tokenizer, peft_config=LORA, attention="lossless", **{"block_length": 4, **settings})
 
 
@@ -33,7 +32,7 @@ def gradient(trainer: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("settings", [{}, {"packing": True, "max_length": 96, "packing_strategy": "bfd"}])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_passes_are_one_with_gated_adapters(tmp_path, tokenizer, settings, checkpointing) -> None:  # noqa: F811
+def test_two_passes_are_one_with_gated_adapters(tmp_path, tokenizer, settings, checkpointing) -> None:
     """The loss and its gradient, also where layers are run twice."""
     trainer = moved(drafter(tmp_path, tokenizer, gradient_checkpointing=checkpointing, **settings))
     batch = step_batch(trainer)
@@ -60,7 +59,7 @@ def test_two_passes_are_one_with_gated_adapters(tmp_path, tokenizer, settings, c
     torch.testing.assert_close(ours, gradient(trainer), rtol=1e-3, atol=1e-3 * float(ours.abs().max()))
 
 
-def test_what_is_drafted_and_what_is_asked(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_what_is_drafted_and_what_is_asked(tmp_path, tokenizer) -> None:
     """Blocks start anywhere; their first token is never asked, nor what stands behind the answer; most are masked whole."""
     trainer = drafter(tmp_path, tokenizer, full_mask_share=0.8)
     collator = trainer.diffusion_collator
@@ -96,7 +95,7 @@ def test_what_is_drafted_and_what_is_asked(tmp_path, tokenizer) -> None:  # noqa
 
 
 @pytest.mark.parametrize("divergence", ["kl", "tv"])
-def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -> None:  # noqa: F811
+def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -> None:
     settings = {"distillation_weight": 1.0, "distillation_divergence": divergence, "full_mask_share": 1.0}
     trainer = moved(drafter(tmp_path, tokenizer, **settings))
     batch = step_batch(trainer)
@@ -116,7 +115,7 @@ def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -
     assert scores.logits is None
 
 
-def test_the_loss_is_a_mean_over_what_is_asked(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_the_loss_is_a_mean_over_what_is_asked(tmp_path, tokenizer) -> None:
     """So that training and evaluation, short and long answers can be compared."""
     trainer = drafter(tmp_path, tokenizer, block_length=8)
     trainer.train()
@@ -124,7 +123,7 @@ def test_the_loss_is_a_mean_over_what_is_asked(tmp_path, tokenizer) -> None:  # 
     assert row["loss"] == pytest.approx(row["masked_nll"], rel=1e-4)
 
 
-def test_growing_drafts_start_with_something_to_draft(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_growing_drafts_start_with_something_to_draft(tmp_path, tokenizer) -> None:
     settings = {"annealing": "block", "max_steps": 6, "distillation_weight": 0.5}
     trainer = drafter(tmp_path, tokenizer, block_length=8, **settings)
     trainer.train()
@@ -133,7 +132,7 @@ def test_growing_drafts_start_with_something_to_draft(tmp_path, tokenizer) -> No
     assert all(row["grad_norm"] > 0 and row.get("accepted_length", 1) >= 1 for row in rows)
 
 
-def test_the_next_question_is_not_seen(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_the_next_question_is_not_seen(tmp_path, tokenizer) -> None:
     """In decoding only masks stand behind a draft, also in the middle of a conversation."""
     collator = drafter(tmp_path, tokenizer, block_length=8, full_mask_share=1.0).diffusion_collator
     end = collator.eos_token_id
@@ -152,7 +151,7 @@ def test_the_next_question_is_not_seen(tmp_path, tokenizer) -> None:  # noqa: F8
     assert asked > 100
 
 
-def test_tails_end_where_the_model_does(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_tails_end_where_the_model_does(tmp_path, tokenizer) -> None:
     config = GPT2Config(
         vocab_size=512, n_embd=32, n_layer=1, n_head=4, n_positions=64, eos_token_id=2, bos_token_id=None
     )
@@ -171,7 +170,7 @@ def test_tails_end_where_the_model_does(tmp_path, tokenizer) -> None:  # noqa: F
         make(tmp_path, tokenizer, model=GPT2LMHeadModel(copy.deepcopy(config)), peft_config=LORA, **settings)
 
 
-def test_mixtures_of_experts_train_their_attention(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_mixtures_of_experts_train_their_attention(tmp_path, tokenizer) -> None:
     """Experts see no rows and are refused; the host's load-balancing loss is off."""
     sizes = {
         "hidden_size": 32,
@@ -217,7 +216,7 @@ def make_list(value: Any, like: list[int]) -> list[Any]:
     return [value] * len(like)
 
 
-def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> None:
     """Logged without a bound, saved as a small adapter, reloaded on its base, whose words it keeps."""
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -272,12 +271,12 @@ def test_a_drafter_learns_reloads_and_changes_nothing(tmp_path, tokenizer) -> No
         ({"router_aux_loss_coef": 0.1}, LORA, "router_aux_loss_coef"),
     ],
 )
-def test_what_cannot_be_lossless_is_refused(tmp_path, tokenizer, settings, peft_config, message) -> None:  # noqa: F811
+def test_what_cannot_be_lossless_is_refused(tmp_path, tokenizer, settings, peft_config, message) -> None:
     with pytest.raises(ValueError, match=message):
         make(tmp_path, tokenizer, peft_config=peft_config, attention="lossless", **settings)
 
 
-def test_adapters_of_other_modes_are_no_drafters(tmp_path, tokenizer) -> None:  # noqa: F811
+def test_adapters_of_other_modes_are_no_drafters(tmp_path, tokenizer) -> None:
     trainer = make(tmp_path, tokenizer, peft_config=LORA)
     with pytest.raises(ValueError, match="converted with 'bidirectional'"):
         make(tmp_path, tokenizer, model=trainer.model, attention="lossless")

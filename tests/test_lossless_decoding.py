@@ -104,9 +104,8 @@ def test_a_known_end_needs_no_verification(random_llama) -> None:
     ids, mask = prompts(1)
     settings = {"eos_token_id": None, "draft_outcomes": 4, "return_dict_in_generate": True}
     got = generate(model, ids, mask, max_new_tokens=6, **settings)
-    if (got.accepted <= 2).all():
-        assert got.nfe.item() <= 6
-    assert got.accepted[got.accepted > 0].sum() == 6
+    assert (got.accepted <= 2).all()  # no draft was right: one token a pass, and the last with the one before it
+    assert got.accepted[got.accepted > 0].sum() == 6 == got.nfe.item()
 
 
 def test_other_architectures_and_their_layouts() -> None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from training import LORA, make, tiny_model
 
 from llm_diffusion import (
     DiffusionSFTConfig,
@@ -23,55 +22,7 @@ from llm_diffusion import (
 from llm_diffusion.attention_masks import annealed, positions
 from llm_diffusion.collators import _Noised
 from llm_diffusion.masking import IGNORE_INDEX
-from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
-
-LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
-
-
-def tiny_model(tied=True, seed=0):
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=tied,
-        eos_token_id=2,
-    )
-    model = Qwen3ForCausalLM(config)
-    with torch.no_grad():  # the default initialisation is so small that every token is equally likely
-        model.model.embed_tokens.weight.mul_(10)
-    return model
-
-
-def make(tmp_path, tokenizer, model=None, peft_config=None, dataset=None, evaluation=None, **settings):
-    settings = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        **settings,
-    }
-    return DiffusionSFTTrainer(
-        tiny_model() if model is None else model,
-        DiffusionSFTConfig(str(tmp_path), **settings),
-        train_dataset=tiny_dataset(16) if dataset is None else dataset,
-        eval_dataset=evaluation,
-        processing_class=copy.deepcopy(tokenizer),
-        peft_config=peft_config,
-    )
+from llm_diffusion.tiny import tiny_dataset
 
 
 def losses(trainer):
