@@ -22,6 +22,7 @@ from . import masking
 from .attention_masks import additive, bidirectional, block_diffusion, positions
 from .losses import loss_weights
 from .noise_schedules import get_noise_schedule
+from .parts import behind_first, first_of, nothing_to_the_right, parts, places
 
 
 @dataclass
@@ -35,7 +36,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         clean  clean  maskable ----------  maskable --  hidden
         prompt prompt answer pad                                   or, one row in `1 / random_canvas`, cut anywhere
 
-    so that neither a canvas longer than the answer nor one that ends before it is new to the model. What stands after the EOS
+    so that neither a canvas longer than the answer nor one that ends before it is new to the model. Both still say how long the
+    answer is, within the tail. With `max_canvas` they do not: the canvas has `max_canvas` tokens, in a share `random_canvas` of the
+    rows 1 to `max_canvas`, and the answer is cut or filled up to it. A model so trained says at position i of an empty canvas how
+    likely the answer has ended by then, P(end <= i), which is what `lengths` reads. What stands after the EOS
     (the chat template's newline) is dropped: left visible, it would give away where the answer ends. A truncated answer has no
     EOS: it gets no tail and teaches no false end. Lengths are drawn from the row's content, the same in every batch.
 
@@ -46,6 +50,13 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         pad_token_id, mask_token_id, eos_token_id: ids; without `eos_token_id` rows are left as they are.
         eos_tail: longest tail, in tokens.
         random_canvas: share of answers cut at a random place.
+        max_canvas: tokens of a canvas behind the prompt, whatever the answer's length; None: see above.
+        text_tails: whether texts without a prompt that come to their EOS get canvases too.
+        tail_token_id: token of the tail; None: the EOS.
+        eos_tail_weight: what a token of the tail weighs in training, of 1.
+        pad_mask_ratio: the tail's mask probability, over the text's.
+        pad_annealing_steps: optimiser steps in which that ratio grows from nothing; see `corrupt`.
+        first_step_share: share of rows that are masked whole, as at the first step of decoding; see `corrupt`.
         noise_schedule: name, see `noise_schedules`.
         loss_weight: see `losses.loss_weights`.
         right_shift_logits: whether hidden state i - 1 predicts token i.
@@ -70,6 +81,13 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     eos_token_id: int | None = None
     eos_tail: int = 0
     random_canvas: float = 0.0
+    max_canvas: int | None = None
+    text_tails: bool = False
+    tail_token_id: int | None = None
+    eos_tail_weight: float = 1.0
+    pad_mask_ratio: float = 1.0
+    pad_annealing_steps: int | None = None
+    first_step_share: float = 0.0
     noise_schedule: str = "linear"
     loss_weight: str = "elbo"
     right_shift_logits: bool = True
@@ -116,7 +134,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         trained = [i for i, label in enumerate(labels) if label != masking.IGNORE_INDEX]
         # The template may add a token or two (a newline) after the EOS of the last turn.
         ends = [i for i in trained if i >= trained[-1] - 2 and labels[i] == self.eos_token_id]
-        if not ends or labels[0] != masking.IGNORE_INDEX:
+        if not ends or (labels[0] != masking.IGNORE_INDEX and not self.text_tails):
             return ids, labels
         ids, labels = ids[: ends[-1] + 1], labels[: ends[-1] + 1]
         if self.attention == "lossless":
@@ -128,15 +146,19 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             return ids + tail, labels + tail
         first = max((i for i, label in enumerate(labels) if label == masking.IGNORE_INDEX), default=-1) + 1
         cut, length = zlib.crc32(repr(ids).encode()), zlib.crc32(repr(ids[::-1]).encode())
-        if cut % 1000 < 1000 * self.random_canvas:
+        random = cut % 1000 < 1000 * self.random_canvas
+        if self.max_canvas is not None:
+            end = first + (1 + length % self.max_canvas if random else self.max_canvas)
+        elif random:
             end = first + 1 + length % (len(ids) - first)
-            return ids[:end], labels[:end]
-        tail = self._tail(ids, length % (self.eos_tail + 1))
-        return ids + tail, labels + tail
+        else:
+            end = len(ids) + length % (self.eos_tail + 1)
+        tail = self._tail(ids, end - len(ids))
+        return (ids + tail)[:end], (labels + tail)[:end]
 
     def _tail(self, ids: list[int], length: int) -> list[int]:
         room = length if self.max_positions is None else max(self.max_positions - len(ids), 0)
-        return [self.eos_token_id] * min(length, room)
+        return [self.eos_token_id if self.tail_token_id is None else self.tail_token_id] * min(length, room)
 
     def corrupt(
         self,
@@ -155,6 +177,11 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         both halves) is replaced with this probability. The weights stay: a reader who redraws the replacements before every step
         decodes any order of tokens at this cost, so the loss is still an upper bound on the text's NLL, of a model that reads
         through noise. Evaluation sees no replacements.
+
+        The tail, padding in all but name, may have a mask rate of its own: `pad_mask_ratio`, which grows from nothing within
+        `pad_annealing_steps`, times the text's; each token is weighed by the inverse of its own rate. So the model first reads where
+        a text ends, and later says it. First steps (`first_step_share`) add rows of which nothing is seen, of a text without a prompt
+        nothing behind a random place, every token weighing 1, beside the bound. Evaluation knows neither.
 
         An autoregressive teacher knows p(token | all tokens before it). Averaged over the masked ones among these, that is what the
         model must learn where it sees nothing to the right of the token ("causal"); elsewhere ("all") it is biased, for the
@@ -175,9 +202,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         Returns:
             Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
             masks); `targets` (B, M), the token that each hidden state must predict, -100 = none; `weights` (B, M) fp32 of
-            these terms in the objective, and `ar_weights` (B, M) in the AR co-loss; `levels` (B, M), the mask probability they
+            these terms in the objective, and `extra_weights` (B, M) beside the bound (AR co-loss, first steps); `levels` (B, M), the mask probability they
             were seen under, 0 on clean text; `tokens` (B, M), the place in the row of the token that each predicts; `taught`
-            (B, M) bool, whether the teacher speaks of it. Further `masked` and `times` (B, L).
+            (B, M) bool, whether the teacher speaks of it. Further `masked` and `times` (B, L), `first_step` (B,) bool.
         """
         ids, attention_mask = batch["input_ids"], batch["attention_mask"]
         maskable = (batch["labels"] != masking.IGNORE_INDEX) & attention_mask.bool()
@@ -190,13 +217,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         offset: torch.Tensor | int = 0
         if lossless:
             offset = (masking.hash_keys(seed, step, rows, masking.OFFSET_STREAM) % block_length)[:, None]
-        part = _parts(attention_mask, block_length if self.attention != "bidirectional" else None, offset)
+        part = parts(attention_mask, block_length if self.attention != "bidirectional" else None, offset)
         times = masking.times_of_parts(times, part)
-        probability, weights = get_noise_schedule(self.noise_schedule)(times)
-        if (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
-            low, high = self.min_mask_probability, self.max_mask_probability
-            probability = low + (high - low) * probability
-            weights = 1 / probability
+        tail = maskable & ~self._without_tail(ids, maskable)
+        probability, weights = self._rates(times, tail, None if fixed else step)
         if self.exact_mask_count:
             masked, probability = masking.draw_exact_mask(seed, step, rows, times, maskable, part)
             weights = 1 / probability
@@ -207,11 +231,17 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             weights = weights * probability / (1 - probability).clamp(min=1e-6)
             masked, probability = maskable & ~masked, 1 - probability
         weights = loss_weights(self.loss_weight, weights, probability, masked, attention_mask)
+        tail_weight = torch.where(tail, 1.0 if fixed else self.eos_tail_weight, 1.0)
+        first_step = masking.uniform(seed, step, rows, masking.FIRST_STEP_STREAM) < (not fixed) * self.first_step_share
+        unseen = first_step[:, None] & self._unseen(seed, step, rows, maskable, attention_mask)
+        masked = torch.where(first_step[:, None], unseen, masked)
+        probability = torch.where(first_step[:, None], torch.ones_like(probability), probability)
+        weights, extra = weights * tail_weight * ~first_step[:, None], unseen * tail_weight
         if lossless:
             masked, probability = self._drafted(seed, step, rows, masked, probability, maskable, part)
             weights = torch.ones_like(weights)
             # A draft sees nothing behind its first token, neither the next question.
-            behind = ~maskable & (attention_mask > 0) & _behind_first(maskable, part)
+            behind = ~maskable & (attention_mask > 0) & behind_first(maskable, part)
         seen = ids
         if self.random_replacement and not fixed:
             replaced = masking.draw_mask(seed, step, rows, self.random_replacement, maskable, masking.REPLACE_STREAM)
@@ -220,9 +250,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         taught = self._without_tail(ids, maskable)
         if self.distillation_targets == "causal":
             shown = (attention_mask > 0) & ~(masked | behind if lossless else masked)
-            taught &= _nothing_to_the_right(shown, part)
+            taught &= nothing_to_the_right(shown, part)
         hidden = masked | behind if lossless else masked
-        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, probability, taught, hidden)
+        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, extra, probability, taught, hidden)
         if self.attention == "bidirectional":
             laid_out = self._whole(noised)
         else:
@@ -235,7 +265,31 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
                 else probability
             )
             laid_out["inputs"]["timesteps"] = noise[:, -laid_out["inputs"]["input_ids"].shape[1] :]
-        return {**laid_out, "masked": masked, "times": times}
+        return {**laid_out, "masked": masked, "times": times, "first_step": first_step}
+
+    def _rates(self, times: torch.Tensor, tail: torch.Tensor, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mask probability and weight of every token, (B, L) each; `step` None: of evaluation."""
+        probability, weights = get_noise_schedule(self.noise_schedule)(times)
+        if (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
+            low, high = self.min_mask_probability, self.max_mask_probability
+            probability = low + (high - low) * probability
+            weights = 1 / probability
+        if step is None:
+            return probability, weights
+        grown = 1.0 if self.pad_annealing_steps is None else min(1.0, step / self.pad_annealing_steps)
+        ratio = self.pad_mask_ratio * grown
+        # At a ratio of nothing the tail is never masked, and its weight never asked for.
+        own = weights / max(ratio, masking.MIN_TIME)
+        return torch.where(tail, ratio * probability, probability), torch.where(tail, own, weights)
+
+    def _unseen(
+        self, seed: int, step: int, rows: torch.Tensor, maskable: torch.Tensor, documents: torch.Tensor
+    ) -> torch.Tensor:
+        """What is masked of a row at its first step: all that is trained, of a text without a prompt what is behind a random place."""
+        whole = maskable | (places(documents) == 0)  # a first token may have nothing to be read from
+        texts = ((documents > 0) <= whole).all(-1)
+        cut = masking.uniform(seed, step, rows, masking.ORDER_STREAM) * (documents > 0).sum(-1)
+        return maskable & (~texts[:, None] | (places(documents) >= cut[:, None]))
 
     def _whole(self, noised: _Noised) -> dict[str, Any]:
         """Bidirectional attention: the noisy text, and its masked tokens as targets."""
@@ -254,9 +308,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             "inputs": inputs,
             "targets": targets,
             "weights": weights,
-            "ar_weights": torch.zeros_like(weights),
+            "extra_weights": masking.align_with_readout(noised.extra, self.right_shift_logits, 0.0),
             "levels": masking.align_with_readout(noised.probability, self.right_shift_logits, 0.0),
-            "tokens": masking.align_with_readout(_places(documents), self.right_shift_logits, 0),
+            "tokens": masking.align_with_readout(places(documents), self.right_shift_logits, 0),
             "taught": masking.align_with_readout(noised.taught, self.right_shift_logits, False),
         }
 
@@ -273,7 +327,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         """Masks and their probability (B, L) as drafting meets them: most blocks whole, the first token of half of these known."""
         full = masking.uniform(seed, step, rows[:, None], part, masking.FULL_STREAM) < self.full_mask_share
         known = masking.uniform(seed, step, rows[:, None], part, masking.FIRST_STREAM) < 0.5
-        masked = torch.where(full, maskable & ~(_first_of(part) & known), masked)
+        masked = torch.where(full, maskable & ~(first_of(part) & known), masked)
         return masked, torch.where(full, torch.ones_like(probability), probability)
 
     def _blocks(self, noised: _Noised, block_length: int, offset: torch.Tensor | int = 0) -> dict[str, Any]:
@@ -315,9 +369,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             },
             "targets": align(ids.masked_fill(~noised.masked | from_clean, none), ids.masked_fill(~wanted, none), none),
             "weights": align(noised.weights, from_clean.float(), 0.0),
-            "ar_weights": align(torch.zeros_like(noised.weights), self.ar_loss_weight * maskable, 0.0),
+            "extra_weights": align(torch.zeros_like(noised.weights), self.ar_loss_weight * maskable, 0.0),
             "levels": align(noised.probability, torch.zeros_like(noised.probability), 0.0),
-            "tokens": align(_places(ids), _places(ids), 0),
+            "tokens": align(places(ids), places(ids), 0),
             # The clean half reads from left to right at every token.
             "taught": align(noised.taught, self._without_tail(ids, maskable), False),
         }
@@ -326,7 +380,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         """Trained tokens but for end tokens that follow another one: the tail of a canvas, which is no text."""
         if self.eos_token_id is None:
             return maskable.clone()
-        ends = (ids == self.eos_token_id) & maskable
+        tail = self.eos_token_id if self.tail_token_id is None else self.tail_token_id
+        ends = ((ids == self.eos_token_id) | (ids == tail)) & maskable
         return maskable & ~(ends & torch.nn.functional.pad(ends[:, :-1], (1, 0), value=False))
 
 
@@ -340,6 +395,7 @@ class _Noised:
     maskable: torch.Tensor
     masked: torch.Tensor
     weights: torch.Tensor
+    extra: torch.Tensor  # weights beside the bound
     probability: torch.Tensor
     taught: torch.Tensor
     hidden: torch.Tensor  # what stands as a mask: the masked tokens, of a drafter more
@@ -355,35 +411,3 @@ def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     labels = list(ids) if labels is None else [int(token) for token in labels]
     ends = list(itertools.accumulate(example.get("seq_lengths") or [len(ids)]))
     return [(ids[start:end], labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _places(ids: torch.Tensor) -> torch.Tensor:
-    return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
-
-
-def _nothing_to_the_right(visible: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Which tokens have no visible one behind them in their own text or block: (B, L) each -> (B, L) bool."""
-    place = _places(part)
-    last = torch.full_like(part, -1).scatter_reduce(-1, part, torch.where(visible, place, -1), "amax")
-    return place > last.gather(-1, part)
-
-
-def _behind_first(maskable: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Which tokens have a maskable one before them in their own part: (B, L) each -> (B, L) bool."""
-    place, length = _places(part), part.shape[-1]
-    first = torch.full_like(part, length).scatter_reduce(-1, part, torch.where(maskable, place, length), "amin")
-    return place > first.gather(-1, part)
-
-
-def _parts(documents: torch.Tensor, block_length: int | None, offset: torch.Tensor | int = 0) -> torch.Tensor:
-    """Number of the block, or without blocks of the text, that every token belongs to, counted through the row: (B, L)."""
-    if block_length is None:
-        return (documents - 1).clamp(min=0)
-    position = positions(documents)
-    starts = (((position + offset) % block_length == 0) | (position == 0)) & (documents > 0)
-    return (starts.cumsum(-1) - 1).clamp(min=0)
-
-
-def _first_of(part: torch.Tensor) -> torch.Tensor:
-    """Which tokens are the first of their part: (B, L) -> bool."""
-    return torch.nn.functional.pad(part[:, 1:] != part[:, :-1], (1, 0), value=True)

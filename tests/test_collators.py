@@ -342,3 +342,96 @@ def test_replacements_change_what_is_seen_and_not_what_is_asked(attention: str) 
     assert torch.equal(
         plain.corrupt(batch, **fixed)["inputs"]["input_ids"], noisy.corrupt(batch, **fixed)["inputs"]["input_ids"]
     )
+
+
+@few
+@given(prompt=tokens, answer=tokens, size=st.integers(1, 20))
+def test_a_sized_canvas_says_nothing_of_the_answer(prompt: list[int], answer: list[int], size: int) -> None:
+    """`max_canvas` tokens stand behind the prompt, whatever the answer is: cut, or filled up with end tokens."""
+    row = answer_row(prompt, answer + [EOS])
+    batch = collator_with(max_canvas=size)([row])
+    assert unpadded(batch, 0) == prompt + (answer + [EOS] * size)[:size]
+    assert (batch["labels"] != IGNORE_INDEX).sum() == size
+
+
+def test_random_canvases_have_every_length() -> None:
+    batch = collator_with(max_canvas=12, random_canvas=1.0)(many_answers(1200))
+    lengths = batch["attention_mask"].sum(-1) - 3
+    counts = torch.bincount(lengths, minlength=13)[1:]
+    assert counts.sum() == 1200 and counts.min() > 60 and counts.max() < 140
+
+
+def test_texts_get_tails_when_asked_and_truncated_ones_none() -> None:
+    rows = [{"input_ids": [5, 6, 7, EOS]}, {"input_ids": [5, 6, 7, 8, 9]}]
+    assert unpadded(collator_with(max_canvas=8)(rows), 0) == [5, 6, 7, EOS]
+    batch = collator_with(max_canvas=8, text_tails=True)(rows)
+    assert unpadded(batch, 0) == [5, 6, 7] + [EOS] * 5 and unpadded(batch, 1) == [5, 6, 7, 8, 9]
+    own = collator_with(max_canvas=8, text_tails=True, tail_token_id=PAD)(rows)
+    assert unpadded(own, 0) == [5, 6, 7, EOS] + [PAD] * 4
+
+
+def padded_texts(**options: Any) -> tuple[DataCollatorForMaskedDiffusion, dict, torch.Tensor]:
+    """400 texts of 6 tokens and their tails of 6; which tokens are tail."""
+    collator = collator_with(max_canvas=12, **options)
+    batch = collator(many_answers(400))
+    place = torch.arange(batch["input_ids"].shape[1])
+    return collator, batch, (place >= 9).expand_as(batch["labels"])
+
+
+def test_text_and_tail_have_mask_rates_of_their_own() -> None:
+    """Each token is weighed by the inverse of its own rate; the tail's grows with the optimiser steps, and not in evaluation."""
+    collator, batch, tail = padded_texts(pad_mask_ratio=0.5, pad_annealing_steps=10, right_shift_logits=False)
+    text = (batch["labels"] != IGNORE_INDEX) & ~tail
+    rates = []
+    for step in (0, 5, 10, 50):
+        noisy = collator.corrupt(batch, seed=0, step=step, rows=torch.arange(400), n_rows=400)
+        ratio = 0.5 * min(1.0, step / 10)
+        rates.append(noisy["masked"][tail].float().mean().item())
+        assert noisy["masked"][text].float().mean().item() == pytest.approx(0.5, abs=0.02)
+        assert rates[-1] == pytest.approx(0.5 * ratio, abs=0.03)
+        times = noisy["times"]
+        torch.testing.assert_close(noisy["weights"][text], 1 / times[text])
+        masked = tail & noisy["masked"]
+        torch.testing.assert_close(noisy["weights"][masked], 1 / (ratio * times[masked]))
+        assert torch.equal(noisy["weights"] * noisy["masked"] > 0, noisy["masked"])
+    assert rates[0] == 0
+    fixed = collator.corrupt(batch, seed=0, step=0)
+    assert fixed["masked"][tail].float().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_tails_weight_is_of_training_alone() -> None:
+    (light, batch, tail), (plain, _, _) = padded_texts(eos_tail_weight=0.25), padded_texts()
+    keys = {"seed": 0, "step": 3, "rows": torch.arange(400), "n_rows": 400}
+    got, want = light.corrupt(batch, **keys)["weights"], plain.corrupt(batch, **keys)["weights"]
+    factor = torch.where(tail, 0.25, 1.0).roll(-1, -1)  # weights stand where a token is read from
+    torch.testing.assert_close(got, want * factor)
+    assert torch.equal(light.corrupt(batch, seed=0, step=0)["weights"], plain.corrupt(batch, seed=0, step=0)["weights"])
+
+
+@both_conventions
+def test_first_steps_hide_the_whole_canvas_beside_the_bound(right_shift: bool) -> None:
+    collator, batch, tail = padded_texts(first_step_share=0.3, right_shift_logits=right_shift)
+    keys = {"seed": 0, "step": 3, "rows": torch.arange(400), "n_rows": 400}
+    noisy = collator.corrupt(batch, **keys)
+    plain = padded_texts(right_shift_logits=right_shift)[0].corrupt(batch, **keys)
+    first = noisy["first_step"]
+    assert 80 < first.sum() < 160
+    maskable = batch["labels"] != IGNORE_INDEX
+    assert torch.equal(noisy["masked"][first], maskable[first])
+    for name in ("masked", "weights", "targets"):
+        assert torch.equal(noisy[name][~first], plain[name][~first])
+    assert (noisy["weights"][first] == 0).all() and (noisy["extra_weights"][~first] == 0).all()
+    asked = noisy["targets"] != IGNORE_INDEX
+    assert torch.equal(noisy["extra_weights"][first], asked[first].float())
+    assert not collator.corrupt(batch, seed=0, step=0)["first_step"].any()
+
+
+def test_first_steps_of_a_text_without_a_prompt_show_its_start() -> None:
+    collator = collator_with(first_step_share=1.0, text_tails=True, max_canvas=12)
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(4, 1000, (8,), generator=generator).tolist() + [EOS]} for _ in range(600)]
+    batch = collator(rows)
+    masked = collator.corrupt(batch, seed=0, step=1, rows=torch.arange(600), n_rows=600)["masked"]
+    shown = (~masked).sum(-1)
+    assert (masked.long().diff(dim=-1) >= 0).all()  # seen, then hidden to the end
+    assert shown.min() == 1 and shown.unique().numel() == 12  # the first token has nothing to be read from

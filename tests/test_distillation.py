@@ -79,7 +79,7 @@ def test_the_objective_is_its_formula(tmp_path, tokenizer, settings, targets) ->
             soft = -(teacher[row, token - 1] * student[row, place]).sum()
             far = student_hidden[0][row, place] - hidden[0][row, token - 1]
             term = 0.3 * term + 0.7 * soft + 0.3 * far.square().sum() / hidden[0][row, token - 1].square().sum()
-        want += term * (noisy["weights"] + noisy["ar_weights"])[row, place]
+        want += term * (noisy["weights"] + noisy["extra_weights"])[row, place]
     assert taught > 0
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
 

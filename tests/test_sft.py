@@ -382,7 +382,7 @@ def test_co_loss_is_next_token_prediction_on_answers(tmp_path, tokenizer):
     expected = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    torch.testing.assert_close((scores.nll * noisy["ar_weights"][scores.keep]).sum(), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close((scores.nll * noisy["extra_weights"][scores.keep]).sum(), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_record_counts_every_step_and_token_once(tmp_path, tokenizer):
@@ -738,3 +738,71 @@ def test_an_adapter_over_a_fully_trained_model_is_loaded_on_it(tmp_path, tokeniz
     model, own = load_diffusion_model(str(tmp_path / "full"), device="cpu")
     make(tmp_path / "out", own, model, peft_config=LORA).save_model(str(tmp_path / "adapter"))
     load_diffusion_model(str(tmp_path / "adapter"), device="cpu")
+
+
+CANVASES = {
+    "max_canvas": 24,
+    "first_step_share": 0.5,
+    "eos_tail_weight": 0.5,
+    "pad_mask_ratio": 0.8,
+    "pad_annealing_steps": 2,
+}
+
+
+def test_first_steps_stand_beside_the_bound(tmp_path, tokenizer):
+    """The objective from full logits, and a logged bound that leaves whole first-step rows out."""
+    trainer = make(tmp_path, tokenizer, per_device_train_batch_size=16, **CANVASES)
+    trainer.state.global_step = 1  # the tail's rate is on its way
+    (batch,), items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+    noisy = trainer._corrupt(batch, "train")
+    assert 0 < noisy["first_step"].sum() < 16
+    with torch.no_grad():
+        logits = trainer.model(**noisy["inputs"]).logits.double().log_softmax(-1)
+    objective, bound = 0.0, 0.0
+    for row, place in (noisy["targets"] != IGNORE_INDEX).nonzero().tolist():
+        term = -logits[row, place, noisy["targets"][row, place]]
+        bound += term * noisy["weights"][row, place]
+        objective += term * (noisy["weights"] + noisy["extra_weights"])[row, place]
+    assert loss.item() == pytest.approx(float(objective / items), rel=1e-5)
+    counted = (batch["labels"] != IGNORE_INDEX)[~noisy["first_step"]].sum()
+    assert trainer._metric_values("train")["nelbo"] == pytest.approx(float(bound / counted), rel=1e-5)
+
+
+def test_a_tail_of_its_own_token_is_trained_and_remembered(tmp_path, tokenizer):
+    trainer = make(tmp_path, tokenizer, peft_config=LORA, tail="pad", max_canvas=24)
+    record = trainer.model.get_base_model().config.diffusion
+    assert record["tail_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+    rows = trainer.model.peft_config["default"].trainable_token_indices
+    assert set(rows) >= {record["mask_token_id"], tokenizer.pad_token_id}
+    batch = next(iter(trainer.get_train_dataloader()))
+    behind = (batch["input_ids"] == tokenizer.pad_token_id) & (batch["labels"] != IGNORE_INDEX)
+    assert behind.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        ({"max_canvas": 0}, "max_canvas"),
+        ({"eos_tail_weight": -1.0}, "eos_tail_weight"),
+        ({"pad_annealing_steps": 0}, "pad_annealing_steps"),
+        ({"pad_mask_ratio": 0.0}, "pad_mask_ratio"),
+        ({"first_step_share": 1.5}, "first_step_share"),
+        ({"tail": "mask"}, "tail"),
+        ({"first_step_share": 0.2, "exact_mask_count": True}, "exact_mask_count"),
+        ({"pad_mask_ratio": 0.5, "complementary_masks": True}, "complementary_masks"),
+        ({"max_canvas": 16, "attention": "block"}, "max_canvas"),
+        ({"first_step_share": 0.2, "packing": True, "max_length": 64}, "packing"),
+    ],
+)
+def test_canvases_that_cannot_be(tmp_path, tokenizer, settings, field):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        make(tmp_path, tokenizer, **settings)
+
+
+def test_ends_need_tokens_of_their_own(tmp_path, tokenizer):
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = same.eos_token
+    with pytest.raises(ValueError, match="`tail`='pad'"):
+        make(tmp_path, same, tail="pad")

@@ -47,8 +47,8 @@ def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     return parts
 
 
-def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, mask_token_id: int) -> PeftConfig:
-    """Trains the mask token's row, and the time embedding if there is one, beside the adapters."""
+def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: dict[str, Any]) -> PeftConfig:
+    """Trains the rows of the mask token and of a tail's own token, and the time embedding if there is one, beside the adapters."""
     peft_config = copy.deepcopy(peft_config)
     if not hasattr(peft_config, "trainable_token_indices"):
         raise ValueError(
@@ -56,9 +56,9 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, mask_token_
         )
     rows = peft_config.trainable_token_indices
     groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
+    new = [record[name] for name in ("mask_token_id", "tail_token_id") if record.get(name) is not None]
     for group in groups.values():
-        if mask_token_id not in group:
-            group.append(mask_token_id)
+        group += [token for token in new if token not in group]
     peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
     if hasattr(base_of(model), TIME_EMBEDDING):
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
@@ -108,6 +108,13 @@ def make_collator(
         eos_token_id=processing_class.eos_token_id,
         eos_tail=args.eos_tail,
         random_canvas=args.random_canvas,
+        max_canvas=args.max_canvas,
+        text_tails=args.text_tails,
+        tail_token_id=record.get("tail_token_id"),
+        eos_tail_weight=args.eos_tail_weight,
+        pad_mask_ratio=args.pad_mask_ratio,
+        pad_annealing_steps=args.pad_annealing_steps,
+        first_step_share=args.first_step_share,
         noise_schedule=args.noise_schedule or record["noise_schedule"],
         loss_weight=args.loss_weight,
         right_shift_logits=record["right_shift_logits"],
@@ -127,6 +134,29 @@ def make_collator(
         packing=args.packing or bool(args.eval_packing),
         time_embedding=record.get("time_embedding", False),
     )
+
+
+def check_canvas(processing_class: PreTrainedTokenizerBase, record: dict[str, Any], args: DiffusionSFTConfig) -> None:
+    """Refuses canvases that could not teach where texts end, and records what their tail is made of."""
+    if not args.sizes_canvases:
+        return
+    if record["attention"] != "bidirectional":
+        raise ValueError(
+            "`max_canvas`, `text_tails`, `tail`, `pad_mask_ratio`, `pad_annealing_steps` and `first_step_share` teach where a canvas "
+            f"ends; with `attention`={record['attention']!r} answers have no canvas, they end where a block does; leave them out."
+        )
+    if args.packing:
+        raise ValueError("`packing`: canvases are sized row by row; leave it off, or leave out what sizes them.")
+    if processing_class.eos_token_id is None:
+        raise ValueError("`processing_class`: the tokenizer has no end token, so no text can end; set `eos_token`.")
+    if args.tail == "pad":
+        pad = processing_class.pad_token_id
+        if pad is None or pad == processing_class.eos_token_id:
+            raise ValueError(
+                f"`tail`='pad': the tokenizer's padding token ({processing_class.pad_token!r}) is its end token or missing; say "
+                "tail='eos', or give it a padding token of its own."
+            )
+        record["tail_token_id"] = pad
 
 
 def has_converted_weights(model: torch.nn.Module) -> bool:

@@ -43,6 +43,7 @@ from .drafting import accepted_lengths, check_drafter, ready_drafter
 from .metrics import by_level, metric_values
 from .preparation import (
     by_length,
+    check_canvas,
     check_way,
     clean_prompts,
     has_converted_weights,
@@ -112,9 +113,10 @@ class DiffusionSFTTrainer(SFTTrainer):
                 f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
             )
         check_way(model, record, args)
+        check_canvas(processing_class, record, args)
         prepare_quantised(model, args)
         if peft_config is not None:
-            peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
+            peft_config = prepare_adapter(model, peft_config, record)
             record["base_fingerprint"] = fingerprint(base_of(model))  # full training may have moved it
         adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
         if args.listens or record["attention"] == "lossless":
@@ -258,10 +260,10 @@ class DiffusionSFTTrainer(SFTTrainer):
         listens = self.args.listens if mode == "train" else self._drafts
         scores = self._score(model, noisy, listening=listens)
         keep, terms, rows = scores.keep, scores.nll, scores.keep.nonzero()[:, 0]
-        weights, ar_weights = noisy["weights"][keep], noisy["ar_weights"][keep]
+        weights, extra_weights = noisy["weights"][keep], noisy["extra_weights"][keep]
         data = ~own[rows]  # the student's own words are no labels
         bound = (weights > 0) & data
-        maskable = (part["labels"] != IGNORE_INDEX) & ~own[:, None]
+        maskable = (part["labels"] != IGNORE_INDEX) & ~(own | noisy["first_step"])[:, None]
         nll = share * (terms * weights * data).detach().sum()
         self._add(
             mode,
@@ -283,7 +285,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         objective = terms * data
         if mode == "train" and scores.logits is not None:
             objective = self._listen(model, part, noisy, scores, objective, data)
-        objective = objective * (weights + ar_weights)
+        objective = objective * (weights + extra_weights)
         if self.args.normalization == "sequence":
             tokens = (part["labels"] != IGNORE_INDEX).sum(-1).clamp(min=1)
             objective = objective / tokens[rows]

@@ -16,6 +16,7 @@ from ..noise_schedules import get_noise_schedule
 
 TARGETS = ("causal", "all")
 DIVERGENCES = ("kl", "tv")
+TAILS = ("eos", "pad")
 NORMALIZATIONS = ("token", "sequence", "length", "masked")
 
 
@@ -68,6 +69,14 @@ class DiffusionSFTConfig(SFTConfig):
         full_mask_share: of lossless drafts, the share of blocks that are masked whole; the others are masked as in diffusion.
         eos_tail: longest tail of end tokens after an answer.
         random_canvas: share of answers cut at a random place, so that a canvas may end before its answer does.
+        max_canvas: tokens of a canvas whatever the answer's length is, in a share `random_canvas` of the rows 1 to this many: what teaches
+            where answers end (bidirectional attention); None: answer and tail.
+        text_tails: whether whole texts that come to their end get tails and canvases too, not answers alone.
+        tail: what stands behind the end: "eos" (the end token again) or "pad" (the tokenizer's padding token, which must be another).
+        eos_tail_weight: what a token of the tail weighs, of 1.
+        pad_mask_ratio: mask rate of the tail over that of the text, in (0, 1]; every token is weighed by the inverse of its own.
+        pad_annealing_steps: optimiser steps in which that ratio grows from nothing to `pad_mask_ratio`; None: it starts there.
+        first_step_share: share of rows masked whole, as at the first step of decoding, beside the bound.
 
     > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
     """
@@ -109,6 +118,13 @@ class DiffusionSFTConfig(SFTConfig):
     normalization: str = field(default="token", metadata={"help": "token, sequence, length or masked."})
     eos_tail: int = field(default=16, metadata={"help": "Longest tail of end tokens after an answer."})
     random_canvas: float = field(default=0.5, metadata={"help": "Share of answers cut at a random place."})
+    max_canvas: int | None = field(default=None, metadata={"help": "Tokens of a canvas, whatever the answer's length."})
+    text_tails: bool = field(default=False, metadata={"help": "Give whole texts tails and canvases too."})
+    tail: str = field(default="eos", metadata={"help": "What stands behind the end: eos or pad."})
+    eos_tail_weight: float = field(default=1.0, metadata={"help": "What a token of the tail weighs."})
+    pad_mask_ratio: float = field(default=1.0, metadata={"help": "Mask rate of the tail over that of the text."})
+    pad_annealing_steps: int | None = field(default=None, metadata={"help": "Steps in which that ratio grows."})
+    first_step_share: float = field(default=0.0, metadata={"help": "Share of rows masked whole, beside the bound."})
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.cuda.is_available():
@@ -125,10 +141,7 @@ class DiffusionSFTConfig(SFTConfig):
         self._check_teaching()
         if self.ar_loss_weight < 0:
             raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
-        if self.eos_tail < 0:
-            raise ValueError(f"`eos_tail` must not be negative, got {self.eos_tail}.")
-        if not 0 <= self.random_canvas <= 1:
-            raise ValueError(f"`random_canvas` must be in [0, 1], got {self.random_canvas}.")
+        self._check_canvas()
         if self.packing and self.packing_strategy == "wrapped":
             raise ValueError(
                 "`packing_strategy`: 'wrapped' forgets where texts end, so they would see each other; use 'bfd'."
@@ -158,6 +171,31 @@ class DiffusionSFTConfig(SFTConfig):
         if self.exact_mask_count and self.complementary_masks:
             # A row with every token masked has an empty complement, so the second pass never sees a full mask.
             raise ValueError("`exact_mask_count` and `complementary_masks` together are biased; choose one of them.")
+
+    def _check_canvas(self) -> None:
+        for name, least in (("eos_tail", 0), ("eos_tail_weight", 0), ("max_canvas", 1), ("pad_annealing_steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        for name in ("random_canvas", "first_step_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if not 0 < self.pad_mask_ratio <= 1:
+            raise ValueError(f"`pad_mask_ratio` must be in (0, 1], got {self.pad_mask_ratio}.")
+        if self.tail not in TAILS:
+            raise ValueError(f"`tail` must be one of {TAILS}, got {self.tail!r}.")
+        for name in ("exact_mask_count", "complementary_masks"):
+            if getattr(self, name) and (self.pad_mask_ratio < 1 or self.pad_annealing_steps or self.first_step_share):
+                raise ValueError(
+                    f"`{name}` counts masks at one rate for all tokens; leave it, or leave `pad_mask_ratio`, `pad_annealing_steps` and "
+                    "`first_step_share` out."
+                )
+
+    @property
+    def sizes_canvases(self) -> bool:
+        """Whether anything is asked that teaches where texts end."""
+        plain = self.max_canvas is None and self.pad_annealing_steps is None and self.tail == "eos"
+        return not plain or self.text_tails or self.pad_mask_ratio < 1 or self.first_step_share > 0
 
     @property
     def listens(self) -> bool:
