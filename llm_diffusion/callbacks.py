@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .end_report import foresee_ends, plot_ends
 
 
 class LogLinesCallback(TrainerCallback):
@@ -50,6 +52,33 @@ class LogLinesCallback(TrainerCallback):
         self.write(
             f"{self.phase}  step {state.global_step}/{state.max_steps}  {figures}  {took:.0f} s, {left:.0f} s left"
         )
+
+
+class ForeseenEndsCallback(TrainerCallback):
+    """Logs at every evaluation how well the model foresees where answers end, as `eval_end_top1`, `eval_end_error`, …
+
+    Args:
+        trainer: whose model is asked, and whose log is written to.
+        examples: held-out, of any trainable shape.
+        canvas: tokens of the empty canvas.
+        path: where the picture of the last evaluation goes; None: nowhere.
+
+    Example:
+
+        trainer.add_callback(ForeseenEndsCallback(trainer, examples, canvas=64))
+    """
+
+    def __init__(self, trainer: Trainer, examples: list[dict], canvas: int = 64, path: Path | None = None) -> None:
+        self.trainer, self.examples, self.canvas, self.path = trainer, examples, canvas, path
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # Every process asks the whole list: a model that is cut up among them must be called by all.
+        report = foresee_ends(self.trainer.model, self.trainer.processing_class, self.examples, self.canvas)
+        self.trainer.log({f"eval_end_{name}": value for name, value in report.table[0.0].items()})
+        if self.path is not None and state.is_world_process_zero:
+            plot_ends(report, self.path)
 
 
 def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
