@@ -1,0 +1,333 @@
+"""Problems with one right answer, read from the records of well-known datasets, and the check of an answer to each.
+
+    form        a record                                                      an answer is right when
+    gsm8k       question, answer ending in `#### 72`                          its final number is the same
+    math        problem, solution with one boxed answer                       its boxed answer is the same
+    logiqa      options, correct_option (or answer, label), query, context    it picks the same letter
+    hotpotqa    question, answer; type, context, supporting_facts             it is the same after normalising (F1 beside it)
+    countdown   input `44,15,79,50`, output `44-15=29,79-29=50`               it holds, uses each number once, reaches the last
+    sudoku      input, output: grids of digits                                it is a solution that keeps the givens
+    sort … fill the tiny tasks, as chats                                      it is the one right answer, found by rule
+
+Chats and prompts with completions of any dataset are read too: the form is seen in their text.
+Trade-off: a form is told by the columns, so that nobody names it. Alternative: a table of dataset names, which misses local files.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .worked_answers import boxed_span, evaluate, final_answer, number, same_answer
+
+LETTERS = string.ascii_uppercase
+# name -> (dataset, its configuration or None, split with answers)
+HUB_NAMES = {
+    "gsm8k": ("openai/gsm8k", "main", "test"),
+    "math": ("HuggingFaceH4/MATH-500", None, "test"),
+    "logiqa": ("lucasmccabe/logiqa", None, "test"),
+    "hotpotqa": ("hotpotqa/hotpot_qa", "distractor", "validation"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question and a right worked answer.
+
+    Args:
+        prompt: messages.
+        answer: the worked answer of the record, word for word, or made of its parts where it has none.
+        form: see the table above; "plain" where an answer is right only when it is the same text.
+        reference: the right final answer.
+        entities: names that a wrong bridge may be taken from (hotpotqa).
+        bridge: the name that joins the two hops (hotpotqa), or None.
+    """
+
+    prompt: tuple[dict, ...]
+    answer: str
+    form: str
+    reference: str
+    options: tuple[str, ...] = ()
+    entities: tuple[str, ...] = ()
+    bridge: str | None = None
+
+    @property
+    def question(self) -> str:
+        return self.prompt[-1]["content"]
+
+    def example(self) -> dict:
+        """In the shape that trainers and `evaluate_answers` take."""
+        completion = [{"role": "assistant", "content": self.answer}]
+        return {"prompt": list(self.prompt), "completion": completion, "kind": self.form}
+
+
+def read_problem(record: dict) -> Problem:
+    """A record of any form in the table above.
+
+    Raises:
+        ValueError: no form fits its columns, or it has no answer.
+    """
+    given = {name: value for name, value in record.items() if value is not None}
+    for columns, read in _READERS:
+        if columns <= set(given):
+            problem = read(given)
+            if not problem.question.strip() or not problem.answer.strip():
+                raise ValueError(f"the question or the answer is empty in the record {_shortened(record)}.")
+            return problem
+    raise ValueError(
+        f"a record with the columns {sorted(given)} is no problem that can be read; give `messages`, `prompt` + `completion`, "
+        "`question` + `answer`, `problem` + `solution`, `input` + `output`, or `options` + `correct_option`."
+    )
+
+
+def _shortened(record: dict) -> str:
+    text = str(record)
+    return text if len(text) <= 120 else text[:120] + "…"
+
+
+def _ask(text: str) -> tuple[dict, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _from_chat(record: dict) -> Problem:
+    turns = list(record["messages"])
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise ValueError("`messages` must be a prompt followed by an assistant turn.")
+    return _told_by_text(tuple(turns[:-1]), turns[-1]["content"])
+
+
+def _from_prompt(record: dict) -> Problem:
+    prompt, completion = record["prompt"], record["completion"]
+    prompt = _ask(prompt) if isinstance(prompt, str) else tuple(prompt)
+    return _told_by_text(prompt, completion if isinstance(completion, str) else completion[-1]["content"])
+
+
+_BEGINNINGS = {
+    "Sort the letters: ": "sort",
+    "Reverse the letters: ": "reverse",
+    "Which is ": "compare",
+    "Fill the gap: ": "fill",
+    "Solve the sudoku:\n": "sudoku",
+}
+
+
+def _told_by_text(prompt: tuple[dict, ...], answer: str) -> Problem:
+    question = prompt[-1]["content"] or ""
+    for beginning, form in _BEGINNINGS.items():
+        if question.startswith(beginning) and _RULES[form](question, answer or ""):
+            return Problem(prompt, answer, form, answer)
+    return _worked(prompt, answer or "")
+
+
+def _worked(prompt: tuple[dict, ...], answer: str) -> Problem:
+    final = final_answer(answer)
+    if final is None:
+        return Problem(prompt, answer, "plain", answer)
+    return Problem(prompt, answer, "math" if boxed_span(answer) else "gsm8k", final)
+
+
+def _from_math(record: dict) -> Problem:
+    problem = _worked(_ask(record["problem"]), record["solution"])
+    if problem.form == "plain":
+        raise ValueError(f"`solution` has no boxed answer in the record {_shortened(record)}.")
+    return problem
+
+
+def _from_logiqa(record: dict) -> Problem:
+    options, right = tuple(record["options"]), _first(record, "correct_option", "label", "answer")
+    index = LETTERS.find(right) if isinstance(right, str) and right in LETTERS else right
+    if not isinstance(index, int) or not 0 <= index < len(options):
+        raise ValueError(f"the right option must be a letter or an index of {len(options)} options, got {right!r}.")
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    asked = [_first(record, "context", "text", "passage"), _first(record, "query", "question"), listed]
+    final = f"The answer is {LETTERS[index]}."
+    return Problem(_ask("\n".join(filter(None, asked))), _explained(record, final), "logiqa", LETTERS[index], options)
+
+
+def _explained(record: dict, final: str) -> str:
+    worked = _first(record, "rationale", "explanation", "reasoning")
+    return f"{worked.strip()}\n{final}" if worked else final
+
+
+def _first(record: dict, *names: str) -> object:
+    return next((record[name] for name in names if record.get(name) is not None), None)
+
+
+def _from_question(record: dict) -> Problem:
+    answer = record["answer"]
+    if not isinstance(answer, str):
+        raise ValueError(f"`answer` must be text, got {answer!r}.")
+    if final_answer(answer) is not None:
+        return _worked(_ask(record["question"]), answer)
+    return _from_hotpotqa(record)
+
+
+def _from_hotpotqa(record: dict) -> Problem:
+    """The worked answer: a rationale of the record, or its supporting sentences, then the answer."""
+    articles = _articles(record.get("context") or [])
+    facts = [(title, sentence) for title, sentence in _facts(record, articles) if sentence]
+    titles = list(dict.fromkeys(title for title, _ in facts))
+    told = " ".join(sentence.strip() for _, sentence in facts)
+    final = f"The answer is {record['answer']}."
+    explained = _explained(record, final)
+    if explained == final and told:
+        explained = f"{told}\n{final}"
+    # The bridge is the article that another supporting article speaks of.
+    bridge = next((t for t in titles if any(t in sentence for other, sentence in facts if other != t)), None)
+    entities = tuple(t for t in articles if t not in titles) or _names(record["question"])
+    return Problem(
+        _ask(record["question"]), explained, "hotpotqa", record["answer"], (), entities, record.get("bridge") or bridge
+    )
+
+
+def _articles(context: dict | list) -> dict[str, list[str]]:
+    pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
+    return {title: list(sentences) for title, sentences in pairs}
+
+
+def _facts(record: dict, articles: dict[str, list[str]]) -> list[tuple[str, str]]:
+    facts = record.get("supporting_facts") or []
+    pairs = zip(facts["title"], facts["sent_id"], strict=True) if isinstance(facts, dict) else facts
+    return [(title, articles[title][i]) for title, i in pairs if i < len(articles.get(title, ()))]
+
+
+def _names(question: str) -> tuple[str, ...]:
+    """Runs of capitalised words that do not begin the question."""
+    runs = re.findall(r"(?<=[\w,] )(?:[A-Z][\w'’.-]*(?: (?=[A-Z\d]))?)+(?:\d+)?", question)
+    return tuple(dict.fromkeys(run.strip(" .?") for run in runs if len(run) > 1))
+
+
+def _from_planning(record: dict) -> Problem:
+    question, answer = record["input"], record["output"]
+    form = "sudoku" if set(question) <= set(string.digits + "\n") else "countdown"
+    return Problem(_ask(question), answer, form, answer)
+
+
+_READERS: tuple[tuple[set[str], Callable[[dict], Problem]], ...] = (
+    ({"messages"}, _from_chat),
+    ({"prompt", "completion"}, _from_prompt),
+    ({"options"}, _from_logiqa),
+    ({"problem", "solution"}, _from_math),
+    ({"question", "answer"}, _from_question),
+    ({"input", "output"}, _from_planning),
+)
+
+
+def is_right(problem: Problem, answer: str) -> bool:
+    """Whether the final answer in `answer` (whatever a model wrote) is right."""
+    if problem.form in _RULES:
+        return _RULES[problem.form](problem.question, answer)
+    found = extract(problem, answer)
+    if found is None:
+        return False
+    if problem.form == "hotpotqa":
+        return normalised_text(found) == normalised_text(problem.reference)
+    if problem.form in ("gsm8k", "math"):
+        return same_answer(found, problem.reference)
+    return found == problem.reference.strip()
+
+
+def extract(problem: Problem, answer: str) -> str | None:
+    """The final answer that a model's text gives; None: it gives none.
+
+    A text that marks no answer counts by its last number (gsm8k), its last lone letter (logiqa) or as a whole (hotpotqa,
+    plain); a MATH answer must be boxed or announced.
+    """
+    marked = final_answer(answer)
+    if problem.form == "logiqa":
+        letters = re.findall(rf"\b([{LETTERS[: len(problem.options)]}])\b", answer if marked is None else marked)
+        return (letters[-1] if marked is None else letters[0]) if letters else None
+    if marked is not None and problem.form != "gsm8k":
+        return marked
+    if problem.form == "gsm8k":
+        numeric = evaluate(problem.reference) is not None
+        if marked is not None and not numeric:
+            return marked
+        numbers = re.findall(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", answer if marked is None else marked)
+        if marked is not None:
+            return marked if evaluate(marked) is not None or not numbers else numbers[0]
+        return numbers[-1] if numbers else None
+    return None if problem.form == "math" else answer.strip() or None
+
+
+def normalised_text(text: str) -> str:
+    """SQuAD and HotpotQA: lower case, without punctuation, articles and superfluous blanks."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1(problem: Problem, answer: str) -> float:
+    """Word overlap with the reference, 0 to 1 (HotpotQA's second figure; yes, no and noanswer count whole)."""
+    found = extract(problem, answer)
+    words, wanted = normalised_text(found or "").split(), normalised_text(problem.reference).split()
+    if {"yes", "no", "noanswer"} & {" ".join(words), " ".join(wanted)} and words != wanted:
+        return 0.0
+    shared = sum((Counter(words) & Counter(wanted)).values())
+    return 2 * shared / (len(words) + len(wanted)) if shared else 0.0
+
+
+def _letters(question: str) -> list[str]:
+    return question.partition(": ")[2].split()
+
+
+def _compare_is_right(question: str, answer: str) -> bool:
+    asked = re.fullmatch(r"Which is (greater|smaller), (\d+) or (\d+)\?", question)
+    if asked is None:
+        return False
+    word, pair = asked[1], sorted(map(int, asked.groups()[1:]), reverse=asked[1] == "greater")
+    return answer.strip() == f"{pair[0]} is {word} than {pair[1]}."
+
+
+def _fill_is_right(question: str, answer: str) -> bool:
+    given, terms = _letters(question), answer.split()
+    if len(given) != len(terms) or not all(t.isdecimal() for t in terms):
+        return False
+    values = list(map(int, terms))
+    progression = len({b - a for a, b in zip(values, values[1:], strict=False)}) <= 1
+    return progression and all(g in ("_", t) for g, t in zip(given, terms, strict=True))
+
+
+def solves_sudoku(puzzle: str, solution: str) -> bool:
+    """Whether `solution` fills the blanks ("0") of an n² x n² `puzzle`, both digits row by row: rows, columns, boxes once each."""
+    given, filled = puzzle.split(), solution.split()
+    n = len(given)
+    side = round(n**0.5)
+    if side * side != n or [len(row) for row in filled] != [n] * n or any(len(row) != n for row in given):
+        return False
+    digits = set(string.digits[1 : n + 1])
+    cells = [
+        {filled[r + i][c + j] for i in range(side) for j in range(side)}
+        for r in range(0, n, side)
+        for c in range(0, n, side)
+    ]
+    kept = all(g in ("0", f) for a, b in zip(given, filled, strict=True) for g, f in zip(a, b, strict=True))
+    return kept and all(set(group) == digits for group in [*filled, *zip(*filled, strict=True), *cells])
+
+
+def reaches_countdown(numbers: str, answer: str) -> bool:
+    """Whether the equations of `answer` hold, use each number once (results too) and end at the last number of `numbers`."""
+    try:
+        *pool, target = [number(n) for n in numbers.split(",")]
+        for equation in answer.strip().split(","):
+            parts = re.fullmatch(r"\s*(\d+)\s*([-+*/])\s*(\d+)\s*=\s*(\d+)\s*", equation)
+            if parts is None or evaluate(parts[1] + parts[2] + parts[3]) != number(parts[4]):
+                return False
+            pool.remove(number(parts[1]))
+            pool.remove(number(parts[3]))
+            pool.append(number(parts[4]))
+    except ValueError:  # a number that is not there (any more)
+        return False
+    return pool == [target]
+
+
+_RULES: dict[str, Callable[[str, str], bool]] = {
+    "sort": lambda question, answer: answer.split() == sorted(_letters(question)),
+    "reverse": lambda question, answer: answer.split() == _letters(question)[::-1],
+    "compare": _compare_is_right,
+    "fill": _fill_is_right,
+    "sudoku": lambda question, answer: solves_sudoku(question.partition(":\n")[2] or question, answer),
+    "countdown": reaches_countdown,
+}
