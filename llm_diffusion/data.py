@@ -42,7 +42,7 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
             train=tiny_dataset(limit or TINY_EXAMPLES, seed), test=tiny_dataset(int(n_test), seed, "test")
         )
     else:
-        splits = _load(name)
+        splits = load_any(name)
     if "train" not in splits:
         raise ValueError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
     train = splits["train"]
@@ -89,7 +89,8 @@ def check_columns(dataset: Dataset, name: str) -> None:
         )
 
 
-def _load(name: str) -> DatasetDict:
+def load_any(name: str, configuration: str | None = None) -> DatasetDict:
+    """All splits of a saved dataset, a folder or file, or a hub name (of which one `configuration`)."""
     path = Path(name).expanduser()
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
         try:
@@ -113,7 +114,7 @@ def _load(name: str) -> DatasetDict:
         return _quietly(name, kind, data_files=[str(f) for f in files])
     if name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
         raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
-    return _quietly(name, name)
+    return _quietly(name, name, *filter(None, [configuration]))
 
 
 def _quietly(name: str, *args: str, **options: object) -> DatasetDict:

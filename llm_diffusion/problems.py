@@ -20,10 +20,14 @@ import string
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from .data import load_any
+from .tiny import tiny_dataset
 from .worked_answers import boxed_span, evaluate, final_answer, number, same_answer
 
 LETTERS = string.ascii_uppercase
+TINY_RECORDS = 1000
 # name -> (dataset, its configuration or None, split with answers)
 HUB_NAMES = {
     "gsm8k": ("openai/gsm8k", "main", "test"),
@@ -214,6 +218,22 @@ _READERS: tuple[tuple[set[str], Callable[[dict], Problem]], ...] = (
     ({"question", "answer"}, _from_question),
     ({"input", "output"}, _from_planning),
 )
+
+
+def load_records(name: str, limit: int | None = None, split: str = "train", seed: int = 0) -> list[dict]:
+    """Records of "tiny", of a local file or folder, of a name in `HUB_NAMES`, or of any dataset of the hub.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, or nothing in it.
+    """
+    if name == "tiny":
+        return list(tiny_dataset(limit or TINY_RECORDS, seed, split))
+    hub, configuration, own_split = HUB_NAMES.get(name, (None, None, None))
+    loaded = load_any(name) if hub is None or Path(name).exists() else load_any(hub, configuration)
+    rows = loaded.get(split) or loaded.get(own_split) or next(iter(loaded.values()))
+    if len(rows) == 0:
+        raise ValueError(f"`dataset`: {name!r} is empty.")
+    return list(rows.select(range(min(limit or len(rows), len(rows)))))
 
 
 def is_right(problem: Problem, answer: str) -> bool:

@@ -18,15 +18,17 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+")
 _N = NUMBER.pattern
 _ATOM = rf"[($£€\-−]*\s*(?:\\[dt]?frac\{{{_N}\}}\{{{_N}\}}|(?:{_N}))\s*\\?%?\)*"
-OPERATOR = r"(?:[-+*/×÷·^−–]|[xX]|\\times|\\cdot|\\div)"
+OPERATOR = r"(?:[-+*/×÷·^−–]|[xX](?=\s*[($£€]*\s*[\d.])|\\times|\\cdot|\\div)"
 _EXPRESSION = rf"{_ATOM}(?:\s*{OPERATOR}\s*{_ATOM})+"
 _SAID = re.compile(
-    rf"({_EXPRESSION})\s*=\s*\\?[$£€]?(-?(?:{_N}))(?:\\?(%))?(?!\.?\d|[\w\\^/*:(]|\s*[-+*/×÷^−–]\s*[\d(\\])"
+    rf"({_EXPRESSION})\s*=\s*\\?[$£€]?(-?(?:{_N}))(?:\\?(%))?"
+    r"(?![.,]?\d|[\w\\^/*:(]|\s\d|\s*[-+*/×÷^−–]\s*(?:[\d($£€\\]|[A-Za-z]\b)|\s*[xX]\s*[\d($£€])"
 )
 _ANNOTATED = re.compile(rf"<<([^<>=]+)=(-?(?:{_N}))(%)?[^<>=]*>>")
 _STEP_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -65,6 +67,7 @@ class Equation(NamedTuple):
     holds: bool
 
 
+@lru_cache(maxsize=4096)
 def evaluate(expression: str) -> Fraction | None:
     """The exact value of an arithmetic expression, plain or in simple LaTeX; None: it is no such expression."""
     plain = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", expression)
@@ -116,7 +119,8 @@ def agrees(exact: Fraction, written: str, percent: bool = False) -> bool:
     return False
 
 
-def equations(text: str) -> list[Equation]:
+@lru_cache(maxsize=256)  # one answer is asked for its equations and steps again and again
+def equations(text: str) -> tuple[Equation, ...]:
     """The equations between numbers, in the order of their values; those with a letter or an unknown are left out."""
     found = [_equation(m, m.start(1), m.end(1), m.span(2), True) for m in _ANNOTATED.finditer(text)]
     kept = [
@@ -124,13 +128,15 @@ def equations(text: str) -> list[Equation]:
     ]
     visible = "".join(text[i] for i in kept)
     for m in _SAID.finditer(visible):
-        before = visible[: m.start()].rstrip()[-1:]
-        glued = visible[: m.start()][-1:]
-        if before and (before in "+*/×÷·^_−–-){\\" or glued.isalnum() or glued in "._}"):
+        begin = m.end(1) - len(m.group(1).lstrip())
+        before, glued = visible[:begin].rstrip()[-1:], visible[:begin][-1:]
+        if before and (before in "+*/×÷·^_−–-){\\0123456789" or glued.isalnum() or glued in "._}"):
             continue  # a piece of a longer expression, with an unknown in it
-        left = (kept[m.start(1)], kept[m.end(1) - 1] + 1)
+        if re.search(r"\s[xX]$", visible[:begin].rstrip()):
+            continue  # "60 students x 2/3 = 40"
+        left = (kept[begin], kept[m.end(1) - 1] + 1)
         found.append(_equation(m, *left, (kept[m.start(2)], kept[m.end(2) - 1] + 1), False))
-    return sorted((e for e in found if e is not None), key=lambda e: e.value_span)
+    return tuple(sorted((e for e in found if e is not None), key=lambda e: e.value_span))
 
 
 def _equation(match: re.Match, start: int, end: int, value_span: tuple[int, int], annotated: bool) -> Equation | None:
@@ -142,7 +148,8 @@ def _equation(match: re.Match, start: int, end: int, value_span: tuple[int, int]
     )
 
 
-def step_spans(text: str) -> list[tuple[int, int]]:
+@lru_cache(maxsize=256)
+def step_spans(text: str) -> tuple[tuple[int, int], ...]:
     """Character spans of the steps: lines, and the sentences of a line."""
     spans, start = [], 0
     for end in [*_STEP_END.finditer(text), None]:
@@ -150,7 +157,7 @@ def step_spans(text: str) -> list[tuple[int, int]]:
         if text[start:stop].strip():
             spans.append((start, stop))
         start = end.end() if end else stop
-    return spans
+    return tuple(spans)
 
 
 def step_at(text: str, position: int) -> int:
@@ -246,7 +253,7 @@ def _from_nowhere(text: str, found: Sequence[Equation], known: set[Fraction]) ->
 
 
 def _superfluous(
-    text: str, found: Sequence[Equation], steps: list[tuple[int, int]], final: tuple[int, int] | None
+    text: str, found: Sequence[Equation], steps: Sequence[tuple[int, int]], final: tuple[int, int] | None
 ) -> list[int]:
     said = [text[a:b].strip() for a, b in steps]
     extra = {i for i, step in enumerate(said) if step in said[:i]}
