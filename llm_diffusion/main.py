@@ -189,6 +189,119 @@ def chat(model: str, question: str | None, settings: str) -> None:
             click.echo(messages[-1]["content"])
 
 
+@cli.command()
+@click.argument("source")
+@click.option("--output", required=True, metavar="FILE", help="JSONL to write.")
+@click.option("--kinds", metavar="NAME,NAME", help="Only these kinds of error; all that fit unless given.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the errors and of sampling.")
+@click.option("--limit", type=int, help="Use the first so many records.")
+@click.option("--from-model", metavar="PATH", help="Sample this converted model's answers instead of injecting errors.")
+@click.option("--samples", type=int, default=4, show_default=True, help="Answers to each problem, with --from-model.")
+@click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON, with --from-model.")
+@click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
+def prefer(
+    source: str,
+    output: str,
+    kinds: str | None,
+    seed: int,
+    limit: int | None,
+    from_model: str | None,
+    samples: int,
+    settings: str,
+    answers: bool,
+) -> None:
+    """Make preference pairs from SOURCE: worked answers, labelled answers, or pairs to be checked.
+
+    SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
+    """
+    with one_line_errors():
+        from collections import Counter
+
+        from .job import check_writable
+        from .preference_files import checked_pairs, pairs_from_answers, write_rows
+        from .preferences import preference_pairs
+        from .problems import load_records, read_problem
+
+        quiet_hosts()
+        check_writable(Path(output).expanduser().parent, "--output")
+        if limit is not None and limit < 1:
+            raise ValueError(f"`--limit` must be at least 1, got {limit}.")
+        if answers and from_model is None:
+            raise ValueError("`--answers` writes a model's answers; name the model with `--from-model`.")
+        records = load_records(source, limit, seed=seed)
+        if from_model is not None:
+            from .answer_sampling import sample_answers
+
+            inference = load_inference(from_model, settings)
+            rows = sample_answers(
+                inference.model,
+                inference.tokenizer,
+                [read_problem(record) for record in records],
+                samples,
+                seed,
+                progress_bar("rounds"),
+                **inference.settings,
+            )
+            click.echo(f"{sum(row['right'] for row in rows)} of {len(rows)} answers are right")
+            if answers:
+                write_rows(output, rows)
+                return
+            pairs = pairs_from_answers(rows)
+        elif {"answer", "right"} <= set(records[0]):
+            pairs = pairs_from_answers(records)
+        elif "chosen" in records[0] or "rejected" in records[0]:
+            pairs = checked_pairs(records)
+        else:
+            pairs = preference_pairs(progress_bar("records")(records), seed, kinds.split(",") if kinds else None)
+        write_rows(output, pairs)
+        for kind, count in Counter(pairs["kind"]).most_common():
+            click.echo(f"{count:6d}  {kind}")
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--limit", type=int, help="Use the first so many problems.")
+@click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON.")
+@click.option("--json", "json_path", metavar="FILE", help="Write scores, differences and answers to FILE.")
+def compare(source: str, models: tuple[str, ...], limit: int | None, settings: str, json_path: str | None) -> None:
+    """Exact match of converted MODELS on the problems of SOURCE, with intervals and a paired test."""
+    with one_line_errors():
+        from dataclasses import asdict
+
+        from rich.console import Console
+
+        from .comparison import answer_problems
+        from .comparison import compare as compare_answers
+        from .job import check_writable
+        from .problems import load_records, read_problem
+
+        quiet_hosts()
+        if len(set(models)) < len(models):
+            raise ValueError(f"`models` must differ from each other, got {list(models)}.")
+        if json_path is not None:
+            check_writable(Path(json_path).expanduser().parent, "--json")
+        problems = [read_problem(record) for record in load_records(source, limit, "test")]
+        answers = {}
+        for name in progress_bar("models")(models):
+            inference = load_inference(name, settings)
+            answers[name] = answer_problems(inference.model, inference.tokenizer, problems, **inference.settings)
+        found = compare_answers(problems, answers)
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        for table in found.tables():
+            console.print(table)
+        if json_path is not None:
+            written = json.dumps({**asdict(found), "answers": answers, "settings": settings}, indent=1)
+            Path(json_path).expanduser().write_text(written + "\n")
+
+
+def progress_bar(what: str) -> Any:
+    """Wraps what is gone through: a bar on a terminal, nothing in a log."""
+    from rich.progress import track
+
+    return lambda items: track(items, what, transient=True, disable=not sys.stderr.isatty())
+
+
 def load_inference(model: str, settings: str) -> Any:
     from .config import read_mapping
     from .denoising import record_of

@@ -13,19 +13,18 @@ too few steps in 52 to 54 %, too many in 17 to 18 %). Alternative: the model's o
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
+from .number_trace import Trace, Wrong
 from .problems import Problem, is_right, load_records, read_problem
-from .reckoning_errors import RECKONING_ERRORS, UNIT_FACTORS, Trace, Wrong
+from .reckoning_errors import RECKONING_ERRORS, UNIT_FACTORS
 from .text_errors import LENGTH_BOUND, TEXT_ERRORS
 from .worked_answers import Judgement, equations, evaluate, final_answer, judge, number, step_at
 

@@ -19,7 +19,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .data import load_any
@@ -48,6 +48,7 @@ class Problem:
         reference: the right final answer.
         entities: names that a wrong bridge may be taken from (hotpotqa).
         bridge: the name that joins the two hops (hotpotqa), or None.
+        kind: what the record calls its kind of task; the form where it says nothing.
     """
 
     prompt: tuple[dict, ...]
@@ -57,6 +58,7 @@ class Problem:
     options: tuple[str, ...] = ()
     entities: tuple[str, ...] = ()
     bridge: str | None = None
+    kind: str = ""
 
     @property
     def question(self) -> str:
@@ -65,7 +67,7 @@ class Problem:
     def example(self) -> dict:
         """In the shape that trainers and `evaluate_answers` take."""
         completion = [{"role": "assistant", "content": self.answer}]
-        return {"prompt": list(self.prompt), "completion": completion, "kind": self.form}
+        return {"prompt": list(self.prompt), "completion": completion, "kind": self.kind}
 
 
 def read_problem(record: dict) -> Problem:
@@ -80,7 +82,8 @@ def read_problem(record: dict) -> Problem:
             problem = read(given)
             if not problem.question.strip() or not problem.answer.strip():
                 raise ValueError(f"the question or the answer is empty in the record {_shortened(record)}.")
-            return problem
+            kind = given.get("kind")
+            return replace(problem, kind=kind if isinstance(kind, str) else problem.form)
     raise ValueError(
         f"a record with the columns {sorted(given)} is no problem that can be read; give `messages`, `prompt` + `completion`, "
         "`question` + `answer`, `problem` + `solution`, `input` + `output`, or `options` + `correct_option`."

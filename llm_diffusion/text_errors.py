@@ -10,8 +10,9 @@ import random
 import re
 from collections.abc import Callable, Iterator
 
+from .number_trace import Wrong, written
 from .problems import LETTERS, Problem
-from .reckoning_errors import Wrong, slips, written
+from .reckoning_errors import slips
 from .worked_answers import NUMBER, final_span, number, step_spans
 
 LENGTH_BOUND = 0.1  # of the right answer's length: longer or shorter wrong answers would teach a length
