@@ -80,7 +80,7 @@ def read_problem(record: dict) -> Problem:
     for columns, read in _READERS:
         if columns <= set(given):
             problem = read(given)
-            if not problem.question.strip() or not problem.answer.strip():
+            if not all(text.strip() for text in (problem.question, problem.answer, problem.reference)):
                 raise ValueError(f"the question or the answer is empty in the record {_shortened(record)}.")
             kind = given.get("kind")
             return replace(problem, kind=kind if isinstance(kind, str) else problem.form)

@@ -22,15 +22,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+")
-_N = NUMBER.pattern
-_ATOM = rf"[($£€\-−]*\s*(?:\\[dt]?frac\{{{_N}\}}\{{{_N}\}}|(?:{_N}))\s*\\?%?\)*"
+_N = f"(?:{NUMBER.pattern})"
+_ATOM = rf"[($£€\-−]{{0,5}}\s*(?:\\[dt]?frac\{{{_N}\}}\{{{_N}\}}|{_N})\s*\\?%?\){{0,5}}"
 OPERATOR = r"(?:[-+*/×÷·^−–]|[xX](?=\s*[($£€]*\s*[\d.])|\\times|\\cdot|\\div)"
-_EXPRESSION = rf"{_ATOM}(?:\s*{OPERATOR}\s*{_ATOM})+"
+_EXPRESSION = rf"{_ATOM}(?:\s*{OPERATOR}\s*{_ATOM}){{1,30}}"
 _SAID = re.compile(
-    rf"({_EXPRESSION})\s*=\s*\\?[$£€]?(-?(?:{_N}))(?:\\?(%))?"
+    rf"(?<!\d)({_EXPRESSION})\s*=\s*\\?[$£€]?(-?{_N})(?:\\?(%))?"
     r"(?![.,]?\d|[\w\\^/*:(]|\s\d|\s*[-+*/×÷^−–]\s*(?:[\d($£€\\]|[A-Za-z]\b)|\s*[xX]\s*[\d($£€])"
 )
-_ANNOTATED = re.compile(rf"<<([^<>=]+)=(-?(?:{_N}))(%)?[^<>=]*>>")
+_ANNOTATED = re.compile(rf"<<([^<>=]+)=(-?{_N})(%)?[^<>=]*>>")
 _STEP_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _FINAL = (
     re.compile(r"####\s*(?P<a>.+)"),
@@ -56,6 +56,7 @@ _BINARY = {
     ast.Pow: operator.pow,
 }
 _LARGEST_POWER = 64
+_LONGEST = 400  # characters of an expression
 
 
 class Equation(NamedTuple):
@@ -70,6 +71,8 @@ class Equation(NamedTuple):
 @lru_cache(maxsize=4096)
 def evaluate(expression: str) -> Fraction | None:
     """The exact value of an arithmetic expression, plain or in simple LaTeX; None: it is no such expression."""
+    if len(expression) > _LONGEST:
+        return None
     plain = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", expression)
     plain = re.sub(r"\\times|\\cdot|[×·xX]", "*", plain)
     plain = re.sub(r"\\div|÷", "/", plain)
@@ -132,9 +135,9 @@ def equations(text: str) -> tuple[Equation, ...]:
         before, glued = visible[:begin].rstrip()[-1:], visible[:begin][-1:]
         if before and (before in "+*/×÷·^_−–-){\\0123456789" or glued.isalnum() or glued in "._}"):
             continue  # a piece of a longer expression, with an unknown in it
-        if re.search(r"\s[xX]$", visible[:begin].rstrip()):
-            continue  # "60 students x 2/3 = 40"
-        left = (kept[begin], kept[m.end(1) - 1] + 1)
+        if visible[begin] in "-−" and before.isalnum() or re.search(r"\s[xX]$", visible[:begin].rstrip()):
+            continue  # "n - 3 + 2 = 6", "60 students x 2/3 = 40"
+        left = (kept[begin], kept[begin + len(m.group(1).strip()) - 1] + 1)
         found.append(_equation(m, *left, (kept[m.start(2)], kept[m.end(2) - 1] + 1), False))
     return tuple(sorted((e for e in found if e is not None), key=lambda e: e.value_span))
 
