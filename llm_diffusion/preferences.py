@@ -26,7 +26,7 @@ from .number_trace import Trace, Wrong
 from .problems import Problem, is_right, load_records, read_problem
 from .reckoning_errors import RECKONING_ERRORS, UNIT_FACTORS
 from .text_errors import LENGTH_BOUND, TEXT_ERRORS
-from .worked_answers import Judgement, equations, evaluate, final_answer, judge, number, step_at
+from .worked_answers import Judgement, equations, evaluate, final_answer, judge, number, step_at, step_spans
 
 logger = logging.getLogger(__name__)
 # Relative frequencies; a kind that does not apply to an answer leaves its share to the others.
@@ -181,7 +181,11 @@ def is_declared(problem: Problem, kind: str, wrong: Wrong) -> bool:
     if not text.strip() or text == chosen or abs(len(text) - len(chosen)) > LENGTH_BOUND * len(chosen):
         return False
     if kind in ("truncation", "repetition") and final_answer(chosen) is not None:
-        return final_answer(text) is None and (kind == "truncation" or bool(judge(text).superfluous))
+        said = [text[a:b].strip() for a, b in step_spans(text)]
+        whole = (
+            final_answer(text) is None and not judge(text).false_steps
+        )  # a number cut in two would be a second error
+        return whole and (kind == "truncation" or len(set(said)) < len(said))
     if kind not in RECKONING_ERRORS or _traced(problem) is None:
         return not is_right(problem, text)
     found = judge(text, reference=problem.reference)

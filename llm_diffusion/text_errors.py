@@ -122,8 +122,10 @@ def repetition(problem: Problem, rng: random.Random) -> Iterator[Wrong | None]:
     for start, end in rng.sample(steps := step_spans(text), len(steps)):
         separator = text[end : end + 1]
         if span is not None and end <= span[0] and separator:
-            looped = (text[:end] + (separator + text[start:end]) * len(text))[: len(text)].rstrip()
-            yield Wrong(looped, (end + 1, len(looped)))
+            looped = text[:end] + (separator + text[start:end]) * len(text)
+            for length in range(len(text), int((1 - LENGTH_BOUND) * len(text)), -1):
+                kept = looped[:length].rstrip()
+                yield Wrong(kept, (end + 1, len(kept)))
 
 
 def slipped_answer(problem: Problem, rng: random.Random) -> Iterator[Wrong | None]:

@@ -201,13 +201,28 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("convert", "--preset", "phi-3stage"), "preset 'phi' is unknown"),
         (("convert", "--hyper-parameters-json", '{"stages": [{"name": "a", "trains": "most"}]}'), "`stages.a.trains`"),
         (("--hyper-parameters-json", '{"annealing": "soft", "annealing_schedule": "sudden"}'), "`annealing_schedule`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--kinds", "slip"), "`kinds` must be"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit` must be"),
+        (("prefer", "tiny", "--output", "{path}/o.jsonl"), "`--output`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
+        (("prefer", "{folder}/none.jsonl", "--output", "{folder}/o.jsonl"), "`dataset`"),
+        (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "row 0: `chosen` and `rejected` are the same"),
+        (("prefer", "{text}", "--output", "{folder}/o.jsonl"), "row 0: a record with the columns ['text']"),
+        (("compare", "tiny", "tiny", "tiny"), "`models` must differ"),
+        (("compare", "tiny", "{folder}/none"), "`model`"),
     ],
 )
 def test_bad_command_line(arguments, expected, tmp_path):
-    path = write(tmp_path / "bad.yaml", "a: [1\n")
-    result = invoke(*(argument.replace("{path}", path).replace("{folder}", str(tmp_path)) for argument in arguments))
+    files = {
+        "path": write(tmp_path / "bad.yaml", "a: [1\n"),
+        "same": write(tmp_path / "same.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n'),
+        "text": write(tmp_path / "text.jsonl", '{"text": "once"}\n'),
+        "folder": str(tmp_path),
+    }
+    result = invoke(*(re.sub(r"\{(path|same|text|folder)\}", lambda m: files[m[1]], a) for a in arguments))
     assert result.exit_code == 2
     assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_analyze_needs_no_weights(tmp_path, trained):
@@ -219,6 +234,28 @@ def test_analyze_needs_no_weights(tmp_path, trained):
     # An adapter is analysed as its base; --download of what is here already says where it is.
     result = invoke("analyze", str(trained[0] / "sft_model"), "--block", "--download")
     assert result.exit_code == 0 and "weights:" in result.stdout
+
+
+def test_pairs_are_made_checked_and_compared(tmp_path, trained):
+    first, second, answers = (str(tmp_path / f"{name}.jsonl") for name in ("first", "second", "answers"))
+    result = invoke("prefer", "tiny", "--output", first, "--limit", "30", "--seed", "3")
+    assert result.exit_code == 0 and "swapped_items" in result.stdout
+    assert invoke("prefer", first, "--output", second).exit_code == 0  # pairs come in too, and are checked
+    assert Path(first).read_text() == Path(second).read_text()
+    model = str(trained[0] / "sft_model")
+    small = ("--limit", "4", "--settings", '{"max_new_tokens": 8}')
+    result = invoke("prefer", "tiny", "--output", answers, "--from-model", model, "--samples", "2", "--answers", *small)
+    assert result.exit_code == 0 and "of 8 answers are right" in result.stdout
+    rows = [json.loads(line) for line in Path(answers).read_text().splitlines()]
+    for row in rows:
+        row["answer"], row["right"] = row["reference"][:-1] + "#", False  # what people hand back
+    write(Path(answers), "".join(json.dumps(row) + "\n" for row in rows))
+    result = invoke("prefer", answers, "--output", second)
+    assert result.exit_code == 0 and "sampled" in result.stdout
+    report = tmp_path / "report.json"
+    result = invoke("compare", "tiny", "tiny", model, "--json", str(report), *small)
+    assert result.exit_code == 0 and "McNemar" in result.stdout and "\x1b" not in result.stdout
+    assert json.loads(report.read_text())["differences"][0]["second"] == model
 
 
 def test_convert_runs_three_stages_and_goes_on_after_a_stop(tmp_path):

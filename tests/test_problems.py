@@ -95,7 +95,9 @@ def test_parts_of_the_records():
     lists["context"] = [list(pair) for pair in zip(*HOTPOTQA["context"].values(), strict=True)]
     assert read_problem(lists) == hop
     bare = {name: HOTPOTQA[name] for name in ("question", "answer", "type")}
-    assert read_problem(bare).answer == "The answer is the Bath, England." and read_problem(bare).entities == ("Emma Blue",)
+    assert read_problem(bare).answer == "The answer is the Bath, England." and read_problem(bare).entities == (
+        "Emma Blue",
+    )
 
 
 def test_tiny_tasks_by_rule_as_by_reference():
