@@ -25,6 +25,7 @@ _PUBLIC = {
     "generate_autoregressive": "generation",
     "DiffusionGenerationConfig": "generation_config",
     "DiffusionInference": "inference",
+    "preference_pairs": "preferences",
 }
 __all__ = sorted(_PUBLIC)
 
