@@ -4,6 +4,7 @@ import llm_diffusion as ld
 
 model, tokenizer = ld.load_diffusion_model("tiny")          # load and convert
 ld.DiffusionSFTTrainer, ld.DiffusionSFTConfig                # train (TRL)
+ld.DiffusionDPOTrainer, ld.DiffusionDPOConfig                # preferences (TRL)
 ld.generate, ld.DiffusionGenerationConfig                    # decode by iterative unmasking
 ld.DiffusionInference.from_pretrained(path).chat(messages)   # text in, text out
 """
@@ -20,7 +21,10 @@ _PUBLIC = {
     "patch_causal_attention": "attention",
     "DiffusionSFTConfig": "trainers.sft_config",
     "DiffusionSFTTrainer": "trainers.sft",
+    "DiffusionDPOConfig": "trainers.dpo_config",
+    "DiffusionDPOTrainer": "trainers.dpo",
     "DataCollatorForMaskedDiffusion": "collators",
+    "DataCollatorForDiffusionPreference": "preference_collator",
     "generate": "generation",
     "generate_autoregressive": "generation",
     "DiffusionGenerationConfig": "generation_config",

@@ -253,19 +253,30 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             taught &= nothing_to_the_right(shown, part)
         hidden = masked | behind if lossless else masked
         noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, extra, probability, taught, hidden)
+        laid_out = self._lay_out(noised, block_length, offset)
+        return {**laid_out, "masked": masked, "times": times, "first_step": first_step}
+
+    def lay_out(
+        self, batch: dict[str, torch.Tensor], masked: torch.Tensor, weights: torch.Tensor, probability: torch.Tensor
+    ) -> dict[str, Any]:
+        """`corrupt` with given noise: `masked`, `weights` and mask `probability`, each (B, L)."""
+        ids, documents, none = batch["input_ids"], batch["attention_mask"], torch.zeros_like(weights)
+        maskable = (batch["labels"] != masking.IGNORE_INDEX) & documents.bool()
+        noised = _Noised(ids, ids, documents, maskable, masked, weights, none, probability, maskable, masked)
+        return {**self._lay_out(noised, self.block_length, 0), "masked": masked}
+
+    def _lay_out(self, noised: _Noised, block_length: int | None, offset: torch.Tensor | int) -> dict[str, Any]:
         if self.attention == "bidirectional":
             laid_out = self._whole(noised)
         else:
             laid_out = self._blocks(noised, block_length, offset)
         if self.time_embedding:
             # Not the time but the mask probability, which is what a sampler knows; clean context has none.
-            noise = (
-                torch.cat([probability, torch.zeros_like(probability)], -1)
-                if self.attention == "block"
-                else probability
-            )
+            noise = noised.probability
+            if self.attention == "block":
+                noise = torch.cat([noise, torch.zeros_like(noise)], -1)
             laid_out["inputs"]["timesteps"] = noise[:, -laid_out["inputs"]["input_ids"].shape[1] :]
-        return {**laid_out, "masked": masked, "times": times, "first_step": first_step}
+        return laid_out
 
     def _rates(self, times: torch.Tensor, tail: torch.Tensor, step: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask probability and weight of every token, (B, L) each; `step` None: of evaluation."""

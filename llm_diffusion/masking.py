@@ -119,8 +119,36 @@ def draw_tokens(seed: int, step: int, rows: torch.Tensor, maskable: torch.Tensor
     return hash_keys(seed, step, rows[:, None], position, TOKEN_STREAM) % vocab_size
 
 
+def ranks(noise: torch.Tensor, maskable: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Place of every maskable token in its part's random order, and how many the part has, at least 1.
+
+    Args:
+        noise: (B, L) below 1, independent numbers.
+        maskable: (B, L) bool.
+        part: (B, L) number of the text or block of every token, rising from the left.
+
+    Returns:
+        (B, L) from 0, at tokens that are not maskable behind all others; and (B, L).
+    """
+    noise = noise.masked_fill(~maskable, 2.0)
+    # Sorted by part, and in each by noise; the rank of a token is its distance from the start of its part.
+    order = noise.argsort(-1)
+    order = order.gather(-1, part.gather(-1, order).argsort(dim=-1, stable=True))
+    index = torch.arange(part.shape[-1], device=part.device).expand_as(part)
+    parts = part.gather(-1, order)
+    first = torch.nn.functional.pad(parts[:, 1:] != parts[:, :-1], (1, 0), value=True)
+    rank = torch.zeros_like(part).scatter(-1, order, index - torch.where(first, index, 0).cummax(-1).values)
+    return rank, torch.zeros_like(part).scatter_add(-1, part, maskable.long()).gather(-1, part).clamp(min=1)
+
+
 def draw_exact_mask(
-    seed: int, step: int, rows: torch.Tensor, times: torch.Tensor, maskable: torch.Tensor, part: torch.Tensor
+    seed: int,
+    step: int,
+    rows: torch.Tensor,
+    times: torch.Tensor,
+    maskable: torch.Tensor,
+    part: torch.Tensor,
+    position: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks exactly k of the n maskable tokens of every part, k uniform on 1 … n: less noise than one draw a token.
 
@@ -131,22 +159,15 @@ def draw_exact_mask(
         times: (B, L) times of the parts, uniform on [MIN_TIME, 1], which decide k.
         maskable: (B, L) bool.
         part: (B, L) number of the text or block of every token, rising from the left.
+        position: (B, L) key of every maskable token in its row; None: its count. Rows of one key share the noise of equal ones.
 
     Returns:
         (B, L) bool, and (B, L) k / n.
 
     References: LLaDA (arXiv 2502.09992, eq. 6).
     """
-    position = maskable.long().cumsum(-1)
-    noise = uniform(seed, step, rows[:, None], position, MASK_STREAM).masked_fill(~maskable, 2.0)
-    # Sorted by part, and in each by noise; the rank of a token is its distance from the start of its part.
-    order = noise.argsort(-1)
-    order = order.gather(-1, part.gather(-1, order).argsort(dim=-1, stable=True))
-    index = torch.arange(part.shape[-1], device=part.device).expand_as(part)
-    parts = part.gather(-1, order)
-    first = torch.nn.functional.pad(parts[:, 1:] != parts[:, :-1], (1, 0), value=True)
-    rank = torch.zeros_like(part).scatter(-1, order, index - torch.where(first, index, 0).cummax(-1).values)
-    n = torch.zeros_like(part).scatter_add(-1, part, maskable.long()).gather(-1, part).clamp(min=1)
+    position = maskable.long().cumsum(-1) if position is None else position
+    rank, n = ranks(uniform(seed, step, rows[:, None], position, MASK_STREAM), maskable, part)
     k = torch.maximum(torch.ceil((times - MIN_TIME) / (1 - MIN_TIME) * n), torch.ones_like(times)).clamp(max=n)
     return maskable & (rank < k), k / n
 

@@ -64,18 +64,24 @@ class Patch:
 
 
 @contextmanager
-def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """The base alone, where `model` is a `PeftModel`; PEFT's own way leaves every adapter trainable, also those that were frozen."""
-    if not isinstance(model, PeftModel):
-        yield
-        return
+def trained_as_before(model: torch.nn.Module) -> Iterator[None]:
+    """Puts back which parameters train; PEFT's switching of adapters leaves them all trainable, also those that were frozen."""
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with model.disable_adapter():
-            yield
+        yield
     finally:
         for parameter, trained in kept:
             parameter.requires_grad_(trained)
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """The base alone, where `model` is a `PeftModel`."""
+    if not isinstance(model, PeftModel):
+        yield
+        return
+    with trained_as_before(model), model.disable_adapter():
+        yield
 
 
 def bind(model: torch.nn.Module, name: str, function: Any) -> None:

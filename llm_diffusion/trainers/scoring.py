@@ -30,6 +30,7 @@ class Scores:
     logits: torch.Tensor | None = None  # (n, V)
     hidden: torch.Tensor | None = None  # (n, D), inputs of the head
     teacher: torch.Tensor | None = None  # (n, V) logits of the AR model, where it was heard already
+    mean_logits: torch.Tensor | None = None  # (n,), where the host's metrics want it
 
 
 def _scores(keep: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
@@ -43,10 +44,13 @@ def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor,
     if targets.device.type == "cuda" and not listening:
         # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
         output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
-        return Scores(keep, -output.log_probs[keep], output.is_top1[keep], output.entropy[keep].detach())
+        scores = Scores(keep, -output.log_probs[keep], output.is_top1[keep], output.entropy[keep].detach())
+        scores.mean_logits = None if output.mean_logits is None else output.mean_logits[keep].detach()
+        return scores
     with head_inputs(model) if listening else nullcontext([]) as caught:
         logits = model(**inputs, logits_to_keep=keep).logits
     scores = _scores(keep, logits, targets[keep])
+    scores.mean_logits = logits.detach().mean(-1)
     if listening:
         scores.logits = logits
         scores.hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][keep]

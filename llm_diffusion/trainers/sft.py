@@ -25,7 +25,6 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..annealing import Annealing
-from ..card import model_card
 from ..losses import entropy, relative_error, soft_cross_entropy, total_variation
 from ..masking import IGNORE_INDEX, uniform
 from ..modeling import (
@@ -34,12 +33,12 @@ from ..modeling import (
     fingerprint,
     load_diffusion_model,
     read_record,
-    save_record,
     set_final_causal_ratio,
 )
 from ..patching import base_of
 from .distillation import check_base_stays, check_teacher, teacher_scores, with_own_words
 from .drafting import accepted_lengths, check_drafter, ready_drafter
+from .hosting import DiffusionHosting, numbered_rows
 from .metrics import by_level, metric_values
 from .preparation import (
     by_length,
@@ -59,7 +58,7 @@ from .sft_config import DiffusionSFTConfig
 logger = logging.getLogger(__name__)
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
     """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
 
     `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
@@ -202,15 +201,9 @@ class DiffusionSFTTrainer(SFTTrainer):
     ) -> tuple[list, torch.Tensor | None]:
         """The micro-batches of one optimiser step, told their rows' places in the global batch; and its loss's denominator."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        processes, index, seen = self.accelerator.num_processes, self.accelerator.process_index, 0
-        for batch in batches:
-            size = len(batch["input_ids"])
-            # Loaders deal whole micro-batches to the processes in turn.
-            batch["noise_rows"] = torch.arange(size) + seen * processes + index * size
-            seen += size
+        numbered_rows(batches, self.accelerator)
         items = torch.zeros((), dtype=torch.long, device=device)
         for batch in batches:
-            batch["n_noise_rows"] = seen * processes
             items += self._items(batch).to(device)
         return batches, self.accelerator.gather(items).sum()
 
@@ -385,19 +378,10 @@ class DiffusionSFTTrainer(SFTTrainer):
 
     def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> Scores:
         """What the model says to the targets; `listening` keeps its logits and hidden states."""
-        inputs = {**noisy["inputs"], "use_cache": False}
-        if inputs["attention_mask"].dim() == 4:
-            inputs["attention_mask"] = self._in_compute_dtype(inputs["attention_mask"])
+        inputs = self._model_inputs(noisy)
         if self._drafts:
             return score_drafts(model, self.model, inputs, noisy, listening)
         return score(model, inputs, noisy["targets"], listening)
-
-    def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
-        """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
-        # Not `torch.is_autocast_enabled`: accelerate turns autocast on inside the model's forward.
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
-        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
     def _add(self, mode: str, **new: torch.Tensor) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
@@ -439,25 +423,3 @@ class DiffusionSFTTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._update_record()
         super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            if isinstance(self.model, PeftModel):
-                save_record(self.model, folder)
-            (folder / "README.md").write_text(self._card(folder.name))
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Our card in place of the host's, whose quick start decodes from left to right."""
-        if self.is_world_process_zero():
-            name = model_name or self.hub_model_id or Path(self.args.output_dir).name
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(self.args.output_dir) / "README.md").write_text(self._card(name, tags))
-
-    def _card(self, name: str, tags: str | list[str] | None = None) -> str:
-        base = base_of(self.model)
-        more = [tags] if isinstance(tags, str) else list(tags or [])
-        adapter = isinstance(self.model, PeftModel)
-        return model_card(
-            base.config.diffusion, name, [*self._tag_names, *more], adapter, has_converted_weights(self.model)
-        )

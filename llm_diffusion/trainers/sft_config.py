@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from transformers import TrainingArguments
 from trl import SFTConfig
 
 from ..annealing import Annealing
@@ -18,6 +19,19 @@ TARGETS = ("causal", "all")
 DIVERGENCES = ("kl", "tv")
 TAILS = ("eos", "pad")
 NORMALIZATIONS = ("token", "sequence", "length", "masked")
+
+
+def settle_host_defaults(args: TrainingArguments) -> None:
+    """What every config of ours does before the host looks at it."""
+    if args.bf16 is None and not torch.cuda.is_available():
+        args.bf16 = False
+    # TRL still sets the old names, which transformers deprecates: handed over here, both names keep working.
+    for old, new in (
+        ("gradient_checkpointing", "activation_checkpointing"),
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    ):
+        if getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
 
 
 @dataclass
@@ -127,15 +141,7 @@ class DiffusionSFTConfig(SFTConfig):
     first_step_share: float = field(default=0.0, metadata={"help": "Share of rows masked whole, beside the bound."})
 
     def __post_init__(self) -> None:
-        if self.bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False
-        # TRL still sets the old names, which transformers deprecates: handed over here, both names keep working.
-        for old, new in (
-            ("gradient_checkpointing", "activation_checkpointing"),
-            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-        ):
-            if getattr(self, new) is None:
-                setattr(self, new, getattr(self, old))
+        settle_host_defaults(self)
         super().__post_init__()
         self._check_noise()
         self._check_teaching()
