@@ -42,6 +42,9 @@ class LogLinesCallback(TrainerCallback):
             "eval_nelbo": "held-out nats/token",
             "accepted_length": "accepted",
             "eval_accepted_length": "held-out accepted",
+            "rewards/margins": "margin",
+            "rewards/accuracies": "preferred",
+            "eval_rewards/accuracies": "held-out preferred",
             "learning_rate": "lr",
         }
         if not any("nelbo" in name for name in logs):  # a drafter, whose loss is no bound

@@ -25,6 +25,7 @@ from transformers import BitsAndBytesConfig
 
 from .conversion import TRAINS
 from .generation_config import DiffusionGenerationConfig
+from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.sft_config import DiffusionSFTConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -36,7 +37,8 @@ class HyperParameters:
     """Settings of the main job. Names and defaults of the first block are promises.
 
     Keys beyond these are fields of `DiffusionSFTConfig` and go into `training`; `pretrain_config` and `sft_config` hold such
-    fields for one phase alone. `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
+    fields for one phase alone, `dpo_config` fields of `DiffusionDPOConfig`. Preferences are the pairs of `preference_dataset`, or
+    injected errors in the training data's answers (see `preferences`). `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
     "everything", see `conversion.select_parameters`), and fields for it alone. `model_init_kwargs` are keywords of
     `from_pretrained`: `device_map`, `max_memory`, `attn_implementation`, `gguf_file`, `revision`, …
     """
@@ -90,12 +92,16 @@ class HyperParameters:
     model_init_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrain_config: dict[str, Any] = field(default_factory=dict)
     sft_config: dict[str, Any] = field(default_factory=dict)
+    dpo_config: dict[str, Any] = field(default_factory=dict)
+    preference_dataset: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 
 OWN_KEYS = {f.name for f in dataclasses.fields(HyperParameters)} - {"training"}
 TRAINING_KEYS = {f.name for f in dataclasses.fields(DiffusionSFTConfig)}
-PHASES = ("pretrain", "sft")
+DPO = "dpo"  # the phase, or stage, of preferences
+DPO_KEYS = {f.name for f in dataclasses.fields(DiffusionDPOConfig)}
+PHASES = ("pretrain", "sft", DPO)
 # Set by the main job itself from keys of its own.
 _RENAMED = {
     "num_train_epochs": "epochs",
@@ -193,12 +199,15 @@ def build(given: dict[str, Any]) -> HyperParameters:
                 )
             check_training_key(key)
             hp.training[key] = check_training_value(key, value)
-    for name in ("pretrain_config", "sft_config"):
+    for name in ("pretrain_config", "sft_config", "dpo_config"):
         for key in (nested := getattr(hp, name)):
-            check_training_key(key, name)
-            nested[key] = check_training_value(key, nested[key])
+            nested[key] = check_stage_value(key, nested[key], name, preferences=name == "dpo_config")
     check_ranges(hp)
     hp.stages = check_stages(hp.stages)
+    if hp.training.get("attention") == "lossless" and any(stage["name"] == DPO for stage in stages_of(hp)):
+        raise ValueError(
+            "`attention`='lossless': a drafter's words are verified by its base, whose preferences it cannot change; leave 'dpo' out."
+        )
     if hp.training.get("attention") == "lossless" and any(stage["trains"] == "everything" for stage in stages_of(hp)):
         raise ValueError(
             "`attention`='lossless' trains adapters, beside a base that stays as it is: `use_lora` is true, and no stage trains 'everything'."
@@ -211,7 +220,8 @@ def build(given: dict[str, Any]) -> HyperParameters:
 
 def stages_of(hp: HyperParameters) -> list[dict[str, Any]]:
     """The stages as given, or the phases as stages."""
-    phases = {"pretrain": {"completion_only_loss": False, **hp.pretrain_config}, "sft": hp.sft_config}
+    pretrain = {"completion_only_loss": False, **hp.pretrain_config}
+    phases = {"pretrain": pretrain, "sft": hp.sft_config, DPO: hp.dpo_config}
     trains = "adapters" if hp.use_lora else "everything"
     stages = hp.stages or [{"name": phase, **phases[phase]} for phase in hp.phases]
     return [{"trains": trains, **stage} for stage in stages]
@@ -222,8 +232,7 @@ def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     names = [stage.get("name") for stage in stages]
     if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
         raise ValueError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
-    if "sft" in names[:-1]:
-        raise ValueError("`stages`: only the last one may be called 'sft', because the result is saved as `sft_model`.")
+    check_order("stages", names)
     checked = []
     for stage in stages:
         where = f"stages.{stage['name']}"
@@ -231,18 +240,36 @@ def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             raise ValueError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")
         own = {key: stage[key] for key in ("name", "trains") if key in stage}
         for key in [key for key in stage if key not in own]:
-            check_training_key(key, where)
-            own[key] = check_training_value(key, stage[key])
+            own[key] = check_stage_value(key, stage[key], where, preferences=stage["name"] == DPO)
         checked.append(own)
     return checked
 
 
-def check_training_key(key: str, where: str = "") -> None:
+def check_order(key: str, names: list[str]) -> None:
+    """Refuses an order in which a result would be saved under another one's name."""
+    if DPO in names[:-1]:
+        raise ValueError(
+            f"`{key}`: 'dpo' must be the last one, because the result is saved as `dpo_model`, got {names}."
+        )
+    if "sft" in [name for name in names if name != DPO][:-1]:
+        raise ValueError(
+            f"`{key}`: 'sft' must be the last one but for 'dpo', because the result is saved as `sft_model`, got {names}."
+        )
+
+
+def check_stage_value(key: str, value: Any, where: str, preferences: bool) -> Any:
+    """`value` of a key of one stage alone, as its trainer's config wants it."""
+    config, keys = (DiffusionDPOConfig, DPO_KEYS) if preferences else (DiffusionSFTConfig, TRAINING_KEYS)
+    check_training_key(key, where, keys)
+    return check_type(key, value, typing.get_type_hints(config)[key])
+
+
+def check_training_key(key: str, where: str = "", keys: set[str] = TRAINING_KEYS) -> None:
     inside = f" in `{where}`" if where else ""
     if key in _RENAMED and not where:
         raise ValueError(f"`{key}` is called `{_RENAMED[key]}` here.")
-    if key not in TRAINING_KEYS:
-        close = difflib.get_close_matches(key, sorted(OWN_KEYS | TRAINING_KEYS), n=1)
+    if key not in keys:
+        close = difflib.get_close_matches(key, sorted(keys if where else OWN_KEYS | keys), n=1)
         raise ValueError(
             f"unknown key `{key}`{inside}" + (f"; did you mean `{close[0]}`?" if close else "; see config.yaml.")
         )
@@ -324,10 +351,7 @@ def check_ranges(hp: HyperParameters) -> None:
         hp.lora_config[key] = check_type(f"lora_config.{key}", value, typing.get_type_hints(LoraConfig)[key])
     if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
         raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
-    if "sft" in hp.phases[:-1]:
-        raise ValueError(
-            f"`phases`: 'sft' must be the last one, because the result is saved as `sft_model`, got {hp.phases}."
-        )
+    check_order("phases", hp.phases)
     DiffusionGenerationConfig(**hp.generation)
     if hp.device not in (None, "cuda", "mps", "cpu"):
         raise ValueError(

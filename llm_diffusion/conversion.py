@@ -4,8 +4,9 @@
     attention   attention     causal attention is annealed to its target; only what attends is adapted
     diffusion   adapters      mask-and-denoise training
     recovery    adapters      prompts stay clean, what the model could do before comes back; or everything, adapters merged
+    dpo         adapters      preferences: the stage's start is its reference
 
-The main job's two phases (`pretrain`, `sft`) are such stages. Every finished stage is saved with its log, so that a stopped run
+The main job's phases (`pretrain`, `sft`, `dpo`) are such stages. Every finished stage is saved with its log, so that a stopped run
 goes on where it was: finished stages are loaded, the one that was running resumes from its last checkpoint.
 Trade-off: a list of plain settings, no pipeline. Alternative: one run with annealing over its first steps (preset `gradual`).
 """
@@ -28,6 +29,8 @@ from transformers.trainer_callback import PrinterCallback
 from .attention import in_attention
 from .patching import base_of
 from .time_embedding import NAME as TIME_EMBEDDING
+from .trainers.dpo import DiffusionDPOTrainer
+from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.sft import DiffusionSFTTrainer
 from .trainers.sft_config import DiffusionSFTConfig
 
@@ -41,7 +44,18 @@ class Stage:
 
     name: str
     trains: str
-    arguments: DiffusionSFTConfig
+    arguments: DiffusionSFTConfig | DiffusionDPOConfig
+
+    @property
+    def prefers(self) -> bool:
+        """Whether it trains on preferences."""
+        return isinstance(self.arguments, DiffusionDPOConfig)
+
+
+def stage_folders(names: list[str], output: Path) -> dict[str, Path]:
+    """Where the result of every stage is saved: `<name>_model`, of the last one but for preferences `sft_model`."""
+    last = [name for name in names if name != "dpo"][-1:]
+    return {name: output / ("sft_model" if name in last else f"{name}_model") for name in names}
 
 
 def select_parameters(model: torch.nn.Module, trains: str, adapters: set[str]) -> None:
@@ -80,8 +94,9 @@ def run_stages(
     callbacks: Callable[[str], list[Any]] = lambda stage: [],
     load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
     started: Callable[[], None] = lambda: None,
+    preferences: tuple[Dataset, Dataset] | None = None,
 ) -> dict[str, list[dict]]:
-    """Trains stage after stage; the last one is saved as `<output>/sft_model`, the others as `<output>/<name>_model`.
+    """Trains stage after stage; the result of each is saved where `stage_folders` says.
 
     Args:
         model: a converted model, bare or under PEFT.
@@ -89,13 +104,16 @@ def run_stages(
         callbacks: name of a stage -> callbacks of its trainer.
         load: loads a saved stage; given, a stopped run is resumed.
         started: called when everything that can be checked has been, before the first step.
+        preferences: pairs to train and to evaluate on, for a stage that trains on preferences.
 
     Returns:
         The log history of every stage.
     """
-    folders = {stage.name: output / f"{stage.name}_model" for stage in stages} | {stages[-1].name: output / "sft_model"}
-    if "sft" in [stage.name for stage in stages[:-1]]:
-        raise ValueError("`stages`: only the last one may be called 'sft', because the result is saved as `sft_model`.")
+    folders = stage_folders([stage.name for stage in stages], output)
+    if len(set(folders.values())) < len(stages):
+        raise ValueError(
+            f"`stages`: only the last one but for 'dpo' may be called 'sft', because the result is saved as `sft_model`, got {list(folders)}."
+        )
     finished = 0
     while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():
         finished += 1
@@ -105,12 +123,14 @@ def run_stages(
     if finished:
         (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
 
-    def build(stage: Stage, model: torch.nn.Module, peft_config: PeftConfig | None) -> DiffusionSFTTrainer:
-        trainer = DiffusionSFTTrainer(
+    def build(stage: Stage, model: torch.nn.Module, peft_config: PeftConfig | None) -> Any:
+        kind = DiffusionDPOTrainer if stage.prefers else DiffusionSFTTrainer
+        data = preferences if stage.prefers else (train, test)
+        trainer = kind(
             model,
-            stage.arguments,
-            train_dataset=train,
-            eval_dataset=test,
+            args=stage.arguments,
+            train_dataset=data[0],
+            eval_dataset=data[1],
             processing_class=tokenizer,
             peft_config=None if stage.trains == "everything" else peft_config,
             callbacks=callbacks(stage.name),
@@ -119,9 +139,11 @@ def run_stages(
         return trainer
 
     # Trainers are built before the first one runs, so that data that a later stage refuses stops the job at once. Where adapters
-    # are merged on the way that is not possible.
-    trainers: dict[str, DiffusionSFTTrainer] = {}
+    # are merged on the way that is not possible; nor for preferences, whose reference is the model as the stage before leaves it.
+    trainers: dict[str, Any] = {}
     for stage in stages[finished:]:
+        if stage.prefers and stage is not stages[finished]:
+            break
         if stage.trains == "everything" and (isinstance(model, PeftModel) or peft_config is not None):
             break
         trainers[stage.name] = build(stage, model, peft_config)

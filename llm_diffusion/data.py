@@ -54,7 +54,35 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
     check_columns(train, name)
     if "messages" in train.column_names:
         _check_turns(train[0]["messages"], 0)
-    test = splits.get("test") or splits.get("validation")
+    return _held_out(splits, name, test_size, seed, limit)
+
+
+def load_preference_splits(
+    name: str, *, test_size: float | int, seed: int, limit: int | None = None
+) -> tuple[Dataset, Dataset]:
+    """As `load_splits`, of pairs in any of TRL's preference formats: `chosen` and `rejected`, and a `prompt` or a common beginning.
+
+    Raises:
+        FileNotFoundError, ValueError: nothing there, no pair, not the columns.
+    """
+    try:
+        splits = _load(name)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("`dataset`", "`preference_dataset`")) from error
+    train = splits.get("train")
+    if train is None or len(train) == 0 or not {"chosen", "rejected"} <= set(train.column_names):
+        found = "no split `train`" if train is None else f"{len(train)} rows of the columns {train.column_names}"
+        raise ValueError(
+            f"`preference_dataset`: {name!r} has {found}; pairs with `chosen` and `rejected` are needed, and a `prompt` of their own or "
+            "as their common beginning."
+        )
+    return _held_out(splits, name, test_size, seed, limit)
+
+
+def _held_out(
+    splits: DatasetDict, name: str, test_size: float | int, seed: int, limit: int | None
+) -> tuple[Dataset, Dataset]:
+    train, test = splits["train"], splits.get("test") or splits.get("validation")
     if test is None:
         if len(train) < 2:
             raise ValueError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")

@@ -1,5 +1,5 @@
-"""The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters, save,
-reload from disk, answer held-out prompts beside their references.
+"""The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters,
+preferences if asked, save, reload from disk, answer held-out prompts beside their references.
 
 Trade-off: one file of plain steps, read from top to bottom. Alternative: a pipeline framework.
 """
@@ -22,15 +22,20 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention import in_attention
 from .callbacks import LogLinesCallback, plot_loss
-from .config import SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
-from .conversion import Stage, run_stages
-from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
+from .config import DPO, DPO_KEYS, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
+from .conversion import Stage, run_stages, stage_folders
+from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
 from .evaluation import AnswerReport, answered_by_base, evaluate_answers
 from .hub import best_device, check_device, quantization_config
 from .modeling import CONVERSION_OPTIONS, load_diffusion_model
+from .preferences import preference_pairs
 from .report import decoding, show
+from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.sft_config import DiffusionSFTConfig
 
+EVAL_ROWS = 200  # of held-out data, in the evaluations of training
+# Settings of the other phases that mean something else to preferences, whose own are in `dpo_config`.
+NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_for_best_model", "greater_is_better"}
 SETTINGS = "hyper_parameters.json"
 
 
@@ -52,6 +57,8 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
     train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
     logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
+    names = [stage["name"] for stage in stages_of(hp)]
+    preferences = preference_data(hp, train, test, limit) if DPO in names else None
     options = {
         "quantization_config": quantized,
         "device": device,
@@ -76,7 +83,9 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     peft_config = None if isinstance(model, PeftModel) or not hp.use_lora else lora(hp, model)
     reports = {}
     examples = list(test.select(range(min(hp.eval_examples, len(test)))))
-    if examples:
+    if examples and names == [DPO]:
+        reports["before"] = measure(model, tokenizer, examples, hp)
+    elif examples:
         reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
     if hp.answers_from_base:
         logger.info(
@@ -85,18 +94,33 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         limit = hp.generation.get("max_new_tokens", 128)
         train = answered_by_base(model, tokenizer, train, max_new_tokens=limit)
     histories = train_stages(
-        hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None
+        hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None, preferences
     )
-    final = output / "sft_model"
+    folders = stage_folders(names, output)
+    final = folders[names[-1]]
     del model
+    if examples and DPO in names[1:]:
+        model, tokenizer = load_diffusion_model(str(folders[names[-2]]), **saved)
+        reports["converted"] = measure(model, tokenizer, examples, hp)
+        del model
     model, tokenizer = load_diffusion_model(str(final), **saved)
     if examples:
-        reports["converted"] = measure(model, tokenizer, examples, hp)
+        reports["preferences" if names[-1] == DPO else "converted"] = measure(model, tokenizer, examples, hp)
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     plot_loss(histories, output / "loss.png")
     samples = list(test.select(range(min(6, len(test)))))
     show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
+
+
+def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: int | None) -> tuple[Dataset, Dataset]:
+    """Pairs to train and to evaluate on: those of `preference_dataset`, or the data's answers beside wrong ones made from them."""
+    if hp.preference_dataset is not None:
+        found = load_preference_splits(hp.preference_dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
+    else:
+        found = preference_pairs(train, seed=hp.seed), preference_pairs(test, seed=hp.seed)
+    logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
+    return found[0], found[1].select(range(min(len(found[1]), EVAL_ROWS)))
 
 
 def measure(
@@ -148,6 +172,7 @@ def train_stages(
     test: Dataset,
     output: Path,
     resume: dict[str, Any] | None,
+    preferences: tuple[Dataset, Dataset] | None = None,
 ) -> dict[str, list[dict]]:
     """Stage after stage over the same weights; returns their log histories. `resume`: how a saved stage is loaded."""
     stages = [
@@ -165,18 +190,19 @@ def train_stages(
         tokenizer,
         stages,
         train,
-        test.select(range(min(len(test), 200))),
+        test.select(range(min(len(test), EVAL_ROWS))),
         output,
         peft_config,
         callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
         load=None if resume is None else lambda folder: load_diffusion_model(folder, **resume),
         started=started,
+        preferences=preferences,
     )
 
 
 def training_arguments(
     hp: HyperParameters, stage: dict[str, Any], output: Path, device: str, report_to: str
-) -> DiffusionSFTConfig:
+) -> DiffusionSFTConfig | DiffusionDPOConfig:
     prefix = "debug-" if hp.debug else ""
     settings: dict[str, Any] = {
         "num_train_epochs": hp.epochs,
@@ -195,11 +221,14 @@ def training_arguments(
         "save_strategy": "no",
         "disable_tqdm": not sys.stderr.isatty(),
         **hp.training,
-        **{key: value for key, value in stage.items() if key not in ("name", "trains")},
     }
+    prefers = stage["name"] == DPO
+    if prefers:
+        settings = {key: value for key, value in settings.items() if key in DPO_KEYS - NOT_FOR_DPO}
+    settings |= {key: value for key, value in stage.items() if key not in ("name", "trains")}
     if settings.get("load_best_model_at_end"):
         settings = {"metric_for_best_model": "eval_loss", "greater_is_better": False, **settings}
-    return DiffusionSFTConfig(str(output / stage["name"]), **settings)
+    return (DiffusionDPOConfig if prefers else DiffusionSFTConfig)(str(output / stage["name"]), **settings)
 
 
 def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:

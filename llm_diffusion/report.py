@@ -48,20 +48,25 @@ def show(
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(training_table(histories, model))
     if reports:
-        base, converted = reports["AR base"], reports["converted"]
-        table = Table(title=f"Exact match on {len(base.answers)} held-out prompts, %")
-        for column in ("kind of task", "AR base", "converted", "kept"):
+        first, *others = reports.values()
+        converted = others[-1]
+        table = Table(title=f"Exact match on {len(first.answers)} held-out prompts, %")
+        for column in ("kind of task", *reports, "kept"):
             table.add_column(column, justify="left" if column == "kind of task" else "right")
-        for kind in base.exact_match:
-            add_row(table, kind, base.exact_match[kind], converted.exact_match[kind])
+        for kind in first.exact_match:
+            add_row(table, kind, [report.exact_match[kind] for report in reports.values()])
         table.add_section()
-        add_row(table, "mean", base.mean, converted.mean)
+        add_row(table, "mean", [report.mean for report in reports.values()])
         table.add_section()
-        table.add_row("tokens per forward", f"{base.tokens_per_forward:.2f}", f"{converted.tokens_per_forward:.2f}", "")
-        table.add_row("seconds", f"{base.seconds:.1f}", f"{converted.seconds:.1f}", "")
+        speeds, times = (
+            [f"{getattr(r, name):.{n}f}" for r in reports.values()]
+            for name, n in (("tokens_per_forward", 2), ("seconds", 1))
+        )
+        table.add_row("tokens per forward", *speeds, "")
+        table.add_row("seconds", *times, "")
         if converted.accepted:
-            same = sum(a == b for a, b in zip(base.answers, converted.answers, strict=True))
-            table.add_row("same answers as the base", "", f"{same} of {len(base.answers)}", "")
+            same = sum(a == b for a, b in zip(first.answers, converted.answers, strict=True))
+            table.add_row("same answers as the base", "", f"{same} of {len(first.answers)}", "")
         console.print(table)
         if converted.accepted:
             console.print(accepted_table(converted.accepted))
@@ -82,9 +87,10 @@ def show(
 
 
 def training_table(histories: dict[str, list[dict]], model: torch.nn.Module) -> Any:
-    """Steps, seconds and held-out bound of every phase."""
+    """Steps, seconds, held-out bound of every phase; of preferences the share of held-out pairs in which the chosen one gained more."""
     table = Table(title=f"Training: {record_of(model)['training_tokens']:,} tokens")
-    for column in ("phase", "steps", "seconds", "nats/token", "held-out nats/token"):
+    prefers = any("eval_rewards/accuracies" in row for history in histories.values() for row in history)
+    for column in ("phase", "steps", "seconds", "nats/token", "held-out nats/token", *["preferred"] * prefers):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, history in histories.items():
         last = {name: row[name] for row in history for name in row}
@@ -94,6 +100,9 @@ def training_table(histories: dict[str, list[dict]], model: torch.nn.Module) -> 
             **last,
         }
         figures = [f"{last[name]:.3f}" if name in last else "-" for name in ("nelbo", "eval_nelbo")]
+        if prefers:
+            share = last.get("eval_rewards/accuracies")
+            figures.append("-" if share is None else f"{100 * share:.0f} %")
         table.add_row(phase, str(last["step"]), f"{last['train_runtime']:.0f}", *figures)
     return table
 
@@ -108,9 +117,10 @@ def accepted_table(accepted: dict[int, int]) -> Any:
     return table
 
 
-def add_row(table: Any, name: str, base: float, converted: float) -> None:
-    kept = f"{100 * converted / base:.0f} %" if base else "-"
-    table.add_row(name, f"{base:.1f}", f"{converted:.1f}", kept)
+def add_row(table: Any, name: str, figures: list[float]) -> None:
+    """The figures of all models, and what the last one keeps of the first one's."""
+    kept = f"{100 * figures[-1] / figures[0]:.0f} %" if figures[0] else "-"
+    table.add_row(name, *(f"{figure:.1f}" for figure in figures), kept)
 
 
 def show_denoising(

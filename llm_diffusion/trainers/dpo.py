@@ -30,7 +30,7 @@ from ..patching import base_of, trained_as_before
 from ..preference_collator import REFERENCE_COLUMNS
 from .dpo_config import DiffusionDPOConfig
 from .hosting import DiffusionHosting, numbered_rows
-from .preference_preparation import check_pairs, check_reference, complete_ref_adapter, frozen_copy, make_collator
+from .preference_preparation import check_columns, check_pairs, complete_ref_adapter, make_collator, reference_of
 from .preference_scores import DiffusionScore, compute_diffusion_score, score_draw
 from .preparation import no_router_loss, prepare_adapter, prepare_quantised
 
@@ -97,21 +97,15 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
                 "`model`: a drafter's words are verified by its base, whose preferences it cannot change; train a 'bidirectional' or "
                 "'block' model."
             )
+        if train_dataset is not None:
+            check_columns(train_dataset, "train")  # the host looks at the first row before it prepares any
         prepare_quantised(model, args)
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
             record["base_fingerprint"] = fingerprint(base_of(model))
         no_router_loss(model, args)
-        if ref_model is not None:
-            check_reference(ref_model, record)
-        elif peft_config is None and not isinstance(model, PeftModel):
-            if args.fsdp and args.precompute_ref_log_probs:
-                raise ValueError(
-                    "`precompute_ref_log_probs` under FSDP needs a `ref_model`; the host would load an unconverted one."
-                )
-            if not args.precompute_ref_log_probs:
-                # The host would load the checkpoint again, which need not be converted, and has not been trained in memory.
-                ref_model = frozen_copy(model, processing_class)
+        adapted = peft_config is not None or isinstance(model, PeftModel)
+        ref_model = reference_of(model, ref_model, adapted, processing_class, args)
         self.diffusion_collator = make_collator(processing_class, record, args)
         self._copies_adapters = isinstance(model, PeftModel) and ref_model is None
         super().__init__(

@@ -67,6 +67,29 @@ def check_reference(reference: torch.nn.Module, record: dict[str, Any]) -> None:
             )
 
 
+def reference_of(
+    model: torch.nn.Module,
+    reference: PreTrainedModel | None,
+    adapted: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DiffusionDPOConfig,
+) -> PreTrainedModel | None:
+    """The model to hand to the host as the reference; None: adapters off, a copy of them, or scores stored before the first step."""
+    if reference is not None:
+        check_reference(reference, base_of(model).config.diffusion)
+        return reference
+    if adapted:
+        return None
+    if args.precompute_ref_log_probs:
+        if args.fsdp:
+            raise ValueError(
+                "`precompute_ref_log_probs` under FSDP needs a `ref_model`; the host would load an unconverted one."
+            )
+        return None
+    # The host would load the checkpoint again, which need not be converted, and has not been trained in memory.
+    return frozen_copy(model, tokenizer)
+
+
 def complete_ref_adapter(model: PeftModel) -> None:
     """Makes the host's "ref" adapter what "default" is now: it leaves out trained token rows and what has no dot behind its name."""
     with torch.no_grad():
@@ -100,11 +123,11 @@ def _is_pair(example: dict[str, Any], row: int, name: str) -> bool:
     return True
 
 
-def check_pairs(dataset: Any, name: str) -> Any:
-    """The data, refused where it holds no preference; a stream is checked as it flows.
+def check_columns(dataset: Any, name: str) -> None:
+    """Refuses data without rows, or without the two answers of a pair.
 
     Raises:
-        ValueError: a missing column, no row, an empty answer, two equal ones.
+        ValueError: no row, or a missing column.
     """
     if (first := next(iter(dataset), None)) is None:
         raise ValueError(f"`{name}_dataset` is empty.")
@@ -113,4 +136,13 @@ def check_pairs(dataset: Any, name: str) -> Any:
             f"`{name}_dataset` lacks {missing}, its columns are {sorted(first)}; a pair has `chosen` and `rejected`, and a `prompt` "
             "of its own or as their common beginning."
         )
+
+
+def check_pairs(dataset: Any, name: str) -> Any:
+    """The data, refused where it holds no preference; a stream is checked as it flows.
+
+    Raises:
+        ValueError: see `check_columns`; an empty answer, or two equal ones.
+    """
+    check_columns(dataset, name)
     return dataset.filter(_is_pair, with_indices=True, fn_kwargs={"name": name})
