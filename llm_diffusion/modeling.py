@@ -47,6 +47,7 @@ from .hub import (
     quantization_config,
     resolve_path,
 )
+from .layouts import Layout, find_layout
 from .noise_schedules import get_noise_schedule
 from .patching import Patch, base_of, bind, keep_logits
 from .probing import recurrent_layers
@@ -258,6 +259,8 @@ def load_diffusion_model(
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Loads an AR model and converts it, or reloads a converted model or adapter with the attention it was saved with.
 
+    LLaDA and SMDM checkpoints come with their own mask token and read-out, see `layouts`.
+
     Args:
         name_or_path: hub name, folder, or "tiny" for the embedded base.
         attention, block_length, clean_context, right_shift_logits, time_embedding: see `convert_to_diffusion`; None means as saved,
@@ -287,14 +290,14 @@ def load_diffusion_model(
     path = download(path) if adapter else path  # by name, the host's tokenizer loader asks the hub for a config.json
     gguf_file = gguf_file or record.get("gguf_file")
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
-    config = _check_config(base_path, trust_remote_code, gguf)
-    load = partial(load_gguf, config) if gguf else partial(from_hub, AutoModelForCausalLM)
-    model = load(base_path, **options, **gguf)
+    model, layout = _load_base(base_path, options, gguf)
+    if layout is not None and not adapter and right_shift_logits is None:
+        right_shift_logits = False  # as it was trained
     own_tokenizer = adapter or not gguf or local_file(path, "tokenizer.json")
     gguf = {} if own_tokenizer else gguf
     tokenizer = from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code, **gguf)
-    if base_path == str(TINY_MODEL_PATH):
-        model.config._name_or_path = "tiny"
+    if layout is not None:
+        layout.name_mask(tokenizer)
     if "device_map" not in options:
         model = model.to(device)
     if adapter:
@@ -320,6 +323,19 @@ def load_diffusion_model(
         if record.get("time_embedding"):
             _load_time_embedding(model, path)
     return model.eval(), tokenizer
+
+
+def _load_base(path: str, options: dict[str, Any], gguf: dict[str, str]) -> tuple[PreTrainedModel, Layout | None]:
+    """The model, and the layout of a checkpoint that the host's loaders do not know."""
+    layout = None if gguf else find_layout(path)
+    if layout is not None:
+        return layout.load(path, **{key: value for key, value in options.items() if key != "trust_remote_code"}), layout
+    config = _check_config(path, options["trust_remote_code"], gguf)
+    load = partial(load_gguf, config) if gguf else partial(from_hub, AutoModelForCausalLM)
+    model = load(path, **options, **gguf)
+    if path == str(TINY_MODEL_PATH):
+        model.config._name_or_path = "tiny"
+    return model, None
 
 
 def _check_config(path: str, trust_remote_code: bool, gguf: dict[str, str]) -> PretrainedConfig:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_sft import LORA, tiny_model
+from training import LORA, tiny_model
 from transformers import AutoTokenizer
 
 from llm_diffusion import (

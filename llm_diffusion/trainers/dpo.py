@@ -101,7 +101,7 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
             check_columns(train_dataset, "train")  # the host looks at the first row before it prepares any
         prepare_quantised(model, args)
         if peft_config is not None:
-            peft_config = prepare_adapter(model, peft_config, record["mask_token_id"])
+            peft_config = prepare_adapter(model, peft_config, record)
             record["base_fingerprint"] = fingerprint(base_of(model))
         no_router_loss(model, args)
         adapted = peft_config is not None or isinstance(model, PeftModel)

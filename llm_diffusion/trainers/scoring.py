@@ -44,9 +44,13 @@ def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor,
     if targets.device.type == "cuda" and not listening:
         # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
         output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
-        scores = Scores(keep, -output.log_probs[keep], output.is_top1[keep], output.entropy[keep].detach())
-        scores.mean_logits = None if output.mean_logits is None else output.mean_logits[keep].detach()
-        return scores
+        # A reference's head computes nothing but the first of these.
+        nothing = torch.zeros_like(output.log_probs[keep]).detach()
+        right, spread, mean = (
+            nothing if value is None else value[keep].detach()
+            for value in (output.is_top1, output.entropy, output.mean_logits)
+        )
+        return Scores(keep, -output.log_probs[keep], right.bool(), spread, mean_logits=mean)
     with head_inputs(model) if listening else nullcontext([]) as caught:
         logits = model(**inputs, logits_to_keep=keep).logits
     scores = _scores(keep, logits, targets[keep])

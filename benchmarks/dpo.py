@@ -1,0 +1,291 @@
+"""Diffusion-DPO: what sharing noise is worth, what draws cost in memory, and whether preferences make better answers.
+
+    python benchmarks/dpo.py noise                   # spread of the preference score on the exact Markov chain, a minute
+    python benchmarks/dpo.py memory                  # peak of a step with 1 and with 8 draws, CPU, fp32, three minutes (Linux)
+    python benchmarks/dpo.py memory --device cuda    # LLaDA-8B's shape, random weights, nf4, 512 tokens, batch 1: peak and tokens/s
+    python benchmarks/dpo.py answers --seeds 0 1 2   # exact match on worked problems before and after, an hour
+    python benchmarks/dpo.py answers --quick         # the same with few steps and problems: only that it runs
+
+Memory is measured as in `benchmarks/memory.py`: every case in a process of its own, growth of the resident set's high-water mark on
+a CPU, `torch.cuda.max_memory_allocated` on CUDA.
+Answers: the tiny model is converted and stopped early, at 60 to 85 % of the worked problems, then trained on injected errors; the same
+held-out problems are answered before and after, and McNemar's exact test looks at those on which the two differ.
+Trade-off: a model of two million parameters. Alternative: real checkpoints, which need a hub and a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from memory import ALLOCATOR, GIB, QUIET, build_model, config_of, resident
+
+KL = 0.05  # nats a token between policy and reference
+OTHER_KINDS = ("sort", "reverse", "compare", "fill", "sudoku")
+
+
+def noise(args: argparse.Namespace) -> None:
+    """Standard deviation of the preference score over masks, by what is shared."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import torch
+    from test_preference_noise import CHAIN, POLICY, pairs, score_of
+
+    batch, n = pairs(12), 12
+    kinds = {
+        "nothing": lambda seed: [4 * seed + i for i in range(4)],
+        "policy and reference": lambda seed: [2 * seed, 2 * seed, 2 * seed + 1, 2 * seed + 1],
+        "all four": lambda seed: [seed] * 4,
+    }
+    sides = ((POLICY, slice(0, n)), (CHAIN, slice(0, n)), (POLICY, slice(n, None)), (CHAIN, slice(n, None)))
+    print(f"| shared | {' | '.join(f'{score}, 8 forwards' for score in ('elbo', 'trajectory'))} |\n|---|---|---|")
+    for name, seeds in kinds.items():
+        spreads = []
+        for score in ("elbo", "trajectory"):
+            values = []
+            for seed in range(args.repeats):
+                policy, reference, policy_l, reference_l = (
+                    score_of(chain, batch, own, score=score, n_draws=8)[rows]
+                    for (chain, rows), own in zip(sides, seeds(seed), strict=True)
+                )
+                values.append(policy - reference - policy_l + reference_l)
+            spreads.append(torch.stack(values).std(0).mean().item())
+        print(f"| {name} | {' | '.join(f'{spread:.2f}' for spread in spreads)} |", flush=True)
+
+
+def train_pairs(model: Any, draws: int, length: int, rows: int, device: str, checkpointing: bool) -> float:
+    """Two optimiser steps on random pairs that differ in a few tokens -> seconds of the second."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+
+    from llm_diffusion import DiffusionDPOConfig, DiffusionDPOTrainer, convert_to_diffusion
+    from llm_diffusion.tiny import TINY_MODEL_PATH
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            self.took = time.perf_counter() - self.started
+
+    tokenizer, clock = AutoTokenizer.from_pretrained(TINY_MODEL_PATH), Clock()
+    convert_to_diffusion(model, tokenizer, right_shift_logits=False)
+    words = [f" {number}" for number in range(10, 100)]
+    text = "".join(words[i % len(words)] for i in range(length))
+    ids = tokenizer(text)["input_ids"][: length - 8]
+    half = tokenizer.decode(ids[: length // 2]), tokenizer.decode(ids[length // 2 :])
+    row = {"prompt": half[0], "chosen": half[1], "rejected": half[1].replace("9", "8", 3)}
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DiffusionDPOConfig(
+            folder,
+            max_steps=2,
+            per_device_train_batch_size=rows,
+            max_length=length,
+            num_draws=draws,
+            gradient_checkpointing=checkpointing,
+            bf16=device == "cuda",
+            use_cpu=device == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        DiffusionDPOTrainer(
+            model,
+            args=settings,
+            train_dataset=Dataset.from_list([row] * (2 * rows)),
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[clock],
+        ).train()
+    return clock.took
+
+
+def measure(case: str, device: str) -> dict[str, float]:
+    """One case in this process -> peak bytes of training, weights included."""
+    import torch
+
+    draws, checkpointing = int(case.split("-")[0]), case.endswith("checkpointed")
+    small = config_of("qwen3", num_hidden_layers=2, vocab_size=1024)
+    train_pairs(build_model(small, "lora", device), draws, 64, 1, device, checkpointing)
+    gc.collect()
+    if device == "cuda":
+        from transformers import LlamaConfig
+
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        shape = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "vocab_size": 126464}
+        config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=32, rope_theta=500000.0)
+        took = train_pairs(build_model(config, "qlora", device), draws, 512, 1, device, checkpointing)
+        # Two rows of 512 tokens, each scored by policy and reference and once more with gradient.
+        return {"peak": torch.cuda.max_memory_allocated() - before, "tokens_per_second": 1024 / took}
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    took = train_pairs(build_model(config_of("qwen3"), "lora", device), draws, 256, 2, device, checkpointing)
+    return {"peak": resident("VmHWM") - before, "tokens_per_second": 4 * 256 / took}
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak by number of draws, each in a fresh process."""
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.device)))
+        return
+    environment = {**os.environ, **QUIET, **(ALLOCATOR if args.device == "cpu" else {})}
+    print("| checkpointing | draws | peak GiB | of one draw's | tokens/s |\n|---|--:|--:|--:|--:|")
+    for way in ("", "-checkpointed"):
+        first = None
+        for draws in (1, 8):
+            command = [sys.executable, __file__, "memory", "--device", args.device, "--measure", f"{draws}{way}"]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            first = first or found["peak"]
+            name = "on" if way else "off"
+            figures = f"{found['peak'] / GIB:.2f} | {found['peak'] / first:.2f} | {found['tokens_per_second']:.0f}"
+            print(f"| {name} | {draws} | {figures} |", flush=True)
+
+
+def mcnemar(only_before: int, only_after: int) -> float:
+    """Two-sided exact p-value: of problems that one model alone has right, each is either's with probability 1/2."""
+    n, k = only_before + only_after, min(only_before, only_after)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def answers(args: argparse.Namespace) -> None:
+    """Exact match before and after preferences, by seed."""
+    import torch
+
+    torch.set_num_threads(2)
+    steps, problems, others, pairs = (2, 20, 4, 40) if args.quick else (args.sft_steps, 2000, 400, 4000)
+    rows = []
+    for seed in args.seeds:
+        rows.append(one_seed(seed, steps, 2 if args.quick else args.dpo_steps, problems, others, pairs))
+        print(json.dumps(rows[-1]), flush=True)
+    if args.output:
+        Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def one_seed(seed: int, sft_steps: int, dpo_steps: int, problems: int, others: int, n_pairs: int) -> dict[str, Any]:
+    from llm_diffusion.preferences import preference_pairs
+    from peft import LoraConfig
+
+    from llm_diffusion import (
+        DiffusionDPOConfig,
+        DiffusionDPOTrainer,
+        DiffusionSFTConfig,
+        DiffusionSFTTrainer,
+        load_diffusion_model,
+    )
+    from llm_diffusion.evaluation import evaluate_answers
+    from llm_diffusion.tiny import tiny_dataset
+
+    held_out = list(tiny_dataset(problems, seed=99, split="test", kinds=("arithmetic",)))
+    rest = list(tiny_dataset(others * len(OTHER_KINDS), seed=99, split="test", kinds=OTHER_KINDS))
+    common = {
+        "per_device_train_batch_size": 32,
+        "gradient_checkpointing": False,
+        "seed": seed,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "max_length": 256,
+        "logging_steps": 20,
+        "use_cpu": True,
+        "lr_scheduler_type": "cosine",
+    }
+    model, tokenizer = load_diffusion_model("tiny", attention="block", device="cpu")
+
+    def measure_answers() -> tuple[list[bool], float]:
+        model.eval()
+        settings = {"max_new_tokens": 80, "block_length": 4, "threshold": 0.98}
+        report = evaluate_answers(model, tokenizer, held_out, **settings)
+        right = [
+            answer.strip() == example["messages"][-1]["content"]
+            for answer, example in zip(report.answers, held_out, strict=True)
+        ]
+        return right, evaluate_answers(model, tokenizer, rest, **settings).mean
+
+    with tempfile.TemporaryDirectory() as folder:
+        sft = DiffusionSFTTrainer(
+            model,
+            DiffusionSFTConfig(folder, max_steps=sft_steps, learning_rate=2e-3, ar_loss_weight=0.5, **common),
+            train_dataset=tiny_dataset(32 * sft_steps, seed=seed),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        sft.train()
+        model = sft.model
+        before, rest_before = measure_answers()
+        pairs = preference_pairs(tiny_dataset(n_pairs, seed=1000 + seed, kinds=("arithmetic",)), seed=seed)
+        dpo = DiffusionDPOTrainer(
+            model,
+            args=DiffusionDPOConfig(
+                folder,
+                max_steps=dpo_steps,
+                learning_rate=2e-4,
+                num_draws=4,
+                loss_type=["sigmoid", "sft"],
+                loss_weights=[1.0, 0.2],
+                **common,
+            ),
+            train_dataset=pairs,
+            processing_class=tokenizer,
+        )
+        dpo.train()
+        model = dpo.model
+        after, rest_after = measure_answers()
+        last = [row for row in dpo.state.log_history if "rewards/accuracies" in row][-1:]
+    only_before = sum(a and not b for a, b in zip(before, after, strict=True))
+    only_after = sum(b and not a for a, b in zip(before, after, strict=True))
+    return {
+        "seed": seed,
+        "arithmetic before": 100 * sum(before) / len(before),
+        "arithmetic after": 100 * sum(after) / len(after),
+        "p": mcnemar(only_before, only_after),
+        "other kinds before": rest_before,
+        "other kinds after": rest_after,
+        "preferred in training": last[0]["rewards/accuracies"] if last else None,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("noise")
+    one.add_argument("--repeats", type=int, default=60)
+    one.set_defaults(run=noise)
+    two = commands.add_parser("memory")
+    two.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    two.add_argument("--measure", help=argparse.SUPPRESS)
+    two.set_defaults(run=memory)
+    three = commands.add_parser("answers")
+    three.add_argument("--seeds", type=int, nargs="+", default=[0])
+    three.add_argument("--sft-steps", type=int, default=240)
+    three.add_argument("--dpo-steps", type=int, default=100)
+    three.add_argument("--quick", action="store_true")
+    three.add_argument("--output")
+    three.set_defaults(run=answers)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
