@@ -87,7 +87,7 @@ def train_pairs(model: Any, draws: int, length: int, rows: int, device: str, che
     text = "".join(words[i % len(words)] for i in range(length))
     ids = tokenizer(text)["input_ids"][: length - 8]
     half = tokenizer.decode(ids[: length // 2]), tokenizer.decode(ids[length // 2 :])
-    row = {"prompt": half[0], "chosen": half[1], "rejected": half[1].replace("9", "8", 3)}
+    row = {"prompt": half[0], "chosen": half[1], "rejected": half[1][:-2] + "00"}
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         settings = DiffusionDPOConfig(

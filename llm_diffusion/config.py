@@ -253,7 +253,7 @@ def check_order(key: str, names: list[str]) -> None:
         )
     if "sft" in [name for name in names if name != DPO][:-1]:
         raise ValueError(
-            f"`{key}`: 'sft' must be the last one but for 'dpo', because the result is saved as `sft_model`, got {names}."
+            f"`{key}`: only the last one may be called 'sft' (but for 'dpo' behind it), because the result is saved as `sft_model`, got {names}."
         )
 
 

@@ -112,7 +112,7 @@ def run_stages(
     folders = stage_folders([stage.name for stage in stages], output)
     if len(set(folders.values())) < len(stages):
         raise ValueError(
-            f"`stages`: only the last one but for 'dpo' may be called 'sft', because the result is saved as `sft_model`, got {list(folders)}."
+            f"`stages`: only the last one may be called 'sft' (but for 'dpo' behind it), because the result is saved as `sft_model`, got {list(folders)}."
         )
     finished = 0
     while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():

@@ -30,6 +30,7 @@ from .hub import best_device, check_device, quantization_config
 from .modeling import CONVERSION_OPTIONS, load_diffusion_model
 from .report import decoding, show
 from .trainers.dpo_config import DiffusionDPOConfig
+from .trainers.preference_preparation import check_pairs
 from .trainers.sft_config import DiffusionSFTConfig
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -121,7 +122,10 @@ def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: i
 
         found = preference_pairs(train, seed=hp.seed), preference_pairs(test, seed=hp.seed)
     logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
-    return found[0], found[1].select(range(min(len(found[1]), EVAL_ROWS)))
+    train, test = (
+        check_pairs(pairs, "preference") for pairs in found
+    )  # the trainer is built when the phases before are done
+    return train, test.select(range(min(len(test), EVAL_ROWS)))
 
 
 def measure(

@@ -131,6 +131,14 @@ def test_bad_stages_are_refused(stages, match):
         build({"stages": stages})
 
 
+def test_preferences_are_a_phase_with_settings_of_their_own():
+    hp = build({"phases": ["sft", "dpo"], "dpo_config": {"beta": "2e-1", "loss_type": ["ipo"]}, "learning_rate": 1e-3})
+    assert stages_of(hp)[1] == {"name": "dpo", "trains": "adapters", "beta": 0.2, "loss_type": ["ipo"]}
+    hp = resolve("mistral-7b+dpo-rtx4080")
+    assert [stage["name"] for stage in stages_of(hp)] == ["pretrain", "sft", "dpo"]
+    assert (hp.batch_size, hp.use_qlora, hp.training["gradient_checkpointing"]) == (1, True, True)
+
+
 def test_every_field_of_the_trainer_is_a_key():
     assert {"warmup_steps", "lr_scheduler_type", "max_grad_norm", "weight_decay", "save_total_limit"} <= TRAINING_KEYS
     assert build({"max_grad_norm": 0.5}).training == {"max_grad_norm": 0.5}

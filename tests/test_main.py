@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, Qwen3Config
@@ -61,6 +62,42 @@ def test_main_job_end_to_end(trained):
     assert results["AR base"]["tokens_per_forward"] == 1.0
     record = json.loads((output / "sft_model" / "diffusion_config.json").read_text())
     assert record["conversion_steps"] == 3 and record["base_model"] == "tiny"  # both phases
+
+
+def test_preferences_follow_fine_tuning(tmp_path):
+    """Their reference is what fine-tuning leaves; both are saved and answer, and a stopped job goes on with the second."""
+    prompt = [{"role": "user", "content": "Which is greater, 45 or 37?"}]
+    sides = {
+        name: [{"role": "assistant", "content": text}]
+        for name, text in (("chosen", "45 is greater than 37."), ("rejected", "37 is greater than 45."))
+    }
+    rows = write(tmp_path / "pairs.jsonl", "\n".join([json.dumps({"prompt": prompt, **sides})] * 8))
+    output = tmp_path / "out"
+    settings = {
+        "phases": ["sft", "dpo"],
+        "preference_dataset": rows,
+        "dpo_config": {"max_steps": 3, "num_draws": 1, "learning_rate": 1e-3},
+        "output_dir": str(output),
+    }
+    result = with_settings(**settings)
+    assert result.exit_code == 0, result.output
+    assert "preferred" in result.stdout and "dpo_model" in result.stdout
+    assert set(json.loads((output / "results.json").read_text())) == {"AR base", "converted", "preferences"}
+    history = json.loads((output / "dpo_model" / "stage.json").read_text())
+    assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= {key for row in history for key in row}
+    before, after = (
+        load_diffusion_model(str(output / name), device="cpu")[0].state_dict() for name in ("sft_model", "dpo_model")
+    )
+    moved = [key for key in before if not before[key].equal(after[key])]
+    assert moved and all("lora_" in key or "trainable_tokens" in key for key in moved)
+    (output / "dpo_model" / "stage.json").unlink()
+    untouched = (output / "sft_model" / "stage.json").stat().st_mtime_ns
+    again = invoke("--resume", "--hyper-parameters-json", json.dumps({**FAST, **settings}))
+    assert again.exit_code == 0, again.output
+    assert (output / "sft_model" / "stage.json").stat().st_mtime_ns == untouched
+    resumed = load_diffusion_model(str(output / "dpo_model"), device="cpu")[0].state_dict()
+    for key in moved:
+        torch.testing.assert_close(resumed[key], after[key], atol=1e-5, rtol=1e-3)
 
 
 def test_the_lossless_job_keeps_every_answer(tmp_path):
@@ -122,6 +159,12 @@ def encoder_only(path: Path) -> str:
 
 
 # name -> (settings made from a temporary folder, what the line must say)
+def preferences(folder, row):
+    """Settings of a job that prefers by three rows of one pair, two phases after it has started."""
+    rows = write(folder / "pairs.jsonl", "\n".join([json.dumps(row)] * 3))
+    return {"phases": ["pretrain", "sft", "dpo"], "preference_dataset": rows}
+
+
 BAD_INPUT = {
     "unknown key": (lambda p: {"modle": "tiny"}, "unknown key `modle`; did you mean `model`"),
     "unknown nested key": (lambda p: {"sft_config": {"max_step": 1}}, "`max_step` in `sft_config`"),
@@ -165,6 +208,27 @@ BAD_INPUT = {
     "answers cut off by max_length": (lambda p: {"max_length": 4}, "`max_length`=4"),
     "qlora on MPS": (lambda p: {"use_qlora": True, "device": "mps"}, "`quantization`"),
     "output under a file": (lambda p: {"output_dir": write(p / "file", "") + "/out"}, "`output_dir`"),
+    "preferences not last": (lambda p: {"phases": ["dpo", "sft"]}, "`phases`: 'dpo' must be the last one"),
+    "preferences of a drafter": (lambda p: {"phases": ["sft", "dpo"], "attention": "lossless"}, "leave 'dpo' out"),
+    "key of another phase": (
+        lambda p: {"dpo_config": {"num_drawz": 4}},
+        "unknown key `num_drawz` in `dpo_config`; did you mean `num_draws`?",
+    ),
+    "no draws": (lambda p: {"phases": ["dpo"], "dpo_config": {"num_draws": 0}}, "`num_draws` must be at least 1"),
+    "beta of nothing": (lambda p: {"phases": ["dpo"], "dpo_config": {"beta": 0}}, "`beta` must be above 0"),
+    "preferences missing": (
+        lambda p: {"phases": ["dpo"], "preference_dataset": str(p / "no.jsonl")},
+        "`preference_dataset`: ",
+    ),
+    "no rejected side": (
+        lambda p: preferences(p, {"prompt": "a", "chosen": "b"}),
+        "`chosen` and `rejected` are needed",
+    ),
+    "equal sides": (lambda p: preferences(p, {"prompt": "a", "chosen": "b", "rejected": "b"}), "are the same"),
+    "empty rejected side": (
+        lambda p: preferences(p, {"prompt": "a", "chosen": "b", "rejected": " "}),
+        "`rejected` of row 0 is empty",
+    ),
     "unmatched LoRA target": (lambda p: {"lora_config": {"target_modules": ["wq"]}}, "target_modules"),
 }
 
