@@ -1,5 +1,6 @@
 """The example scripts, as a user runs them."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_diffusion import load_diffusion_model
 from llm_diffusion.tiny import KINDS, LEFT_TO_RIGHT_KINDS, TINY_MODEL_PATH
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_tiny_base.py"
@@ -30,3 +32,25 @@ def test_the_base_can_be_trained_from_scratch(tmp_path):
     assert max(scores.values()) < 50  # one step teaches nothing
     assert (tmp_path / "base" / "model.safetensors").stat().st_size < 4_000_000
     assert (tmp_path / "base" / "tokenizer.json").read_text() == (TINY_MODEL_PATH / "tokenizer.json").read_text()
+
+
+def test_preferences_in_one_file(tmp_path):
+    rows = [{"prompt": "2+3=", "chosen": "5", "rejected": "6"}, {"prompt": "2+4=", "chosen": "6", "rejected": "5"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 2))
+    load_diffusion_model("tiny", device="cpu")[0].save_pretrained(tmp_path / "model")
+    load_diffusion_model("tiny", device="cpu")[1].save_pretrained(tmp_path / "model")
+    script = SCRIPT.parent / "dpo.py"
+    where = [
+        "--model",
+        str(tmp_path / "model"),
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    how = ["--steps", "5", "--draws", "2", "--batch-size", "2", "--accumulation", "1", "--device", "cpu"]
+    result = subprocess.run([sys.executable, str(script), *where, *how], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "preferred" in result.stdout
+    model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
+    assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
