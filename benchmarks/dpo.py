@@ -185,7 +185,6 @@ def answers(args: argparse.Namespace) -> None:
 
 
 def one_seed(seed: int, sft_steps: int, dpo_steps: int, problems: int, others: int, n_pairs: int) -> dict[str, Any]:
-    from llm_diffusion.preferences import preference_pairs
     from peft import LoraConfig
 
     from llm_diffusion import (
@@ -196,6 +195,7 @@ def one_seed(seed: int, sft_steps: int, dpo_steps: int, problems: int, others: i
         load_diffusion_model,
     )
     from llm_diffusion.evaluation import evaluate_answers
+    from llm_diffusion.preferences import preference_pairs
     from llm_diffusion.tiny import tiny_dataset
 
     held_out = list(tiny_dataset(problems, seed=99, split="test", kinds=("arithmetic",)))

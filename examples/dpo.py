@@ -16,6 +16,8 @@ from datasets import load_dataset
 from peft import LoraConfig, PeftModel
 
 import llm_diffusion as ld
+from llm_diffusion.preferences import preference_pairs
+from llm_diffusion.tiny import tiny_dataset
 
 
 def main() -> None:
@@ -36,10 +38,6 @@ def main() -> None:
     if args.pairs:
         pairs = load_dataset("json", data_files=args.pairs, split="train")
     else:
-        from llm_diffusion.preferences import preference_pairs
-
-        from llm_diffusion.tiny import tiny_dataset
-
         pairs = preference_pairs(tiny_dataset(2000, kinds=("arithmetic",)), seed=0)
     model, tokenizer = ld.load_diffusion_model(args.model, quantization=args.quantization, device=args.device)
     fresh = (

@@ -66,7 +66,7 @@ def load_preference_splits(
         FileNotFoundError, ValueError: nothing there, no pair, not the columns.
     """
     try:
-        splits = _load(name)
+        splits = load_any(name)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("`dataset`", "`preference_dataset`")) from error
     train = splits.get("train")

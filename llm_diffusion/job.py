@@ -28,6 +28,7 @@ from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, l
 from .evaluation import AnswerReport, answered_by_base, evaluate_answers
 from .hub import best_device, check_device, quantization_config
 from .modeling import CONVERSION_OPTIONS, load_diffusion_model
+from .preferences import preference_pairs
 from .report import decoding, show
 from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.preference_preparation import check_pairs
@@ -118,8 +119,6 @@ def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: i
     if hp.preference_dataset is not None:
         found = load_preference_splits(hp.preference_dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
     else:
-        from .preferences import preference_pairs
-
         found = preference_pairs(train, seed=hp.seed), preference_pairs(test, seed=hp.seed)
     logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
     train, test = (
