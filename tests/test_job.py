@@ -6,8 +6,10 @@ import pytest
 from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
+from llm_diffusion import DiffusionDPOConfig
 from llm_diffusion.config import build, stages_of
-from llm_diffusion.job import lora, start_wandb, training_arguments
+from llm_diffusion.data import load_splits
+from llm_diffusion.job import lora, preference_data, start_wandb, training_arguments
 
 
 def test_debug_limits_the_data_and_marks_the_run(tmp_path):
@@ -21,6 +23,15 @@ def test_settings_reach_the_trainer(tmp_path):
     assert (pretrain.warmup_steps, pretrain.max_grad_norm) == (7, 0.5)
     assert (pretrain.learning_rate, sft.learning_rate) == (2e-4, 1e-5)
     assert pretrain.completion_only_loss is False and sft.completion_only_loss is None
+
+
+def test_preferences_have_a_learning_rate_of_their_own(tmp_path):
+    """What runs of all phases share is handed on; what means something else to a loss of preferences is not."""
+    hp = build({"phases": ["sft", "dpo"], "batch_size": 3, "learning_rate": 1e-2, "attention": "block", "eos_tail": 4})
+    sft, dpo = (training_arguments(hp, stage, tmp_path, "cpu", "none") for stage in stages_of(hp))
+    assert (sft.learning_rate, sft.eos_tail) == (1e-2, 4)
+    assert (dpo.learning_rate, dpo.per_device_train_batch_size, dpo.attention) == (1e-6, 3, "block")
+    assert isinstance(dpo, DiffusionDPOConfig)
 
 
 def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):
@@ -52,3 +63,13 @@ def test_lora_on_attention_alone_by_its_real_names():
     config = lora(build({"lora_config": {"target_modules": "attention"}}), model)
     adapted = {name for name, _ in get_peft_model(model, config).named_parameters() if "lora_A" in name}
     assert len(adapted) == 4 and all(".attn." in name for name in adapted)  # two layers, c_attn and c_proj
+
+
+def test_preferences_are_errors_in_the_training_answers():
+    hp = build({"dataset": "tiny", "phases": ["sft", "dpo"]})
+    train, test = load_splits("tiny", test_size=12, seed=0, limit=24)
+    pairs, held_out = preference_data(hp, train, test, None)
+    answers = {example["messages"][-1]["content"] for example in train}
+    assert 12 <= len(pairs) <= len(train) and 6 <= len(held_out) <= len(test)
+    for pair in pairs:
+        assert pair["chosen"][0]["content"] in answers and pair["rejected"] != pair["chosen"]

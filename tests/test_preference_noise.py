@@ -99,8 +99,8 @@ def test_common_tokens_are_masked_together() -> None:
 @pytest.mark.parametrize("shift", [False, True])
 def test_elbo_score_is_unbiased(shift: bool) -> None:
     batch = pairs(48)
-    scores = torch.stack([score_of(CHAIN, batch, seed, shift, n_draws=4) for seed in range(40)]).double()
-    error = (scores - exact(CHAIN, batch)).mean(0)  # of 40 estimates, per row
+    scores = torch.stack([score_of(CHAIN, batch, seed, shift, n_draws=4) for seed in range(24)]).double()
+    error = (scores - exact(CHAIN, batch)).mean(0)  # of 24 estimates, per row
     mean, spread = error.mean(), error.std() / len(error) ** 0.5
     assert abs(mean) < 3 * spread + 1e-9, (mean, spread)
     assert spread < 0.2  # so that a bias of a nat would show
@@ -112,11 +112,11 @@ def test_elbo_score_is_unbiased_in_blocks() -> None:
     part = torch.arange(12).expand(2, -1) // 4
     position, keys = torch.arange(12).expand(2, -1), torch.tensor([3, 3])
     total = torch.zeros(2, 12)
-    for step in range(500):
+    for step in range(250):
         times = pair_times(0, step, keys)
         for masked, weights, _ in elbo_draws(0, step, keys, times, position, maskable, part, 4):
-            total += masked * weights / 2000
-    torch.testing.assert_close(total, torch.ones(2, 12), atol=0.1, rtol=0)
+            total += masked * weights / 1000
+    torch.testing.assert_close(total, torch.ones(2, 12), atol=0.15, rtol=0)
 
 
 def test_trajectory_one_token_a_step_is_exact() -> None:
@@ -159,7 +159,7 @@ def spread(shared: bool, batch: dict, **options) -> float:
     """Standard deviation over seeds of the preference score, in nats."""
     values = []
     n = len(batch["input_ids"]) // 2
-    for seed in range(40):
+    for seed in range(24):
         seeds = [seed] * 4 if shared else [1000 + 4 * seed + i for i in range(4)]
         chosen, rejected = slice(0, n), slice(n, 2 * n)
         sides = [
