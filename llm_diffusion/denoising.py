@@ -17,12 +17,14 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from . import masking, unmasking
+from . import logit_rules, masking, unmasking
 from .attention_masks import additive, block_decoding
+from .commit_rules import by_rule, revise, still_busy
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
+from .logit_rules import BANNED, Window
 from .patching import base_of
 
-BANNED = -1e9  # large, finite, and applied last: an infinite ban turns into NaN in later arithmetic
+OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # gets the canvas (B, L) and how sure each token was, (B, L)
 
 
 def eos_ids(settings: DiffusionGenerationConfig, device: torch.device) -> torch.Tensor:
@@ -44,7 +46,9 @@ class _Rows:
     index: torch.Tensor  # (B,) place in the batch as given
     active: torch.Tensor  # (B,) block being filled
     steps_left: torch.Tensor  # (B,) steps left for that block, this one included
-    steps_done: torch.Tensor  # (B,) forward passes so far
+    steps_done: torch.Tensor  # (B,) steps so far
+    busy: torch.Tensor  # (B,) bool, whether revision of the active block goes on
+    post_steps: torch.Tensor  # (B,) steps over the active block without a mask
 
     def select(self, rows: torch.Tensor) -> _Rows:
         return _Rows(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
@@ -82,6 +86,8 @@ def _start(
         active=torch.full_like(index, -1),
         steps_left=torch.zeros_like(index),
         steps_done=torch.zeros_like(index),
+        busy=torch.zeros_like(index, dtype=torch.bool),
+        post_steps=torch.zeros_like(index),
     )
 
 
@@ -92,7 +98,8 @@ def fill_masks(
     attention_mask: torch.Tensor,
     settings: DiffusionGenerationConfig,
     first: int = 0,
-    on_step: Callable[[torch.Tensor], None] | None = None,
+    on_step: OnStep | None = None,
+    processors: LogitsProcessorList | None = None,
 ) -> DiffusionOutput:
     """Fills every mask token of a batch; other tokens stay as they are.
 
@@ -101,7 +108,8 @@ def fill_masks(
         attention_mask: (B, L), 0 at padding.
         settings: see `DiffusionGenerationConfig`.
         first: column at which the canvas starts: blocks are counted from it, and mask tokens before it stay.
-        on_step: called with the whole canvas (B, L) after every step.
+        on_step: called after every step with the whole canvas (B, L) and the probabilities its tokens had when committed, (B, L).
+        processors: of the host, see `logit_rules.apply_processors`.
 
     Returns:
         A `DiffusionOutput`. After the end token a row is filled with it, so that no mask is left.
@@ -117,47 +125,74 @@ def fill_masks(
     eos = eos_ids(settings, input_ids.device)
     rows = _start(input_ids, attention_mask, settings, first, from_start=record.get("attention") == "block")
     canvas, was_open = rows.ids.clone(), rows.open
-    nfe, history = torch.zeros_like(rows.index), []
+    nfe, history, sureness = torch.zeros_like(rows.index), [], []
+    certainty = torch.zeros(canvas.shape, device=canvas.device)
     training = model.training
     model.eval()
     try:
         rows = rows.select(rows.open.any(-1))
         while rows.index.numel():
-            chosen, tokens = _step(model, rows, first, settings)
+            chosen, tokens, probability = _step(model, rows, first, settings, processors)
             rows.ids = torch.where(chosen, tokens, rows.ids)
-            nfe[rows.index] += 1
-            finished, rows.ids = finish(rows.ids, rows.open, eos, settings)
+            nfe[rows.index] += passes_of(settings)
+            finished, rows.ids = finish(rows.ids, rows.open, eos, settings, rows.busy)
             canvas[rows.index] = rows.ids
+            certainty[rows.index] = torch.where(chosen, probability, certainty[rows.index])
             rows = rows.select(~finished)
             if settings.output_history:
                 history.append(canvas.clone())
+                sureness.append(certainty.clone())
             if on_step is not None:
-                on_step(canvas)
+                on_step(canvas, certainty)
     finally:
         model.train(training)
-    return output_of(canvas, was_open, nfe, eos, history if settings.output_history else None)
+    output = output_of(canvas, was_open, nfe, eos, history if settings.output_history else None)
+    output.confidence = sureness if settings.output_history else None
+    return output
 
 
 def _step(
-    model: torch.nn.Module, rows: _Rows, first: int, settings: DiffusionGenerationConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One forward pass: (B, L) bool, which positions to commit, and (B, L), to which tokens."""
+    model: torch.nn.Module,
+    rows: _Rows,
+    first: int,
+    settings: DiffusionGenerationConfig,
+    processors: LogitsProcessorList | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One forward pass: (B, L) bool, which positions change, (B, L), to which tokens, and (B, L), how probable those are."""
     pending = (rows.ids == settings.mask_token_id) & rows.open
     active = rows.block.masked_fill(~pending, rows.ids.shape[1]).amin(-1)
-    eligible = pending & (rows.block == active[:, None])
+    active = torch.where(rows.busy, rows.active, active)
+    eligible = (rows.open if settings.revises else pending) & (rows.block == active[:, None])
+    per_block = steps_per_block(settings, rows.ids.shape[1] - first) if settings.steps else 0
     if settings.steps:
-        per_block = steps_per_block(settings, rows.ids.shape[1] - first)
         rows.steps_left = torch.where(active == rows.active, rows.steps_left - 1, per_block)
     rows.active = active
     # The eligible positions of every row side by side, (B, k); shorter rows are filled up with ineligible ones.
     most = int(eligible.sum(-1).max())
     positions = eligible.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
     eligible = eligible.gather(-1, positions)
-    logits = ban(_logits(model, rows, positions, first, settings), settings)
-    places = (rows.attention_mask.cumsum(-1) - 1).gather(-1, positions)
-    chosen, tokens = commit(logits, eligible, rows.keys, places, rows.steps_done, rows.steps_left, settings)
+    window = Window(
+        columns=positions,
+        open=eligible,
+        masked=eligible & pending.gather(-1, positions),
+        canvas=rows.ids,
+        visible=rows.attention_mask.bool() & ~pending,
+        keys=rows.keys,
+        places=(rows.attention_mask.cumsum(-1) - 1).gather(-1, positions),
+        step=rows.steps_done,
+        steps_left=rows.steps_left,
+        post_steps=rows.post_steps,
+        block_steps=per_block,
+    )
+    logits = _logits(model, rows, positions, first, settings)
+    chosen, tokens, probability = commit(logits, window, settings, processors)
+    rows.busy, rows.post_steps = still_busy(window, chosen, tokens, settings)
     rows.steps_done = rows.steps_done + 1
-    return torch.zeros_like(pending).scatter(-1, positions, chosen), rows.ids.scatter(-1, positions, tokens)
+    return (
+        torch.zeros_like(pending).scatter(-1, positions, chosen),
+        rows.ids.scatter(-1, positions, tokens),
+        torch.zeros(pending.shape, device=pending.device).scatter(-1, positions, probability),
+    )
 
 
 def _logits(
@@ -183,14 +218,24 @@ def _logits(
         # As in training: the prompt tokens of a block share its noise level, finished text has none.
         noisy = rows.block == rows.active[:, None] if record["attention"] == "block" else attention_mask.bool()
         timing["timesteps"] = (noisy * mask_share(rows.ids, noisy & rows.open, settings))[:, :width]
-    return model(
-        input_ids=rows.ids[:, :width],
-        attention_mask=model_mask,
-        position_ids=places.clamp(min=0)[:, :width],
-        logits_to_keep=positions.clamp(max=width - 1),
-        use_cache=False,
+    inputs = {
+        "input_ids": rows.ids[:, :width],
+        "attention_mask": model_mask,
+        "position_ids": places.clamp(min=0)[:, :width],
+        "logits_to_keep": positions.clamp(max=width - 1),
         **timing,
-    ).logits.float()
+    }
+    if settings.guided:
+        inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+        given = rows.attention_mask.bool() & ~rows.open
+        inputs["input_ids"][len(rows.ids) :].masked_fill_(given[:, :width], settings.mask_token_id)
+    logits = model(**inputs, use_cache=False).logits.float()
+    return logit_rules.guide(logits, settings.guidance_scale) if settings.guided else logits
+
+
+def passes_of(settings: DiffusionGenerationConfig) -> int:
+    """Forward passes of a step: guidance asks twice, in one batch."""
+    return 2 if settings.guided else 1
 
 
 def mask_share(ids: torch.Tensor, canvas: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
@@ -211,33 +256,43 @@ def ban(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tens
 
 def commit(
     logits: torch.Tensor,
-    eligible: torch.Tensor,
-    keys: torch.Tensor,
-    places: torch.Tensor,
-    step: torch.Tensor,
-    steps_left: torch.Tensor,
+    window: Window,
     settings: DiffusionGenerationConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Proposes a token for every position and picks those to commit.
+    processors: LogitsProcessorList | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Proposes a token for every position of a window and picks those to commit, replace or take back.
 
     Args:
-        logits: (B, k, V), banned tokens out of reach.
-        eligible: (B, k) bool.
-        keys: (B,) of the noise; places: (B, k) positions in the text; step: (B,) forward passes the row has seen.
-        steps_left: (B,) for the block, used where `settings.steps` is set.
+        logits: (B, k, V) fp32, as the model gave them.
 
     Returns:
-        `(chosen, tokens)`, both (B, k).
+        `(changed, tokens, probability)`, all (B, k): the last is that of the tokens, before temperature.
     """
-    tokens = _propose(logits, keys, places, step, settings)
-    order = None
-    if settings.remasking == "random":
-        order = masking.uniform(settings.seed, step[:, None], keys[:, None], places, masking.ORDER_STREAM)
-    score = unmasking.confidence(logits, tokens, settings.remasking, order)
-    if settings.threshold is not None:
-        return unmasking.commit_threshold(score, eligible, settings.threshold), tokens
-    quota = unmasking.step_quota(eligible.sum(-1), steps_left) if settings.steps else torch.ones_like(keys)
-    return unmasking.commit_quota(score, eligible, quota), tokens
+    if settings.repetition_penalty not in (None, 1.0):
+        logits = logit_rules.penalise_repetition(logits, window, settings.repetition_penalty)
+    if processors:
+        logits = logit_rules.apply_processors(logits, window, processors)
+    words = settings.bad_words_ids or []
+    logits = logit_rules.ban_words(ban(logits, settings), window, words)
+    tokens = _propose(logits, window.keys, window.places, window.step, settings)
+    noise = masking.uniform(
+        settings.seed, window.step[:, None], window.keys[:, None], window.places, masking.ORDER_STREAM
+    )
+    probability = unmasking.confidence(logits, tokens, "low_confidence")
+    if settings.revision is not None:
+        return revise(logits, tokens, probability, noise, window, settings)
+    score = probability
+    if settings.remasking != "low_confidence":
+        score = unmasking.confidence(logits, tokens, settings.remasking, noise)
+    if settings.alg_temp:
+        score = unmasking.perturb(score, settings.alg_temp, noise)
+    chosen = by_rule(logits, score, window, settings)
+    if len(words):
+        chosen = logit_rules.without_bad_words(chosen, tokens, score, window, words)
+    if settings.editing_threshold is not None:
+        editable = window.open & ~window.masked
+        chosen = chosen | unmasking.edits(probability, tokens, window.ids, editable, settings.editing_threshold)
+    return chosen, tokens, probability
 
 
 def warped(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
@@ -267,27 +322,35 @@ def _propose(
 
 
 def finish(
-    ids: torch.Tensor, was_open: torch.Tensor, eos: torch.Tensor, settings: DiffusionGenerationConfig
+    ids: torch.Tensor,
+    was_open: torch.Tensor,
+    eos: torch.Tensor,
+    settings: DiffusionGenerationConfig,
+    busy: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which rows are done: no mask left, or an end token committed and no mask before it.
 
     Args:
         ids: (B, L) canvas.
         was_open: (B, L) bool, positions that held a mask at the start.
+        busy: (B,) bool, rows whose tokens may still be revised: they go on.
 
     Returns:
         (B,) bool, and the canvas, in which what is left of a stopped row's masks has become its end token.
     """
     pending = (ids == settings.mask_token_id) & was_open
+    done = ~pending.any(-1) if busy is None else ~pending.any(-1) & ~busy
     if not settings.eos_early_stop:
-        return ~pending.any(-1), ids
+        return done, ids
     length = ids.shape[1]
     ends = was_open & torch.isin(ids, eos)
     end = torch.where(ends.any(-1), ends.long().argmax(-1), length)
     first_mask = torch.where(pending.any(-1), pending.long().argmax(-1), length)
     stopped = (first_mask > end)[:, None]
+    if busy is not None:
+        stopped = stopped & ~busy[:, None]
     end_token = ids.gather(-1, end.clamp(max=length - 1)[:, None])
-    return stopped.squeeze(-1) | ~pending.any(-1), torch.where(pending & stopped, end_token, ids)
+    return stopped.squeeze(-1) | done, torch.where(pending & stopped, end_token, ids)
 
 
 def output_of(

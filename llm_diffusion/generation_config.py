@@ -26,13 +26,16 @@ HONOURED = {
         "suppress_tokens",
         "use_cache",
         "return_dict_in_generate",
+        "num_return_sequences",
+        "repetition_penalty",
+        "bad_words_ids",
+        "guidance_scale",
     ),
     *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
     *("_from_model_config", "_commit_hash", "cache_implementation", "disable_compile"),
 }
 NEUTRAL = {
     "num_beams": 1,
-    "num_return_sequences": 1,
     "repetition_penalty": 1.0,
     "length_penalty": 1.0,
     "typical_p": 1.0,
@@ -40,16 +43,24 @@ NEUTRAL = {
 
 
 class DiffusionGenerationConfig(GenerationConfig):
-    """Decoding settings; a `GenerationConfig` that refuses keys unknown to both.
+    """Decoding settings; a `GenerationConfig` that refuses keys unknown to both. `docs/decoding.md` says which to use when.
 
     Args:
         max_new_tokens: longest answer (default 128).
-        steps: denoising steps over the whole canvas; None is one token a step. Ignored where `threshold` is set.
+        steps: denoising steps over the whole canvas; None is one token a step. Ignored under `threshold`, `factor`, `entropy_bound`.
         block_length: tokens of a block; None is the whole canvas at once.
         grow_canvas: whether blocks after the active one do not exist yet, instead of standing there as masks.
-        remasking: what orders the commits: "low_confidence", "random", "entropy" or "margin".
+        remasking: what orders the commits: "low_confidence", "random", "entropy", "margin" or "left_to_right".
+        alg_temp: temperature of that order (Dream); None or 0 is none.
         threshold: commit every token at or above this confidence, in (0, 1]; at least one a step.
+        factor: commit the n surest tokens while (n + 1) (1 - confidence) <= factor (Fast-dLLM).
+        entropy_bound: commit the surest tokens while their entropies, the largest left out, sum to at most this, in nats (EB-Sampler).
+        revision: whether committed tokens may become masks again: "p2", or "remdm" with probability `eta` a step. Both take all `steps`.
+        eta: of "remdm", in [0, 1].
+        editing_threshold: replace a committed token of the active block when another has more than this probability (LLaDA2.1).
+        max_post_steps: of editing, steps over a block after its last mask (default 16).
         temperature: 0.0 is greedy; above, tokens are sampled (with `top_p`, `top_k`).
+        guidance_scale: classifier-free guidance, 1 is none; two forward passes a step. LLaDA's `cfg_scale`, which is understood, plus 1.
         mask_token_id: defaults to `config.diffusion`.
         verify: whether the base accepts what the adapter drafts; None: of models converted with `attention="lossless"`, and of no other.
         draft_outcomes: of lossless decoding, for how many places where a draft may end the next one is made in the same pass, the block's
@@ -64,7 +75,18 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.block_length = kwargs.pop("block_length", None)
         self.grow_canvas = kwargs.pop("grow_canvas", False)
         self.remasking = kwargs.pop("remasking", "low_confidence")
+        self.alg_temp = kwargs.pop("alg_temp", None)
         self.threshold = kwargs.pop("threshold", None)
+        self.factor = kwargs.pop("factor", None)
+        self.entropy_bound = kwargs.pop("entropy_bound", None)
+        self.revision = kwargs.pop("revision", None)
+        self.eta = kwargs.pop("eta", None)
+        self.editing_threshold = kwargs.pop("editing_threshold", None)
+        self.max_post_steps = kwargs.pop("max_post_steps", 16)
+        if (cfg_scale := kwargs.pop("cfg_scale", None)) is not None:
+            if kwargs.get("guidance_scale") is not None:
+                raise ValueError("`cfg_scale` and `guidance_scale` are one setting, the second 1 above; give one of them.")
+            kwargs["guidance_scale"] = _number("cfg_scale", cfg_scale, 0) + 1
         self.verify = kwargs.pop("verify", None)
         self.draft_outcomes = kwargs.pop("draft_outcomes", None)
         self.mask_token_id = kwargs.pop("mask_token_id", None)
@@ -88,8 +110,23 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.temperature = temperature
         self.check()
 
+    @property
+    def revises(self) -> bool:
+        """Whether committed tokens may change."""
+        return self.revision is not None or self.editing_threshold is not None
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second pass, without the prompt, is made in every step."""
+        return self.guidance_scale not in (None, 1)
+
     def check(self) -> None:
-        """Raises ValueError, naming the value, for settings outside their range."""
+        """Raises ValueError, naming the value, for settings outside their range or against each other."""
+        self._check_ranges()
+        self._check_rules()
+        self._check_words()
+
+    def _check_ranges(self) -> None:
         for name in ("steps", "block_length", "max_new_tokens", "seed", "top_k", "draft_outcomes"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) and (value is not None or name == "seed"):
@@ -110,6 +147,66 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
         if self.remasking not in unmasking.CONFIDENCES:
             raise ValueError(f"`remasking` must be one of {unmasking.CONFIDENCES}, got {self.remasking!r}.")
+        if self.revision not in (None, "p2", "remdm"):
+            raise ValueError(f"`revision` must be 'p2', 'remdm' or None, got {self.revision!r}.")
+        ranges = {"alg_temp": None, "entropy_bound": None, "guidance_scale": None, "eta": 1, "editing_threshold": 1}
+        for name, highest in ranges.items():
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0, highest)
+        for name in ("factor", "repetition_penalty"):
+            if getattr(self, name) is not None and not _number(name, getattr(self, name), 0):
+                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+        for name, lowest in {"max_post_steps": 0, "num_return_sequences": 1}.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
+                raise ValueError(f"`{name}` must be a whole number, at least {lowest}, got {value!r}.")
+
+    def _check_rules(self) -> None:
+        """One rule decides; what would be ignored beside it is refused."""
+        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        rules += ["revision"] if self.revision else []
+        chosen = f"`{rules[0]}`={getattr(self, rules[0])!r}" if rules else ""
+        if len(rules) > 1:
+            raise ValueError(f"{chosen} and `{rules[1]}`={getattr(self, rules[1])!r}: each is a rule of its own; give one.")
+        if rules and self.alg_temp:
+            raise ValueError(f"`alg_temp`={self.alg_temp}: {chosen} does not deal out quotas; leave one out.")
+        if self.alg_temp and self.remasking in ("random", "left_to_right"):
+            raise ValueError(f"`alg_temp`={self.alg_temp} means nothing where `remasking` is {self.remasking!r}.")
+        if rules and rules[0] in ("threshold", "factor") and self.remasking in ("entropy", "left_to_right"):
+            raise ValueError(f"{chosen} is compared with probabilities, which `remasking`={self.remasking!r} has not.")
+        if self.revision and not self.steps:
+            raise ValueError(f"{chosen} needs `steps`, over which it is spread.")
+        if self.revision and self.editing_threshold is not None:
+            raise ValueError(f"{chosen} and `editing_threshold`={self.editing_threshold}: give one of them.")
+        if (self.revision == "remdm") != (self.eta is not None):
+            raise ValueError(f"`eta`={self.eta!r} belongs to `revision`='remdm', got {self.revision!r}.")
+        if self.revision == "p2" and self.remasking in ("random", "left_to_right"):
+            raise ValueError(f"`revision`='p2' plans by confidence, which `remasking`={self.remasking!r} has not.")
+        if self.revision == "remdm" and self.remasking != "random":
+            raise ValueError(f"`revision`='remdm' goes by chance: it needs `remasking`='random', got {self.remasking!r}.")
+
+    def _check_words(self) -> None:
+        words = self.bad_words_ids
+        if words is not None and not (
+            isinstance(words, list) and all(isinstance(word, list) and word for word in words)
+        ):
+            raise ValueError(f"`bad_words_ids` must be a list of lists of token ids, got {words!r}.")
+        if words and self.revises and any(len(word) > 1 for word in words):
+            raise ValueError("`bad_words_ids` of several tokens cannot be kept out where committed tokens are revised.")
+        copies = self.num_return_sequences or 1
+        if copies > 1 and not (self.temperature or self.alg_temp or self.remasking == "random"):
+            raise ValueError(
+                f"`num_return_sequences`={copies}: greedy decoding has one answer; set `temperature` above 0, or `do_sample`."
+            )
+
+
+def _number(name: str, value: Any, lowest: float, highest: float | None = None) -> float:
+    """The value, if it is a number of that range."""
+    inside = not isinstance(value, bool) and isinstance(value, int | float) and lowest <= value
+    if not inside or highest is not None and value > highest:
+        wanted = f"at least {lowest}" if highest is None else f"in [{lowest}, {highest}]"
+        raise ValueError(f"`{name}` must be a number, {wanted}, got {value!r}.")
+    return value
 
 
 @dataclass
@@ -122,6 +219,7 @@ class DiffusionOutput(ModelOutput):
         tokens_per_forward: (B,) answer tokens, through the EOS, over `nfe`.
         accepted: (B, cycles) tokens that each verification of lossless decoding yielded, the base's own included; -1: row was done.
         history: canvases (B, L) after every step, when asked for; not yet written blocks are masks.
+        confidence: beside each of them (B, L), the probability that every token had when it was committed; 0 where nothing was.
     """
 
     sequences: torch.Tensor | None = None
@@ -129,3 +227,4 @@ class DiffusionOutput(ModelOutput):
     tokens_per_forward: torch.Tensor | None = None
     accepted: torch.Tensor | None = None
     history: list[torch.Tensor] | None = None
+    confidence: list[torch.Tensor] | None = None

@@ -2,16 +2,17 @@
 
 Pure functions on (B, L) tensors, vectorised over ragged rows, without a loop over rows and without a host synchronisation.
 Ties go to the leftmost position (stable sort). Confidence is fp32: bf16 leaves some 170 distinct values in 256 positions and
-the order to chance.
+the order to chance. Rules of revision (`revise_p2`, `revise_remdm`, `edits`) also take back or change what was committed.
 
-References: LLaDA (arXiv 2502.09992, algorithm 5), Dream (arXiv 2508.15487), Fast-dLLM (arXiv 2505.22618, section 3.3).
+References: LLaDA (arXiv 2502.09992, algorithm 5), Dream (arXiv 2508.15487), Fast-dLLM (arXiv 2505.22618, section 3.3), EB-Sampler
+(arXiv 2505.24857), P2 (arXiv 2502.03540), ReMDM (arXiv 2503.00307), LLaDA2.1 (arXiv 2602.08676).
 """
 
 from __future__ import annotations
 
 import torch
 
-CONFIDENCES = ("low_confidence", "random", "entropy", "margin")
+CONFIDENCES = ("low_confidence", "random", "entropy", "margin", "left_to_right")
 
 
 def confidence(
@@ -23,7 +24,7 @@ def confidence(
         logits: (..., V) after bans and temperature-free, any float type.
         tokens: (...) proposed token ids.
         kind: "low_confidence" (probability of the token; the least confident stay masked), "entropy" (negative entropy),
-            "margin" (probability gap of the two best) or "random".
+            "margin" (probability gap of the two best), "random" or "left_to_right".
         random: (...) uniform numbers, for "random".
 
     Returns:
@@ -35,6 +36,8 @@ def confidence(
         return random
     if kind not in CONFIDENCES:
         raise ValueError(f"`remasking` must be one of {CONFIDENCES}, got {kind!r}.")
+    if kind == "left_to_right":
+        return -torch.arange(tokens.shape[-1], dtype=torch.float32, device=tokens.device).expand(tokens.shape)
     log_probs = logits.float().log_softmax(-1)
     if kind == "entropy":
         return torch.special.entr(log_probs.exp()).sum(-1).neg()
@@ -60,6 +63,101 @@ def commit_quota(score: torch.Tensor, eligible: torch.Tensor, quota: torch.Tenso
 def commit_threshold(score: torch.Tensor, eligible: torch.Tensor, threshold: float) -> torch.Tensor:
     """All positions at or above `threshold`, and always the best one of a row that has any: (B, L) bool."""
     return ((score >= threshold) | (ranks(score, eligible) == 0)) & eligible
+
+
+def commit_factor(score: torch.Tensor, eligible: torch.Tensor, factor: float) -> torch.Tensor:
+    """The n best positions of every row, n the largest with (n + 1) (1 - n-th score) <= `factor`, at least one: (B, L) bool.
+
+    The more are committed together, the surer each must be. As scores fall with the rank and the bound 1 - factor / (n + 1) rises,
+    every position can be judged by its own rank. (Fast-dLLM's own loop also takes the last candidate when it is the first to fail.)
+    """
+    rank = ranks(score, eligible)
+    return ((score >= 1 - factor / (rank + 2)) | (rank == 0)) & eligible
+
+
+def commit_entropy_bound(
+    score: torch.Tensor, eligible: torch.Tensor, entropy: torch.Tensor, bound: float
+) -> torch.Tensor:
+    """The best positions of every row as long as their entropies, the largest left out, sum to at most `bound`: (B, L) bool.
+
+    That sum bounds what is lost by committing them independently of each other. The first one is always committed.
+
+    Args:
+        score: (B, L), the order; negative entropies for the published one.
+        entropy: (B, L) nats.
+
+    References: EB-Sampler (arXiv 2505.24857, eq. 8).
+    """
+    rank = ranks(score, eligible)
+    ordered = torch.zeros_like(entropy).scatter(-1, rank, entropy)
+    within = ordered.cumsum(-1) - ordered.cummax(-1).values <= bound
+    return (within.gather(-1, rank) | (rank == 0)) & eligible
+
+
+def perturb(score: torch.Tensor, temperature: float, random: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise on an order: its k best are k draws without replacement from softmax(score / temperature), (B, L).
+
+    Dream's order temperature (`alg_temp`). Dream draws by `multinomial`, which fails where fewer than k positions have any probability.
+
+    Args:
+        random: (B, L) uniform numbers in (0, 1).
+    """
+    return score / temperature - torch.log(-torch.log(random))
+
+
+def revise_p2(
+    score: torch.Tensor, masked: torch.Tensor, open_: torch.Tensor, n_masked: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Self-planned path: the `n_masked` (B,) least sure of all open positions are masks after this step, committed or not.
+
+    Args:
+        score: (B, L), of the proposed token where it is masked, of the committed token elsewhere.
+        masked: (B, L) bool, open positions that are masked now.
+        open_: (B, L) bool, positions that may change.
+
+    Returns:
+        `(commit, remask)`, both (B, L) bool. A position that stays committed keeps its token.
+
+    References: P2 (arXiv 2502.03540, algorithm 1).
+    """
+    low = (ranks(-score, open_) < n_masked[:, None]) & open_
+    return masked & ~low, open_ & ~masked & low
+
+
+def revise_remdm(
+    steps_left: torch.Tensor, steps: int, eta: float, masked: torch.Tensor, open_: torch.Tensor, random: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remasking diffusion, capped: committed tokens are masked again with probability sigma = min(eta, sigma_max).
+
+    From t = steps_left / steps to s = t - 1 / steps, with alpha = 1 - t: sigma_max = min(1, (1 - alpha_s) / alpha_t), and a mask is
+    committed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The share of masks at every s is that of no
+    remasking, eta = 0, which is the ancestral sampler of MDLM.
+
+    Args:
+        steps_left: (B,) this one included.
+        masked, open_: (B, L) bool.
+        random: (B, L) uniform numbers in (0, 1).
+
+    Returns:
+        `(commit, remask)`, both (B, L) bool.
+
+    References: ReMDM (arXiv 2503.00307, eq. 6 and section 4.1).
+    """
+    t = steps_left.clamp(min=1) / steps
+    s = (steps_left.clamp(min=1) - 1) / steps
+    sigma = torch.where(s > 0, (s / (1 - t).clamp(min=1e-9)).clamp(max=eta), 0.0)
+    commit = torch.where(s > 0, (1 - s - (1 - sigma) * (1 - t)) / t, 1.0)
+    return masked & (random < commit[:, None]), open_ & ~masked & (random < sigma[:, None])
+
+
+def edits(
+    probability: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor, editable: torch.Tensor, threshold: float
+) -> torch.Tensor:
+    """Committed tokens that the model now replaces: it says another one, with more than `threshold` probability: (B, L) bool.
+
+    References: LLaDA2.1 (arXiv 2602.08676), token-to-token editing.
+    """
+    return editable & (tokens != ids) & (probability > threshold)
 
 
 def step_quota(masks: torch.Tensor, steps_left: torch.Tensor) -> torch.Tensor:
