@@ -22,10 +22,23 @@ import copy
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LogitsProcessorList
 
+from . import logit_rules
 from .attention_masks import additive, block_causal
-from .denoising import ban, commit, eos_ids, finish, mask_share, output_of, record_of, row_keys, steps_per_block
+from .commit_rules import still_busy
+from .denoising import (
+    OnStep,
+    commit,
+    eos_ids,
+    finish,
+    mask_share,
+    output_of,
+    passes_of,
+    record_of,
+    row_keys,
+    steps_per_block,
+)
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .patching import base_of
 
@@ -36,6 +49,7 @@ class BlockDecoder:
     Args:
         input_ids, attention_mask: (B, P) prompts, padded on the left.
         settings: see `DiffusionGenerationConfig`; blocks have the length that the model was converted with.
+        processors: of the host, see `logit_rules.apply_processors`.
     """
 
     def __init__(
@@ -44,10 +58,11 @@ class BlockDecoder:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         settings: DiffusionGenerationConfig,
+        processors: LogitsProcessorList | None = None,
     ) -> None:
         record = record_of(model)
         self.block_length, self.shift = record["block_length"], record["right_shift_logits"]
-        self.model, self.settings = model, copy.copy(settings)
+        self.model, self.settings, self.processors = model, copy.copy(settings), processors
         self.settings.block_length = self.block_length
         self.clean_context = record["clean_context"]
         self.eos = eos_ids(settings, input_ids.device)
@@ -69,25 +84,33 @@ class BlockDecoder:
         canvas_mask = torch.cat([attention_mask, torch.ones_like(masks[:, : settings.max_new_tokens])], -1)
         self.keys = row_keys(self.sequences(), canvas_mask)
         self.index = torch.arange(len(input_ids), device=input_ids.device)
-        self.steps_done = torch.zeros_like(self.index)
+        self.steps_done, self.nfe = torch.zeros_like(self.index), torch.zeros_like(self.index)
+        self.certainty = torch.zeros(self.ids.shape, device=input_ids.device)
         self.cache, self.last_logits = DynamicCache(), None
 
     def sequences(self) -> torch.Tensor:
         """(B, P + max_new_tokens) canvas in the layout of the prompts."""
+        return torch.cat([self.prompts, self._answers(self.ids)], -1)
+
+    def _answers(self, per_column: torch.Tensor) -> torch.Tensor:
+        """(B, W) -> (B, max_new_tokens), the columns of the answers."""
         first = self.open.long().argmax(-1)
         columns = first[:, None] + torch.arange(self.settings.max_new_tokens, device=self.ids.device)
-        return torch.cat([self.prompts, self.ids.gather(-1, columns)], -1)
+        return per_column.gather(-1, columns)
 
-    def run(self, on_step: Callable[[torch.Tensor], None] | None = None) -> DiffusionOutput:
+    def run(self, on_step: OnStep | None = None) -> DiffusionOutput:
         """Decodes all rows to their end."""
         history: list[torch.Tensor] = []
+        sureness: list[torch.Tensor] = []
 
         def after_step() -> None:
             if self.settings.output_history or on_step is not None:
-                canvas = self.sequences()
-                history.append(canvas)
+                history.append(self.sequences())
+                sureness.append(
+                    torch.nn.functional.pad(self._answers(self.certainty), (self.prompts.shape[1], 0))
+                )
                 if on_step is not None:
-                    on_step(canvas)
+                    on_step(history[-1], sureness[-1])
 
         rows = self.index  # still being decoded
         if self.prefix:
@@ -101,13 +124,15 @@ class BlockDecoder:
                 rows = rows[stay]
                 if not rows.numel():
                     break
-                self.cache.batch_select_indices(stay)
+                # Under guidance the rows without their prompts stand behind the others.
+                self.cache.batch_select_indices(torch.cat([stay, stay + len(finished)]) if self.settings.guided else stay)
                 self.last_logits = None if self.last_logits is None else self.last_logits[stay]
         was_open = torch.zeros_like(self.sequences(), dtype=torch.bool)
         was_open[:, self.prompts.shape[1] :] = True
         history_ = history if self.settings.output_history else None
-        nfe = self.steps_done + int(self.prefix > 0)
-        return output_of(self.sequences(), was_open, nfe, self.eos, history_)
+        output = output_of(self.sequences(), was_open, self.nfe, self.eos, history_)
+        output.confidence = sureness if self.settings.output_history else None
+        return output
 
     def _prefill(self, rows: torch.Tensor) -> None:
         mask = self.mask[:, : self.prefix]
@@ -115,31 +140,44 @@ class BlockDecoder:
         allowed = block_causal(mask, 1 if self.clean_context == "causal" else self.block_length)
         last = torch.tensor([self.prefix - 1], device=mask.device)
         self.last_logits = self._forward(rows, 0, self.prefix, allowed, last)[:, 0]
+        self.nfe += passes_of(self.settings)
 
     def _denoise(self, rows: torch.Tensor, start: int, after_step: Callable[[], None]) -> None:
         """Fills one block of every row."""
         end, settings = start + self.block_length, self.settings
-        steps = steps_per_block(settings, settings.max_new_tokens) if settings.steps else 0
+        per_block = steps_per_block(settings, settings.max_new_tokens) if settings.steps else 0
+        steps_left, post_steps = torch.full_like(rows, per_block), torch.zeros_like(rows)
         pending = self._pending(rows, start, end)
-        while pending.any():
-            logits = self._block_logits(rows, start)
-            chosen, tokens = commit(
-                ban(logits, settings),
-                pending,
-                self.keys[rows],
-                self.places[rows, start:end],
-                self.steps_done[rows],
-                torch.full_like(rows, steps),
-                settings,
+        working = pending.any(-1)
+        while working.any():
+            columns = torch.arange(start, end, device=rows.device).expand(len(rows), -1)
+            window = logit_rules.Window(
+                columns=columns,
+                open=self.open[rows, start:end] & working[:, None],
+                masked=pending,
+                canvas=self.ids[rows, :end],
+                visible=self.mask[rows, :end].bool() & torch.nn.functional.pad(~pending, (start, 0), value=True),
+                keys=self.keys[rows],
+                places=self.places[rows, start:end],
+                step=self.steps_done[rows],
+                steps_left=steps_left,
+                post_steps=post_steps,
+                block_steps=per_block,
             )
-            self.steps_done[rows] += pending.any(-1).long()
+            chosen, tokens, probability = commit(self._block_logits(rows, start), window, settings, self.processors)
+            self.steps_done[rows] += working.long()
+            self.nfe[rows] += working.long() * passes_of(settings)
             self.ids[rows, start:end] = torch.where(chosen, tokens, self.ids[rows, start:end])
+            self.certainty[rows, start:end] = torch.where(chosen, probability, self.certainty[rows, start:end])
+            busy, post_steps = still_busy(window, chosen, tokens, settings)
+            busy = busy & working
             # An end token with no mask before it makes the rest of the block a formality.
             _, self.ids[rows, start:end] = finish(
-                self.ids[rows, start:end], self.open[rows, start:end], self.eos, settings
+                self.ids[rows, start:end], self.open[rows, start:end], self.eos, settings, busy
             )
-            steps = max(steps - 1, 1)
+            steps_left = (steps_left - 1).clamp(min=1)
             pending = self._pending(rows, start, end)
+            working = pending.any(-1) | busy
             after_step()
 
     def _pending(self, rows: torch.Tensor, start: int, end: int) -> torch.Tensor:
@@ -175,15 +213,21 @@ class BlockDecoder:
             timing["timesteps"] = torch.nn.functional.pad(
                 noise.expand(-1, self.block_length), (end - start - self.block_length, 0)
             )
-        return self.model(
-            input_ids=self.ids[rows, start:end],
-            attention_mask=additive(allowed, base_of(self.model).dtype),
-            position_ids=self.places[rows, start:end],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
+        inputs = {
+            "input_ids": self.ids[rows, start:end],
+            "attention_mask": additive(allowed, base_of(self.model).dtype),
+            "position_ids": self.places[rows, start:end],
             **timing,
+        }
+        guided = self.settings.guided
+        if guided:
+            inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
+            is_prompt = self.mask[rows, start:end].bool() & ~self.open[rows, start:end]
+            inputs["input_ids"][len(rows) :].masked_fill_(is_prompt, self.settings.mask_token_id)
+        logits = self.model(
+            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
         ).logits.float()
+        return logit_rules.guide(logits, self.settings.guidance_scale) if guided else logits
 
 
 @torch.no_grad()
@@ -192,12 +236,13 @@ def decode_blocks(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     settings: DiffusionGenerationConfig,
-    on_step: Callable[[torch.Tensor], None] | None = None,
+    on_step: OnStep | None = None,
+    processors: LogitsProcessorList | None = None,
 ) -> DiffusionOutput:
     """Answers left-padded prompts (B, P) block by block; a `DiffusionOutput` with sequences (B, P + max_new_tokens)."""
     training = model.training
     model.eval()
     try:
-        return BlockDecoder(model, input_ids, attention_mask, settings).run(on_step)
+        return BlockDecoder(model, input_ids, attention_mask, settings, processors).run(on_step)
     finally:
         model.train(training)

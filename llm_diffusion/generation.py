@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from .attention import causal_attention
@@ -18,6 +18,7 @@ from .denoising import eos_ids, fill_masks, record_of
 from .generation_config import NEUTRAL, DiffusionGenerationConfig, DiffusionOutput
 from .lossless_decoding import decode_lossless
 from .patching import adapters_off, base_of
+from .streaming import Stream
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     *,
     inputs: torch.Tensor | None = None,
+    logits_processor: LogitsProcessorList | list[LogitsProcessor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | DiffusionOutput:
     """Answers prompts by iterative unmasking; bound as `model.generate` on every converted model.
@@ -104,11 +106,12 @@ def generate(
         input_ids: (B, P) prompts, padded on the left.
         attention_mask: (B, P).
         generation_config: any `GenerationConfig`; keywords win over it.
-        streamer: gets the prompt, every draft (`put_draft`, where it has one) and the answer.
+        streamer: gets the prompt, every draft (`put_draft`, where it has one) and finished blocks; see `streaming`.
+        logits_processor: of the host; see `logit_rules.apply_processors` for what each gets to see.
         kwargs: settings of `DiffusionGenerationConfig`.
 
     Returns:
-        (B, P + n) token ids as from transformers' own `generate`, padded after the end token; with
+        (B, P + n) token ids (B times `num_return_sequences`) as from transformers' own `generate`, padded after the end token; with
         `return_dict_in_generate=True` a `DiffusionOutput`.
 
     Raises:
@@ -128,41 +131,56 @@ def generate(
             f"`max_new_tokens`: prompt ({input_ids.shape[1]}) and answer ({settings.max_new_tokens}) exceed the model's {limit} positions."
         )
     start = input_ids.shape[1]
-    on_step = None
+    _refuse(record_of(model), settings, logits_processor)
+    copies = settings.num_return_sequences or 1
+    canvas, attention_mask = canvas.repeat_interleave(copies, 0), attention_mask.repeat_interleave(copies, 0)
+    stream = None
     if streamer is not None:
-        streamer.put(input_ids.cpu())
-        if hasattr(streamer, "put_draft"):
-            on_step = lambda drafts: streamer.put_draft(value=drafts[:, start:].cpu())  # noqa: E731
-    block_length = record_of(model).get("block_length")
+        stream = Stream(streamer, canvas[:, :start], attention_mask[:, :start], settings, record_of(model))
+    on_step = None if stream is None else stream.step
+    if record_of(model).get("attention") == "lossless":
+        warn_of_processors(base, kwargs)
+        output = decode_lossless(model, canvas[:, :start], attention_mask[:, :start], settings, on_step)
+    else:
+        processors = LogitsProcessorList(logits_processor or [])
+        if record_of(model).get("block_length") and settings.use_cache is not False:
+            prompts = canvas[:, :start], attention_mask[:, :start]
+            output = decode_blocks(model, *prompts, settings, on_step, processors)
+        else:
+            output = fill_masks(model, canvas, attention_mask, settings, start, on_step, processors)
+    output.sequences = _trim(output.sequences, start, settings)
+    if stream is not None:
+        stream.end(output.sequences)
+    return output if settings.return_dict_in_generate else output.sequences
+
+
+def _refuse(record: dict[str, Any], settings: DiffusionGenerationConfig, processors: Any) -> None:
+    """Settings that this model has no use for."""
+    block_length = record.get("block_length")
     if block_length and settings.block_length not in (None, block_length):
         raise ValueError(
             f"`block_length`: the model was converted with blocks of {block_length}, got {settings.block_length}; leave it out."
         )
-    lossless = record_of(model).get("attention") == "lossless"
-    if settings.verify and not lossless:
-        raise ValueError(
-            "`verify`: only an adapter that was trained with `attention='lossless'` drafts for its base; leave it out, or train one."
-        )
-    if lossless and settings.verify is False:
+    if record.get("attention") != "lossless":
+        if settings.verify:
+            raise ValueError(
+                "`verify`: only an adapter that was trained with `attention='lossless'` drafts for its base; leave it out, or train one."
+            )
+        return
+    if settings.verify is False:
         raise ValueError(
             "`verify`=False: a lossless adapter was trained on what its base writes; it can only draft for it."
         )
-    if lossless and not settings.eos_early_stop:
+    if not settings.eos_early_stop:
         raise ValueError(
             "`eos_early_stop`=False: what the base says behind its end token is not decoded; leave it out."
         )
-    if lossless:
-        warn_of_processors(base, kwargs)
-        output = decode_lossless(model, input_ids, attention_mask[:, :start], settings, on_step)
-    elif block_length and settings.use_cache is not False:
-        output = decode_blocks(model, input_ids, attention_mask[:, :start], settings, on_step)
-    else:
-        output = fill_masks(model, canvas, attention_mask, settings, first=start, on_step=on_step)
-    output.sequences = _trim(output.sequences, start, settings)
-    if streamer is not None:
-        streamer.put(output.sequences[:, start:].cpu())
-        streamer.end()
-    return output if settings.return_dict_in_generate else output.sequences
+    neutral = {"guidance_scale": 1, "repetition_penalty": 1.0}
+    names = ("guidance_scale", "repetition_penalty", "bad_words_ids", "revision", "editing_threshold", "alg_temp")
+    given = {name: getattr(settings, name) for name in names} | {"logits_processor": processors}
+    for name, value in given.items():
+        if value and value != neutral.get(name):
+            raise ValueError(f"`{name}`: lossless decoding gives the base's own text, without it; leave it out.")
 
 
 def warn_of_processors(base: PreTrainedModel, kwargs: dict[str, Any]) -> None:

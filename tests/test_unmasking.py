@@ -181,7 +181,7 @@ def test_random_confidence_is_the_noise_it_is_given() -> None:
 
 
 def test_the_tables_cover_every_kind() -> None:
-    assert {*CONFIDENCE, "random"} == set(unmasking.CONFIDENCES)
+    assert {*CONFIDENCE, "random", "left_to_right"} == set(unmasking.CONFIDENCES)
 
 
 @pytest.mark.parametrize("kind", ["", "confidence", "Entropy"])
