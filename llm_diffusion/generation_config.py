@@ -106,7 +106,9 @@ class DiffusionGenerationConfig(GenerationConfig):
             if kwargs[name] not in (None, False, 0, NEUTRAL.get(name)):
                 raise ValueError(f"`{name}` is not supported when decoding by unmasking, got {kwargs[name]!r}.")
         kwargs.setdefault("max_new_tokens", 128)
+        copies = kwargs.pop("num_return_sequences", None)  # the host allows them under `do_sample` alone
         super().__init__(**kwargs)
+        self.num_return_sequences = copies
         self.temperature = temperature
         self.check()
 

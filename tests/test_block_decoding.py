@@ -62,6 +62,35 @@ def test_cached_equals_full_forwards(clean, shift, implementation, settings):
 
 
 @pytest.mark.parametrize(("clean", "shift"), MODES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"factor": 1.2},
+        {"entropy_bound": 1.0, "remasking": "entropy"},
+        {"remasking": "left_to_right"},
+        {"alg_temp": 0.3},
+        {"guidance_scale": 2.0, "threshold": 0.3},
+        {"repetition_penalty": 1.4},
+        {"bad_words_ids": [[50, 51], [60]], "threshold": 0.05},
+        {"threshold": 0.05, "editing_threshold": 0.1, "max_post_steps": 3},
+        {"revision": "p2", "steps": 15},
+        {"revision": "remdm", "remasking": "random", "eta": 0.4, "steps": 12},
+    ],
+    ids=str,
+)
+def test_every_rule_is_the_same_with_a_cache(clean, shift, settings):
+    """Rows stop at different times; the tokens, the passes and how sure they were must not know of the cache."""
+    model, batch = block_model(4, clean, shift), left_padded([9, 3, 8, 1])
+    options = {"max_new_tokens": 11, "eos_token_id": list(range(2, 40)), "pad_token_id": 0, **settings}
+    options |= {"return_dict_in_generate": True, "output_history": True}
+    cached = generate(model, **batch, **options)
+    full = generate(model, **batch, **options, use_cache=False)
+    assert torch.equal(cached.sequences, full.sequences)
+    assert torch.equal(cached.nfe, full.nfe + (2 if "guidance_scale" in settings else 1))
+    torch.testing.assert_close(cached.confidence[-1], full.confidence[-1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("clean", "shift"), MODES)
 def test_a_ragged_batch_equals_one_by_one(clean, shift):
     model, lengths = block_model(4, clean, shift), [10, 4, 7, 2]
     batch = left_padded(lengths)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_diffusion import unmasking
+from llm_diffusion import masking, unmasking
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
@@ -188,3 +188,164 @@ def test_the_tables_cover_every_kind() -> None:
 def test_unknown_kind_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="remasking"):
         unmasking.confidence(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), kind)
+
+
+# -- factor, entropy bound, order temperature
+
+
+def fast_dllm_factor(scores: torch.Tensor, eligible: torch.Tensor, factor: float) -> torch.Tensor:
+    """The largest n with (n + 1) (1 - c_n) <= f, row by row, in float64; at least one."""
+    chosen = torch.zeros_like(eligible)
+    for j in range(len(scores)):
+        order = sorted(eligible[j].nonzero().flatten().tolist(), key=lambda i: (-scores[j, i].item(), i))
+        fits = [n for n, i in enumerate(order, start=1) if (n + 1) * (1 - scores[j, i].item()) <= factor]
+        for i in order[: max(fits, default=1)]:
+            chosen[j, i] = True
+    return chosen
+
+
+@few
+@given(seed=seeds, factor=st.floats(0.05, 6), ties=st.booleans())
+def test_factor_is_the_papers(seed: int, factor: float, ties: bool) -> None:
+    scores, eligible = ragged(seed, ties=ties)
+    assert torch.equal(unmasking.commit_factor(scores, eligible, factor), fast_dllm_factor(scores, eligible, factor))
+
+
+def test_the_last_candidate_is_judged_too() -> None:
+    """The published loop accepts the last one when it is the first to fail."""
+    scores, eligible = torch.tensor([[0.99, 0.98, 0.1]]), torch.ones(1, 3, dtype=torch.bool)
+    assert unmasking.commit_factor(scores, eligible, 1.0).tolist() == [[True, True, False]]
+
+
+def eb_sampler(scores, eligible, entropy, bound):
+    """The longest prefix of the order whose entropies sum, less the largest, to at most the bound; row by row."""
+    chosen = torch.zeros_like(eligible)
+    for j in range(len(scores)):
+        order = sorted(eligible[j].nonzero().flatten().tolist(), key=lambda i: (-scores[j, i].item(), i))
+        best = 0
+        for k in range(1, len(order) + 1):
+            values = [entropy[j, i].item() for i in order[:k]]
+            if k == 1 or sum(values) - max(values) <= bound:
+                best = k
+        for i in order[:best]:
+            chosen[j, i] = True
+    return chosen
+
+
+@few
+@given(seed=seeds, bound=st.sampled_from([0.0, 0.07, 0.33, 1.01, 2.57, 50.0]), by_entropy=st.booleans())
+def test_entropy_bound_is_the_papers(seed: int, bound: float, by_entropy: bool) -> None:
+    scores, eligible = ragged(seed)
+    # Sixteenths are exact in fp32, in any order of summation.
+    entropy = torch.randint(0, 40, scores.shape, generator=torch.Generator().manual_seed(seed)) / 16
+    if by_entropy:
+        scores = -entropy
+    chosen = unmasking.commit_entropy_bound(scores, eligible, entropy, bound)
+    assert torch.equal(chosen, eb_sampler(scores, eligible, entropy, bound))
+    assert torch.equal(chosen.any(-1), eligible.any(-1))
+
+
+def test_a_perturbed_order_draws_without_replacement() -> None:
+    """Every set of two of four positions as often as softmax(score / temperature), drawn one after the other, says."""
+    score, temperature = torch.tensor([0.1, 0.5, 0.9, 0.4]), 0.3
+    p = (score / temperature).softmax(-1).tolist()
+    n = 200_000
+    noise = masking.uniform(torch.arange(n)[:, None], torch.arange(4))
+    everyone = torch.ones(n, 4, dtype=torch.bool)
+    order = unmasking.perturb(score.expand(n, -1), temperature, noise)
+    chosen = unmasking.commit_quota(order, everyone, torch.full((n,), 2))
+    code = (chosen * torch.tensor([1, 2, 4, 8])).sum(-1)
+    share = torch.bincount(code, minlength=16) / n
+    for i in range(4):
+        for j in range(i):
+            want = p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
+            assert abs(share[2**i + 2**j].item() - want) < 0.004
+    flat = torch.full((6,), 1 / 6)
+    assert (share[[3, 5, 6, 9, 10, 12]] - flat).abs().max() > 0.05, "no order at all would pass"
+
+
+def test_left_to_right_is_the_order_of_the_text() -> None:
+    score = unmasking.confidence(torch.zeros(2, 5, 3), torch.zeros(2, 5).long(), "left_to_right")
+    eligible = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()
+    chosen = unmasking.commit_quota(score, eligible, torch.tensor([2, 2]))
+    assert chosen.tolist() == [[True, True, False, False, False], [False, True, False, True, False]]
+
+
+# -- revision
+
+
+@few
+@given(seed=seeds, ties=st.booleans())
+def test_p2_leaves_the_least_sure_masked(seed: int, ties: bool) -> None:
+    scores, open_ = ragged(seed, ties=ties)
+    generator = torch.Generator().manual_seed(seed + 1)
+    masked = open_ & (torch.rand(open_.shape, generator=generator) < 0.5)
+    n_masked = torch.randint(0, 14, (5,), generator=generator)
+    commit, remask = unmasking.revise_p2(scores, masked, open_, n_masked)
+    for j in range(5):
+        order = sorted(open_[j].nonzero().flatten().tolist(), key=lambda i: (scores[j, i].item(), i))
+        low = set(order[: int(n_masked[j])])
+        assert {i for i in order if i not in low and masked[j, i]} == set(commit[j].nonzero().flatten().tolist())
+        assert {i for i in low if not masked[j, i]} == set(remask[j].nonzero().flatten().tolist())
+    assert not ((commit | remask) & ~open_).any()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.1, 0.5, 1.0])
+def test_remdm_keeps_the_share_of_masks(eta: float) -> None:
+    """The paper's theorem: whatever is masked again, at every s a position is a mask with probability s = 1 - alpha_s."""
+    n, steps = 40_000, 8
+    open_ = torch.ones(1, n, dtype=torch.bool)
+    masked, again = open_.clone(), 0
+    for left in range(steps, 0, -1):
+        noise = masking.uniform(left, torch.arange(n)[None])
+        commit, remask = unmasking.revise_remdm(torch.tensor([left]), steps, eta, masked, open_, noise)
+        assert not (commit & ~masked).any() and not (remask & masked).any()
+        masked = masked & ~commit | remask
+        again += int(remask.sum())
+        assert masked.float().mean().item() == pytest.approx((left - 1) / steps, abs=0.012)
+    assert not masked.any()
+    assert (again > 0) == (eta > 0)
+
+
+def test_remdm_rates_are_the_papers() -> None:
+    """sigma_max and the probability to commit from alpha_t and alpha_s, by the formula, as shares of many draws."""
+    n, steps, left, eta = 400_000, 10, 4, 0.9
+    alpha_t, alpha_s = 0.6, 0.7
+    sigma = min(eta, 1, (1 - alpha_s) / alpha_t)
+    want = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+    noise, open_ = masking.uniform(3, torch.arange(n)[None]), torch.ones(1, n, dtype=torch.bool)
+    masked = torch.arange(n)[None] % 2 == 0
+    commit, remask = unmasking.revise_remdm(torch.tensor([left]), steps, eta, masked, open_, noise)
+    assert commit.sum().item() / (n / 2) == pytest.approx(want, abs=0.005)
+    assert remask.sum().item() / (n / 2) == pytest.approx(sigma, abs=0.005)
+
+
+def test_edits_need_another_token_and_enough_probability() -> None:
+    probability = torch.tensor([[0.9, 0.9, 0.5, 0.9, 0.51]])
+    tokens, ids = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[1, 9, 9, 9, 9]])
+    editable = torch.tensor([[1, 1, 1, 0, 1]]).bool()
+    chosen = unmasking.edits(probability, tokens, ids, editable, 0.5)
+    assert chosen.tolist() == [[False, True, False, False, True]]
+
+
+def test_no_rule_waits_for_the_device() -> None:
+    """On the meta device nothing has a value: a rule that reads one, as every host synchronisation does, raises."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    score, eligible, count = meta(3, 7), meta(3, 7, dtype=torch.bool), meta(3, dtype=torch.long)
+    tokens = meta(3, 7, dtype=torch.long)
+    for kind in unmasking.CONFIDENCES:
+        assert unmasking.confidence(meta(3, 7, 11), tokens, kind, score).shape == (3, 7)
+    for chosen in (
+        unmasking.commit_quota(score, eligible, count),
+        unmasking.commit_threshold(score, eligible, 0.9),
+        unmasking.commit_factor(score, eligible, 1.0),
+        unmasking.commit_entropy_bound(score, eligible, score, 0.1),
+        unmasking.perturb(score, 0.5, score),
+        *unmasking.revise_p2(score, eligible, eligible, count),
+        *unmasking.revise_remdm(count, 8, 0.1, eligible, eligible, score),
+        unmasking.edits(score, tokens, tokens, eligible, 0.5),
+    ):
+        assert chosen.shape == (3, 7) and chosen.is_meta
