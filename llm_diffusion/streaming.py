@@ -44,7 +44,7 @@ class Stream:
 
     def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> None:
         """After every step: (B, L) canvas and, except from a verifying base, the probabilities of its tokens."""
-        answer = canvas[:, self.start :].cpu()
+        answer = canvas[:, self.start :].clone().cpu()  # the canvas goes on changing; a streamer may keep what it got
         if self.one_row:
             final = self._final(answer[0])
             if final > self.sent:
@@ -53,7 +53,7 @@ class Stream:
         if self.drafts and self.sent < answer.shape[1]:
             extra = {}
             if self.wants_confidence and confidence is not None:
-                extra["confidence"] = confidence[:, self.start + self.sent :].cpu()
+                extra["confidence"] = confidence[:, self.start + self.sent :].clone().cpu()
             self.streamer.put_draft(value=answer[:, self.sent :], **extra)
 
     def _final(self, answer: torch.Tensor) -> int:
