@@ -106,9 +106,7 @@ class BlockDecoder:
         def after_step() -> None:
             if self.settings.output_history or on_step is not None:
                 history.append(self.sequences())
-                sureness.append(
-                    torch.nn.functional.pad(self._answers(self.certainty), (self.prompts.shape[1], 0))
-                )
+                sureness.append(torch.nn.functional.pad(self._answers(self.certainty), (self.prompts.shape[1], 0)))
                 if on_step is not None:
                     on_step(history[-1], sureness[-1])
 
@@ -125,7 +123,9 @@ class BlockDecoder:
                 if not rows.numel():
                     break
                 # Under guidance the rows without their prompts stand behind the others.
-                self.cache.batch_select_indices(torch.cat([stay, stay + len(finished)]) if self.settings.guided else stay)
+                self.cache.batch_select_indices(
+                    torch.cat([stay, stay + len(finished)]) if self.settings.guided else stay
+                )
                 self.last_logits = None if self.last_logits is None else self.last_logits[stay]
         was_open = torch.zeros_like(self.sequences(), dtype=torch.bool)
         was_open[:, self.prompts.shape[1] :] = True
@@ -224,9 +224,7 @@ class BlockDecoder:
             inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
             is_prompt = self.mask[rows, start:end].bool() & ~self.open[rows, start:end]
             inputs["input_ids"][len(rows) :].masked_fill_(is_prompt, self.settings.mask_token_id)
-        logits = self.model(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep
-        ).logits.float()
+        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits.float()
         return logit_rules.guide(logits, self.settings.guidance_scale) if guided else logits
 
 

@@ -42,9 +42,7 @@ def revise(
     """`commit` under a rule that also masks committed tokens again."""
     steps = window.block_steps
     if settings.revision == "remdm":
-        chosen, back = unmasking.revise_remdm(
-            window.steps_left, steps, settings.eta, window.masked, window.open, noise
-        )
+        chosen, back = unmasking.revise_remdm(window.steps_left, steps, settings.eta, window.masked, window.open, noise)
     else:
         judged = torch.where(window.masked, tokens, window.ids)
         score = unmasking.confidence(logits, judged, settings.remasking)

@@ -85,7 +85,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.max_post_steps = kwargs.pop("max_post_steps", 16)
         if (cfg_scale := kwargs.pop("cfg_scale", None)) is not None:
             if kwargs.get("guidance_scale") is not None:
-                raise ValueError("`cfg_scale` and `guidance_scale` are one setting, the second 1 above; give one of them.")
+                raise ValueError(
+                    "`cfg_scale` and `guidance_scale` are one setting, the second 1 above; give one of them."
+                )
             kwargs["guidance_scale"] = _number("cfg_scale", cfg_scale, 0) + 1
         self.verify = kwargs.pop("verify", None)
         self.draft_outcomes = kwargs.pop("draft_outcomes", None)
@@ -125,6 +127,7 @@ class DiffusionGenerationConfig(GenerationConfig):
     def check(self) -> None:
         """Raises ValueError, naming the value, for settings outside their range or against each other."""
         self._check_ranges()
+        self._check_more_ranges()
         self._check_rules()
         self._check_words()
 
@@ -151,6 +154,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`remasking` must be one of {unmasking.CONFIDENCES}, got {self.remasking!r}.")
         if self.revision not in (None, "p2", "remdm"):
             raise ValueError(f"`revision` must be 'p2', 'remdm' or None, got {self.revision!r}.")
+
+    def _check_more_ranges(self) -> None:
         ranges = {"alg_temp": None, "entropy_bound": None, "guidance_scale": None, "eta": 1, "editing_threshold": 1}
         for name, highest in ranges.items():
             if getattr(self, name) is not None:
@@ -169,7 +174,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         rules += ["revision"] if self.revision else []
         chosen = f"`{rules[0]}`={getattr(self, rules[0])!r}" if rules else ""
         if len(rules) > 1:
-            raise ValueError(f"{chosen} and `{rules[1]}`={getattr(self, rules[1])!r}: each is a rule of its own; give one.")
+            raise ValueError(
+                f"{chosen} and `{rules[1]}`={getattr(self, rules[1])!r}: each is a rule of its own; give one."
+            )
         if rules and self.alg_temp:
             raise ValueError(f"`alg_temp`={self.alg_temp}: {chosen} does not deal out quotas; leave one out.")
         if self.alg_temp and self.remasking in ("random", "left_to_right"):
@@ -185,7 +192,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         if self.revision == "p2" and self.remasking in ("random", "left_to_right"):
             raise ValueError(f"`revision`='p2' plans by confidence, which `remasking`={self.remasking!r} has not.")
         if self.revision == "remdm" and self.remasking != "random":
-            raise ValueError(f"`revision`='remdm' goes by chance: it needs `remasking`='random', got {self.remasking!r}.")
+            raise ValueError(
+                f"`revision`='remdm' goes by chance: it needs `remasking`='random', got {self.remasking!r}."
+            )
 
     def _check_words(self) -> None:
         words = self.bad_words_ids

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .denoising import fill_masks
 from .generation import generate
 from .generation_config import DiffusionGenerationConfig
+from .infilling import fill_gaps
 from .modeling import load_diffusion_model
 from .patching import base_of
 
@@ -115,14 +116,28 @@ class DiffusionInference:
         answers = self._answer(encoded, settings)
         return answers if several else answers[0]
 
-    def infill(self, text: str, **settings: Any) -> str:
-        """Fills the mask tokens written into `text`, one token each."""
-        encoded = self._tokenizer()([text], return_tensors="pt").to(self.device)
+    def infill(self, text: str | list[str], max_gap_length: int = 16, **settings: Any) -> str:
+        """Fills the mask tokens written into `text`, one token each; or the gaps of any length between several pieces of text.
+
+        `infill("12<|mask|>45=57")` says how long a gap is; `infill(["def add(a, b):", "return c"])` leaves it open, up to
+        `max_gap_length` tokens, and each further piece is a further gap.
+        """
+        # Text follows the gap: it cannot end there.
+        chosen = {
+            **self.settings,
+            "eos_token_id": None,
+            "suppress_tokens": [self._tokenizer().eos_token_id],
+            **settings,
+        }
+        chosen |= {"block_length": None, "grow_canvas": False}  # both sides of a gap are seen from the start
+        if not isinstance(text, str):
+            pieces = [self.tokenizer(piece, add_special_tokens=not i)["input_ids"] for i, piece in enumerate(text)]
+            gaps = fill_gaps(self.model, pieces, DiffusionGenerationConfig(**chosen), max_gap_length)
+            ids = pieces[0] + [token for gap, piece in zip(gaps, pieces[1:], strict=True) for token in gap + piece]
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        encoded = self.tokenizer([text], return_tensors="pt").to(self.device)
         if not (encoded["input_ids"] == self.settings["mask_token_id"]).any():
             raise ValueError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
-        # Text follows the gap: it cannot end there.
-        chosen = {**self.settings, "eos_token_id": None, "suppress_tokens": [self.tokenizer.eos_token_id], **settings}
-        chosen |= {"block_length": None, "grow_canvas": False}  # both sides of a gap are seen from the start
         filled = fill_masks(
             self.model, encoded["input_ids"], encoded["attention_mask"], DiffusionGenerationConfig(**chosen)
         )

@@ -19,6 +19,7 @@ from .denoising import fill_masks, record_of
 from .generation_config import DiffusionGenerationConfig
 from .patching import base_of
 
+
 @torch.no_grad()
 def fill_gaps(
     model: torch.nn.Module,
@@ -44,7 +45,9 @@ def fill_gaps(
     """
     record = record_of(model)
     if record.get("attention", "bidirectional") != "bidirectional":
-        raise ValueError(f"`attention`={record['attention']!r}: the model does not see the text behind a gap; use a bidirectional one.")
+        raise ValueError(
+            f"`attention`={record['attention']!r}: the model does not see the text behind a gap; use a bidirectional one."
+        )
     if len(pieces) < 2:
         raise ValueError(f"`pieces`: a gap lies between two pieces of text, got {len(pieces)}.")
     if isinstance(max_gap_length, bool) or not isinstance(max_gap_length, int) or max_gap_length < 1:
@@ -52,10 +55,17 @@ def fill_gaps(
     limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     longest = sum(map(len, pieces)) + max_gap_length * (len(pieces) - 1)
     if limit is not None and longest > limit:
-        raise ValueError(f"`max_gap_length`={max_gap_length}: up to {longest} tokens exceed the model's {limit} positions.")
+        raise ValueError(
+            f"`max_gap_length`={max_gap_length}: up to {longest} tokens exceed the model's {limit} positions."
+        )
     settings = copy.copy(settings)
     # Both sides are seen from the start, and no gap ends the text.
-    settings.block_length, settings.grow_canvas, settings.output_history, settings.eos_token_id = None, False, True, None
+    settings.block_length, settings.grow_canvas, settings.output_history, settings.eos_token_id = (
+        None,
+        False,
+        True,
+        None,
+    )
     before, lengths = list(pieces[0]), []
     for behind in pieces[1:]:
         candidates = [[n] for n in range(1, max_gap_length + 1)]

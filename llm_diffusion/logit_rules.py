@@ -100,9 +100,7 @@ def without_bad_words(
     length = canvas.shape[1]
     for word in (word for word in words if 1 < len(word) <= length):
         starts = length - len(word) + 1
-        there = [
-            (canvas[:, i : i + starts] == token) & visible[:, i : i + starts] for i, token in enumerate(word)
-        ]
+        there = [(canvas[:, i : i + starts] == token) & visible[:, i : i + starts] for i, token in enumerate(word)]
         written = torch.stack(there).all(0)
         for i in range(len(word)):
             conflict[:, i : i + starts] |= written

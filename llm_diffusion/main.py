@@ -164,11 +164,32 @@ def analyze(
 @click.argument("model")
 @click.argument("prompts", nargs=-1, required=True)
 @click.option("--settings", metavar="JSON", default="{}", help="Decoding settings, e.g. '{\"max_new_tokens\": 64}'.")
-def generate(model: str, prompts: tuple[str, ...], settings: str) -> None:
+@click.option("--watch", is_flag=True, help="Show the text as it forms, coloured by confidence.")
+@click.option("--svg", "svg_path", metavar="FILE", help="Draw that as an animated picture.")
+def generate(model: str, prompts: tuple[str, ...], settings: str, watch: bool, svg_path: str | None) -> None:
     """Continue plain texts with a converted MODEL."""
     with one_line_errors():
-        for answer in load_inference(model, settings).generate(list(prompts)):
-            click.echo(answer)
+        if svg_path is not None:
+            from .job import check_writable
+
+            check_writable(Path(svg_path).expanduser(), "--svg")
+            if len(prompts) > 1:
+                raise ValueError(f"`--svg` draws one text, got {len(prompts)} prompts.")
+        inference = load_inference(model, settings)
+        if not watch and svg_path is None:
+            click.echo("\n".join(inference.generate(list(prompts))))
+            return
+        from rich.console import Console
+
+        from .watching import Watch
+
+        for prompt in prompts:
+            view = Watch(inference.tokenizer, inference.settings["mask_token_id"], Console() if watch else None)
+            answer = inference.generate(prompt, streamer=view)[0]
+            if not watch or not sys.stdout.isatty():
+                click.echo(answer)
+        if svg_path is not None:
+            Path(svg_path).expanduser().write_text(view.svg(), encoding="utf-8")
 
 
 @cli.command()

@@ -1,6 +1,6 @@
 """What a streamer hears while a text is decoded: the prompt, drafts after every step, finished blocks, the end.
 
-A streamer with `put_draft` (the host's `TextDiffusionStreamer`) gets what is not final yet after every step; if its `put_draft`
+A streamer with `put_draft` (the host's `TextDiffusionStreamer`) gets after every step what was not put yet; if its `put_draft`
 has a parameter `confidence`, it gets the probabilities too. `put` gets a block as soon as nothing can change it; with more than
 one row, where rows end at different lengths, the whole answers at the end.
 Trade-off: tokens pass to the CPU in every step, as streamers expect. Alternative: `output_history`, all at the end.
@@ -45,16 +45,15 @@ class Stream:
     def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> None:
         """After every step: (B, L) canvas and, except from a verifying base, the probabilities of its tokens."""
         answer = canvas[:, self.start :].clone().cpu()  # the canvas goes on changing; a streamer may keep what it got
-        if self.one_row:
-            final = self._final(answer[0])
-            if final > self.sent:
-                self.streamer.put(answer[:, self.sent : final])
-                self.sent = final
-        if self.drafts and self.sent < answer.shape[1]:
+        if self.drafts:
             extra = {}
             if self.wants_confidence and confidence is not None:
                 extra["confidence"] = confidence[:, self.start + self.sent :].clone().cpu()
             self.streamer.put_draft(value=answer[:, self.sent :], **extra)
+        final = self._final(answer[0]) if self.one_row else 0
+        if final > self.sent:
+            self.streamer.put(answer[:, self.sent : final])
+            self.sent = final
 
     def _final(self, answer: torch.Tensor) -> int:
         """Tokens on the left that nothing can change any more: whole blocks, none of them the last one begun."""

@@ -61,7 +61,16 @@ def by_entropy_bound(order, score, probs, bound):
     return chosen
 
 
-def denoise(model, prompt, *, block_length=LENGTH, remasking="low_confidence", guidance_scale=1.0, repetition_penalty=1.0, **rule):
+def denoise(
+    model,
+    prompt,
+    *,
+    block_length=LENGTH,
+    remasking="low_confidence",
+    guidance_scale=1.0,
+    repetition_penalty=1.0,
+    **rule,
+):
     """LLaDA's loop with another rule in its middle: the canvas after every step."""
     start, canvases = len(prompt), []
     canvas = [*prompt, *[MASK] * LENGTH]
@@ -105,9 +114,7 @@ def llada21(model, prompt, *, block_length=LENGTH, threshold, editing_threshold,
             sure = [i for i in masked if probs[i][token[i]] >= threshold]
             chosen = sure or sorted(masked, key=lambda i: -probs[i][token[i]])[:1]
             edited = [
-                i
-                for i in block
-                if i not in masked and probs[i][token[i]] > editing_threshold and token[i] != canvas[i]
+                i for i in block if i not in masked and probs[i][token[i]] > editing_threshold and token[i] != canvas[i]
             ]
             for i in [*chosen, *edited]:
                 canvas[i] = token[i]
@@ -210,7 +217,10 @@ def test_the_rules_of_the_table_do_something(random_diffuser):
         nfe = run(model, rows, **settings).nfe
         assert nfe.min() < LENGTH and nfe.max() > 1
     changed = taken_back = 0
-    for settings in ({"threshold": 0.05, "editing_threshold": 0.1, "max_post_steps": 2}, {"steps": 20, "revision": "p2"}):
+    for settings in (
+        {"threshold": 0.05, "editing_threshold": 0.1, "max_post_steps": 2},
+        {"steps": 20, "revision": "p2"},
+    ):
         history = run(model, rows, **settings).history
         for before, after in zip(history, history[1:], strict=False):
             changed += int(((before != MASK) & (after != MASK) & (before != after)).sum())
@@ -224,9 +234,7 @@ def test_remdm_fills_the_canvas_in_its_steps(random_diffuser, eta):
     output = run(model, rows, revision="remdm", remasking="random", steps=12, eta=eta)
     assert output.nfe.tolist() == [12] * 12
     assert not (output.sequences[:, -LENGTH:] == MASK).any()
-    back = sum(
-        int(((a != MASK) & (b == MASK)).sum()) for a, b in zip(output.history, output.history[1:], strict=False)
-    )
+    back = sum(int(((a != MASK) & (b == MASK)).sum()) for a, b in zip(output.history, output.history[1:], strict=False))
     assert (back > 0) == (eta > 0)
 
 
@@ -254,7 +262,11 @@ def dream(model, prompt, steps, remasking):
     canvas, canvases = [*prompt, *[MASK] * LENGTH], []
     for step in range(steps):
         masked = [i for i, token in enumerate(canvas) if token == MASK]
-        k = len(masked) if step == steps - 1 else int(len(masked) * (1 - (1 - (step + 1) / steps) / (1 - step / steps)) + 1e-9)
+        k = (
+            len(masked)
+            if step == steps - 1
+            else int(len(masked) * (1 - (1 - (step + 1) / steps) / (1 - step / steps)) + 1e-9)
+        )
         probs = probabilities(model, canvas)
         token = {i: probs[i].index(max(probs[i])) for i in masked}
         score = {i: SCORES[remasking](probs[i], token[i]) for i in masked}

@@ -161,6 +161,17 @@ def test_infill_fills_the_gaps_of_a_text(inference):
         inference.infill("3 6 9")
 
 
+def test_infill_finds_the_length_of_gaps_between_pieces(inference):
+    for pieces in (["3 6 ", " 12 15"], ["a b", " d", " f"]):
+        filled = inference.infill(pieces, max_gap_length=3)
+        assert filled.startswith(pieces[0]) and filled.endswith(pieces[-1]) and pieces[1] in filled[len(pieces[0]) :]
+        assert len(filled) > len("".join(pieces)) and "<|" not in filled
+    with pytest.raises(ValueError, match="`max_gap_length`"):
+        inference.infill(["a", "b"], max_gap_length=0)
+    with pytest.raises(ValueError, match="`pieces`"):
+        inference.infill(["a"])
+
+
 def test_from_pretrained_brings_everything(inference):
     fresh = ld.DiffusionInference.from_pretrained("tiny", device="cpu", max_new_tokens=8)
     assert fresh.settings["mask_token_id"] == inference.settings["mask_token_id"]

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 import llm_diffusion as ld
 from llm_diffusion.logit_rules import BANNED, Window, ban_words, guide, penalise_repetition, without_bad_words
@@ -41,7 +46,9 @@ def left_padded(rows):
 @pytest.mark.parametrize("penalty", [1.7, 0.6])
 def test_repetition_is_the_hosts_on_what_is_committed(penalty):
     """Position by position against the host's own processor, fed the committed text without the position itself."""
-    window = window_of([[5, 6, 5, MASK, 7, MASK, 9], [0, 0, 8, 8, MASK, 6, MASK]], [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
+    window = window_of(
+        [[5, 6, 5, MASK, 7, MASK, 9], [0, 0, 8, 8, MASK, 6, MASK]], [[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1]]
+    )
     logits = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
     got = penalise_repetition(logits, window, penalty)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)
@@ -77,7 +84,11 @@ def contains(row, word):
     return any(row[i : i + len(word)] == word for i in range(len(row)))
 
 
-@pytest.mark.parametrize("settings", [{}, {"steps": 1}, {"threshold": 0.05}, {"factor": 2.0, "block_length": 3}, {"temperature": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"steps": 1}, {"threshold": 0.05}, {"factor": 2.0, "block_length": 3}, {"temperature": 1.5}],
+    ids=str,
+)
 def test_forbidden_words_never_appear(random_diffuser, settings):
     """Sequences and tokens of the free answers are forbidden one by one, the seam to the prompt included."""
     model, found = random_diffuser(True), 0
@@ -174,7 +185,9 @@ def test_several_answers_to_one_prompt(random_diffuser):
     assert not torch.equal(other, several)
 
 
-@pytest.mark.parametrize("settings", [{"alg_temp": 0.5}, {"remasking": "random"}, {"do_sample": True, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"alg_temp": 0.5}, {"remasking": "random"}, {"do_sample": True, "top_p": 0.9}], ids=str
+)
 def test_answers_differ_by_their_order_too(random_diffuser, settings):
     common = {"max_new_tokens": 12, "eos_token_id": None, "num_return_sequences": 8}
     answers = ld.generate(random_diffuser(True), torch.tensor([[11, 12]]), **common, **settings)

@@ -131,6 +131,16 @@ def test_result_is_loaded_by_chat_and_generate(trained):
         assert result.exit_code == 0 and result.stdout.endswith("\n")
 
 
+def test_generate_shows_the_text_forming(trained, tmp_path):
+    model, picture = str(trained[0] / "sft_model"), tmp_path / "text.svg"
+    settings = ("--settings", '{"max_new_tokens": 8}')
+    plain = invoke("generate", model, "Tom has", *settings)
+    shown = invoke("generate", model, "Tom has", "--watch", "--svg", str(picture), *settings)
+    assert shown.exit_code == 0 and shown.stdout.endswith(plain.stdout)
+    assert picture.read_text().startswith("<svg") and "@keyframes" in picture.read_text()
+    assert invoke("generate", model, "Tom has", "--svg", str(picture), *settings).stdout == plain.stdout
+
+
 def write(path: Path, text: str) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -259,6 +269,9 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("--preset", "tinny"), "did you mean 'tiny'"),
         (("chat", "{folder}/none", "hi"), "`model`"),
         (("chat", "tiny", "hi", "--settings", '{"step": 1}'), "step"),
+        (("generate", "tiny", "hi", "--settings", '{"threshold": 0.9, "factor": 1}'), "give one"),
+        (("generate", "tiny", "hi", "ho", "--svg", "{folder}/a.svg"), "`--svg` draws one text, got 2"),
+        (("generate", "tiny", "hi", "--svg", "{path}/a.svg"), "`--svg`"),
         (("analyze", "{folder}/none"), "`model`"),
         (("analyze", "tiny", "--batch-size", "0"), "`batch_size` must be at least 1"),
         (("analyze", "tiny", "--json", "{path}/a.json"), "`--json`"),
