@@ -139,7 +139,7 @@ def analyze(
 
         quiet_hosts()
         if json_path is not None:
-            check_writable(Path(json_path).expanduser(), "--json")
+            check_writable(Path(json_path).expanduser().parent, "--json")
         analysis = analyze_model(
             model,
             batch_size=batch_size,
@@ -172,7 +172,7 @@ def generate(model: str, prompts: tuple[str, ...], settings: str, watch: bool, s
         if svg_path is not None:
             from .job import check_writable
 
-            check_writable(Path(svg_path).expanduser(), "--svg")
+            check_writable(Path(svg_path).expanduser().parent, "--svg")
             if len(prompts) > 1:
                 raise ValueError(f"`--svg` draws one text, got {len(prompts)} prompts.")
         inference = load_inference(model, settings)
@@ -189,7 +189,9 @@ def generate(model: str, prompts: tuple[str, ...], settings: str, watch: bool, s
             if not watch or not sys.stdout.isatty():
                 click.echo(answer)
         if svg_path is not None:
-            Path(svg_path).expanduser().write_text(view.svg(), encoding="utf-8")
+            picture = Path(svg_path).expanduser()
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_text(view.svg(), encoding="utf-8")
 
 
 @cli.command()

@@ -132,7 +132,7 @@ def test_result_is_loaded_by_chat_and_generate(trained):
 
 
 def test_generate_shows_the_text_forming(trained, tmp_path):
-    model, picture = str(trained[0] / "sft_model"), tmp_path / "text.svg"
+    model, picture = str(trained[0] / "sft_model"), tmp_path / "pictures" / "text.svg"
     settings = ("--settings", '{"max_new_tokens": 8}')
     plain = invoke("generate", model, "Tom has", *settings)
     shown = invoke("generate", model, "Tom has", "--watch", "--svg", str(picture), *settings)
