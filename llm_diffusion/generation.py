@@ -29,6 +29,12 @@ PROCESSORS = {
     *("exponential_decay_length_penalty", "num_beams", "penalty_alpha", "assistant_early_exit"),
 }
 
+# Of the host's `generate`, which a file beside the weights is handed whether they are set or not.
+HOST_ARGUMENTS = {
+    *("stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "use_model_defaults"),
+    *("negative_prompt_ids", "negative_prompt_attention_mask", "past_key_values", "trust_remote_code"),
+}
+
 
 def _settings(
     model: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any]
@@ -121,6 +127,9 @@ def generate(
     if input_ids is None:
         raise ValueError("`input_ids` are missing.")
     kwargs.pop("token_type_ids", None)  # some tokenizers return them; causal models have no use for them
+    for name in HOST_ARGUMENTS & set(kwargs):
+        if kwargs.pop(name):
+            raise ValueError(f"`{name}` means nothing when decoding by unmasking; leave it out.")
     base = base_of(model)
     _use_max_length(kwargs, generation_config, input_ids.shape[1])
     settings = _settings(base, generation_config, kwargs)

@@ -176,7 +176,7 @@ def convert_to_diffusion(
     record = getattr(base.config, "diffusion", None)
     if record is None:
         record = _new_record(**asked)
-        _set_attention(base, record)
+        set_attention(base, record)
         record |= {
             "mask_token_id": _add_mask_token(base, tokenizer),
             "base_model": base.config._name_or_path,
@@ -192,7 +192,7 @@ def convert_to_diffusion(
                 raise ValueError(
                     f"`{name}`: the checkpoint was converted with {record.get(name, False)!r}, asked for {value!r}; leave it out."
                 )
-        _set_attention(base, record)
+        set_attention(base, record)
         if tokenizer.mask_token_id != record["mask_token_id"]:
             raise ValueError(
                 f"`tokenizer`: its mask token id is {tokenizer.mask_token_id}, the checkpoint's is {record['mask_token_id']}; "
@@ -205,7 +205,7 @@ def convert_to_diffusion(
     return model
 
 
-def _set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
+def set_attention(model: PreTrainedModel, record: dict[str, Any]) -> None:
     if record["attention"] != "bidirectional":
         check_decoder(model)
         check_block_attention(model, record["block_length"])

@@ -15,6 +15,7 @@ from peft import PeftModel
 from ..card import model_card
 from ..modeling import save_record
 from ..patching import base_of
+from ..pushed import save_custom_generate
 from .preparation import has_converted_weights
 
 
@@ -53,6 +54,8 @@ class DiffusionHosting:
             folder = Path(output_dir or self.args.output_dir)
             if isinstance(self.model, PeftModel):
                 save_record(self.model, folder)
+            elif not base_of(self.model).config.diffusion.get("time_embedding"):
+                save_custom_generate(folder)
             (folder / "README.md").write_text(self._card(folder.name))
 
     def create_model_card(
