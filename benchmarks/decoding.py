@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from llm_diffusion import convert_to_diffusion, generate, load_diffusion_model
 from llm_diffusion.evaluation import encode_prompts, evaluate_answers
@@ -160,37 +160,33 @@ def canvas(prompt_length: int, new: int, steps: int, block_length: int, rounds: 
 
 
 def batch(prompts: int, rounds: int) -> list[Table]:
-    tables = []
+    return [
+        batch_table("bidirectional", {}, prompts, rounds),
+        batch_table("blocks of 4, cached", {"attention": "block", "block_length": 4}, prompts, rounds),
+    ]
+
+
+def batch_table(name: str, options: dict[str, Any], prompts: int, rounds: int) -> Table:
     examples = list(tiny_dataset(prompts, seed=1, split="test"))
-    for name, options in {
-        "bidirectional": {},
-        "blocks of 4, cached": {"attention": "block", "block_length": 4},
-    }.items():
-        model, tokenizer = load_diffusion_model("tiny", device="cpu", **options)
-        encoded = [encode_prompts(tokenizer, [example["messages"][:-1]]) for example in examples]
-        together = encode_prompts(tokenizer, [example["messages"][:-1] for example in examples])
-        settings = {"max_new_tokens": 32, "threshold": 0.9, "eos_token_id": None} | (
-            {} if options else {"block_length": 8}
-        )
-        ways = {
-            "one by one": lambda: [generate(model, **row, **settings)[0, -32:] for row in encoded],
-            "together": lambda: generate(model, **together, **settings)[:, -32:],
-        }
-        took, results = seconds(ways, rounds)
-        same = sum(torch.equal(a, b) for a, b in zip(results["one by one"], results["together"], strict=True))
-        lengths = [row["input_ids"].shape[1] for row in encoded]
-        table = table_of(
-            f"{name}: {prompts} prompts of {min(lengths)} to {max(lengths)} tokens", "", "seconds", "times", "same rows"
-        )
-        for way, value in took.items():
-            table.add_row(way, f"{value:.2f}", f"{took['one by one'] / value:.2f}", f"{same} of {prompts}")
-        tables.append(table)
-    return tables
+    model, tokenizer = load_diffusion_model("tiny", device="cpu", **options)
+    encoded = [encode_prompts(tokenizer, [example["messages"][:-1]]) for example in examples]
+    together = encode_prompts(tokenizer, [example["messages"][:-1] for example in examples])
+    settings = {"max_new_tokens": 32, "threshold": 0.9, "eos_token_id": None} | ({} if options else {"block_length": 8})
+    ways = {
+        "one by one": lambda: [generate(model, **row, **settings)[0, -32:] for row in encoded],
+        "together": lambda: generate(model, **together, **settings)[:, -32:],
+    }
+    took, results = seconds(ways, rounds)
+    same = sum(torch.equal(a, b) for a, b in zip(results["one by one"], results["together"], strict=True))
+    lengths = [row["input_ids"].shape[1] for row in encoded]
+    title = f"{name}: {prompts} prompts of {min(lengths)} to {max(lengths)} tokens"
+    table = table_of(title, "", "seconds", "times", "same rows")
+    for way, value in took.items():
+        table.add_row(way, f"{value:.2f}", f"{took['one by one'] / value:.2f}", f"{same} of {prompts}")
+    return table
 
 
 def tiny(folder: str, prompts: int, settings: dict[str, Any]) -> list[Table]:
-    from transformers import AutoModelForCausalLM
-
     model, tokenizer = load_diffusion_model(folder, device="cpu")
     plain = AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, dtype=torch.float32).eval()
     examples = list(tiny_dataset(prompts, seed=1, split="test"))

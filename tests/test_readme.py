@@ -36,6 +36,17 @@ def test_python_block_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "output/readme/sft_model/adapter_model.safetensors").exists()
 
 
+def test_python_blocks_of_the_decoding_page_run(tiny):
+    import llm_diffusion as ld
+
+    model, tokenizer = tiny
+    batch = tokenizer(["Sort the letters: k d e a"], return_tensors="pt")
+    names = {"ld": ld, "model": model, "tokenizer": tokenizer, "batch": batch}
+    for code in blocks("python", (ROOT / "docs" / "decoding.md").read_text()):
+        exec(compile(code, "decoding.md", "exec"), names)
+    assert names["output"].tokens_per_forward.tolist()[0] <= 1
+
+
 @pytest.mark.parametrize("line", shell_lines())
 def test_command_lines_are_real(line):
     """Training commands are resolved, not run: CI runs the first two, the others need a hub."""
