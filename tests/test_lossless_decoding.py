@@ -242,6 +242,11 @@ def test_what_is_refused(random_llama, random_diffuser) -> None:
         ({"verify": False}, "verify"),
         ({"draft_outcomes": -1}, "draft_outcomes"),
         ({"eos_early_stop": False}, "eos_early_stop"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"bad_words_ids": [[3]]}, "bad_words_ids"),
+        ({"editing_threshold": 0.5}, "editing_threshold"),
+        ({"logits_processor": [print]}, "logits_processor"),
         ({"block_length": 8}, "block_length"),
     ):
         with pytest.raises(ValueError, match=message):
