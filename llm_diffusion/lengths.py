@@ -147,7 +147,11 @@ def fill_sized(
         ids_mask[:, width:] = torch.arange(ids.shape[1] - width, device=ids.device) < lengths[:, None]
 
         def step(
-            drafts: torch.Tensor, rows: torch.Tensor = rows, width: int = width, lengths: torch.Tensor = lengths
+            drafts: torch.Tensor,
+            _sure: torch.Tensor,
+            rows: torch.Tensor = rows,
+            width: int = width,
+            lengths: torch.Tensor = lengths,
         ) -> None:
             _write(canvas, rows, first + done[rows], drafts[:, width:], lengths)
             if settings.output_history:
