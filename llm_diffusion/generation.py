@@ -64,6 +64,10 @@ def _settings(
     rows = model.get_input_embeddings().weight.shape[0]
     if not 0 <= settings.mask_token_id < rows:
         raise ValueError(f"`mask_token_id` must be a row of the embedding, [0, {rows}), got {settings.mask_token_id}.")
+    words = {"suppress_tokens": [settings.suppress_tokens or []], "bad_words_ids": settings.bad_words_ids or []}
+    for name, lists in words.items():
+        if outside := [token for word in lists for token in word if not 0 <= token < rows]:
+            raise ValueError(f"`{name}` must be rows of the embedding, [0, {rows}), got {outside}.")
     return settings
 
 

@@ -183,10 +183,11 @@ def generate(model: str, prompts: tuple[str, ...], settings: str, watch: bool, s
 
         from .watching import Watch
 
+        console = Console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
         for prompt in prompts:
-            view = Watch(inference.tokenizer, inference.settings["mask_token_id"], Console() if watch else None)
+            view = Watch(inference.tokenizer, inference.settings["mask_token_id"], console)
             answer = inference.generate(prompt, streamer=view)[0]
-            if not watch or not sys.stdout.isatty():
+            if console is None:
                 click.echo(answer)
         if svg_path is not None:
             picture = Path(svg_path).expanduser()

@@ -626,6 +626,8 @@ def test_mask_tokens_under_padding_are_left_alone(random_diffuser):
         {"num_beams": 4},
         {"length_penalty": 1.3},
         {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[3, 99]]},
+        {"suppress_tokens": [-1]},
         {"steps": 2.5},
         {"min_new_tokens": 5},
     ],

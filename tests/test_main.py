@@ -136,7 +136,7 @@ def test_generate_shows_the_text_forming(trained, tmp_path):
     settings = ("--settings", '{"max_new_tokens": 8}')
     plain = invoke("generate", model, "Tom has", *settings)
     shown = invoke("generate", model, "Tom has", "--watch", "--svg", str(picture), *settings)
-    assert shown.exit_code == 0 and shown.stdout.endswith(plain.stdout)
+    assert shown.exit_code == 0 and shown.stdout == plain.stdout  # no terminal to watch it in
     assert picture.read_text().startswith("<svg") and "@keyframes" in picture.read_text()
     assert invoke("generate", model, "Tom has", "--svg", str(picture), *settings).stdout == plain.stdout
 
