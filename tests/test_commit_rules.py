@@ -196,7 +196,7 @@ def seen_by(output, row, length):
         (p2, {"steps": 9, "block_length": 3, "remasking": "margin"}),
         (p2, {"steps": 6, "remasking": "entropy"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_equals_the_published_algorithm_forward_for_forward(random_diffuser, right_shift, program, settings):
     """Ragged rows in one batch; each must see what the program sees that knows nothing of the others."""
