@@ -171,10 +171,10 @@ def batch_table(name: str, options: dict[str, Any], prompts: int, rounds: int) -
     model, tokenizer = load_diffusion_model("tiny", device="cpu", **options)
     encoded = [encode_prompts(tokenizer, [example["messages"][:-1]]) for example in examples]
     together = encode_prompts(tokenizer, [example["messages"][:-1] for example in examples])
-    settings = {"max_new_tokens": 32, "threshold": 0.9, "eos_token_id": None} | ({} if options else {"block_length": 8})
+    settings = {"max_new_tokens": 16, "steps": 8, "eos_token_id": None} | ({} if options else {"block_length": 8})
     ways = {
-        "one by one": lambda: [generate(model, **row, **settings)[0, -32:] for row in encoded],
-        "together": lambda: generate(model, **together, **settings)[:, -32:],
+        "one by one": lambda: [generate(model, **row, **settings)[0, -16:] for row in encoded],
+        "together": lambda: generate(model, **together, **settings)[:, -16:],
     }
     took, results = seconds(ways, rounds)
     same = sum(torch.equal(a, b) for a, b in zip(results["one by one"], results["together"], strict=True))
