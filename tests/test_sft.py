@@ -507,7 +507,9 @@ def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
         masked[row, : len(mask)] = mask
     maskable = alone["labels"] != IGNORE_INDEX
     ones, ids = torch.ones(alone["labels"].shape), alone["input_ids"]
-    noised = _Noised(ids, ids, (alone["attention_mask"] > 0).long(), maskable, masked, ones, 0 * ones, ones, maskable, masked)
+    noised = _Noised(
+        ids, ids, (alone["attention_mask"] > 0).long(), maskable, masked, ones, 0 * ones, ones, maskable, masked
+    )
     laid = collator._blocks(noised, collator.block_length) if settings else collator._whole(noised)
     want = trainer._score(model, laid).nll
     assert len(want) == len(terms) and places.max() == 13
