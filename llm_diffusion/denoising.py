@@ -350,6 +350,10 @@ def finish(
     if busy is not None:
         stopped = stopped & ~busy[:, None]
     end_token = ids.gather(-1, end.clamp(max=length - 1)[:, None])
+    if settings.length_quantile is not None and not settings.revises:
+        # A sized canvas shrinks to its first end: nothing behind it will be read.
+        behind = torch.arange(length, device=ids.device) > end[:, None]
+        return stopped.squeeze(-1) | done, torch.where(pending & behind, end_token, ids)
     return stopped.squeeze(-1) | done, torch.where(pending & stopped, end_token, ids)
 
 

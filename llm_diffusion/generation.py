@@ -16,6 +16,7 @@ from .attention import causal_attention
 from .block_decoding import decode_blocks
 from .denoising import eos_ids, fill_masks, record_of
 from .generation_config import NEUTRAL, DiffusionGenerationConfig, DiffusionOutput
+from .lengths import fill_sized
 from .lossless_decoding import decode_lossless
 from .patching import adapters_off, base_of
 from .streaming import Stream
@@ -159,6 +160,9 @@ def generate(
         if record_of(model).get("block_length") and settings.use_cache is not False:
             prompts = canvas[:, :start], attention_mask[:, :start]
             output = decode_blocks(model, *prompts, settings, on_step, processors)
+        elif settings.length_quantile is not None:
+            prompts = canvas[:, :start], attention_mask[:, :start]
+            output = fill_sized(model, *prompts, settings, on_step, processors)
         else:
             output = fill_masks(model, canvas, attention_mask, settings, start, on_step, processors)
     output.sequences = _trim(output.sequences, start, settings)
@@ -173,6 +177,11 @@ def _refuse(record: dict[str, Any], settings: DiffusionGenerationConfig, process
     if block_length and settings.block_length not in (None, block_length):
         raise ValueError(
             f"`block_length`: the model was converted with blocks of {block_length}, got {settings.block_length}; leave it out."
+        )
+    if settings.length_quantile is not None and (block_length or settings.eos_token_id is None):
+        raise ValueError(
+            f"`length_quantile`={settings.length_quantile} sizes the canvas of a bidirectional model with an end token; "
+            + ("answers in blocks end by themselves; leave it out." if block_length else "`eos_token_id` is None.")
         )
     if record.get("attention") != "lossless":
         if settings.verify:

@@ -50,6 +50,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         steps: denoising steps over the whole canvas; None is one token a step. Ignored under `threshold`, `factor`, `entropy_bound`.
         block_length: tokens of a block; None is the whole canvas at once.
         grow_canvas: whether blocks after the active one do not exist yet, instead of standing there as masks.
+        length_quantile: size every row's canvas by the length that the model foresees at the first step, which holds the answer with this
+            probability, in (0, 1); None: the canvas has `max_new_tokens`. For models trained with `max_canvas`.
+        length_margin: tokens more than foreseen.
+        initial_length: canvas of that first step, doubled until the answer ends in it.
         remasking: what orders the commits: "low_confidence", "random", "entropy", "margin" or "left_to_right".
         alg_temp: temperature of that order (Dream); None or 0 is none.
         threshold: commit every token at or above this confidence, in (0, 1]; at least one a step.
@@ -74,6 +78,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.steps = kwargs.pop("steps", None)
         self.block_length = kwargs.pop("block_length", None)
         self.grow_canvas = kwargs.pop("grow_canvas", False)
+        self.length_quantile = kwargs.pop("length_quantile", None)
+        self.length_margin = kwargs.pop("length_margin", 0)
+        self.initial_length = kwargs.pop("initial_length", 64)
         self.remasking = kwargs.pop("remasking", "low_confidence")
         self.alg_temp = kwargs.pop("alg_temp", None)
         self.threshold = kwargs.pop("threshold", None)
@@ -163,7 +170,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in ("factor", "repetition_penalty"):
             if getattr(self, name) is not None and not _number(name, getattr(self, name), 0):
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
-        for name, lowest in {"max_post_steps": 0, "num_return_sequences": 1}.items():
+        if self.length_quantile is not None and not 0 < _number("length_quantile", self.length_quantile, 0) < 1:
+            raise ValueError(f"`length_quantile` must be in (0, 1), got {self.length_quantile}.")
+        least = {"max_post_steps": 0, "num_return_sequences": 1, "length_margin": 0, "initial_length": 1}
+        for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
                 raise ValueError(f"`{name}` must be a whole number, at least {lowest}, got {value!r}.")

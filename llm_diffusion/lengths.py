@@ -18,12 +18,12 @@ References: DAEDAL (arXiv 2508.00819) for growing, rho-EOS (arXiv 2601.22527) fo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
+from transformers import LogitsProcessorList
 
 from . import masking
-from .denoising import eos_ids, fill_masks, output_of, record_of
+from .denoising import OnStep, eos_ids, fill_masks, output_of, record_of
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 
 
@@ -123,7 +123,8 @@ def fill_sized(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     settings: DiffusionGenerationConfig,
-    on_step: Callable[[torch.Tensor], None] | None = None,
+    on_step: OnStep | None = None,
+    processors: LogitsProcessorList | None = None,
 ) -> DiffusionOutput:
     """Answers left-padded prompts (B, P) on canvases of the length that the model foresees; sequences (B, P + max_new_tokens).
 
@@ -136,7 +137,8 @@ def fill_sized(
     was_open = torch.zeros_like(canvas, dtype=torch.bool)
     was_open[:, first:] = True
     nfe, done = torch.zeros_like(canvas[:, 0]), torch.zeros_like(canvas[:, 0])
-    rows, history = torch.arange(len(canvas), device=canvas.device), []
+    rows, history, sureness = torch.arange(len(canvas), device=canvas.device), [], []
+    certainty = torch.zeros(canvas.shape, device=canvas.device)
     while rows.numel():
         texts, text_mask = _shifted(canvas[rows], mask[rows], first + done[rows])
         room = settings.max_new_tokens - done[rows]
@@ -148,18 +150,20 @@ def fill_sized(
 
         def step(
             drafts: torch.Tensor,
-            _sure: torch.Tensor,
+            sure: torch.Tensor,
             rows: torch.Tensor = rows,
             width: int = width,
             lengths: torch.Tensor = lengths,
         ) -> None:
             _write(canvas, rows, first + done[rows], drafts[:, width:], lengths)
+            _write(certainty, rows, first + done[rows], sure[:, width:], lengths)
             if settings.output_history:
                 history.append(canvas.clone())
+                sureness.append(certainty.clone())
             if on_step is not None:
-                on_step(canvas)
+                on_step(canvas, certainty)
 
-        output = fill_masks(model, ids, ids_mask, settings, first=width, on_step=step)
+        output = fill_masks(model, ids, ids_mask, settings, width, step, processors)
         nfe[rows] += passes + output.nfe
         _write(canvas, rows, first + done[rows], output.sequences[:, width:], lengths)
         done[rows] += lengths
@@ -168,7 +172,9 @@ def fill_sized(
     # Behind the end stands the end token.
     after = (torch.isin(canvas, ends) & was_open).long().cumsum(-1) > 0
     canvas = torch.where(after & (canvas == settings.mask_token_id), ends[0] if ends.numel() else canvas, canvas)
-    return output_of(canvas, was_open, nfe, ends, history if settings.output_history else None)
+    output = output_of(canvas, was_open, nfe, ends, history if settings.output_history else None)
+    output.confidence = sureness if settings.output_history else None
+    return output
 
 
 def _shifted(ids: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
