@@ -20,7 +20,7 @@ test)
     # Two processes of one thread: tiny tensors gain nothing from a second thread, and lose by waiting for it.
     OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -q -n 2 "$@"
     ;;
-chat | generate | convert | analyze | -*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
+chat | generate | convert | analyze | evaluate | -*) exec .venv/bin/python -m llm_diffusion.main "$@" ;;
 *)
     preset="${1:-tiny}"
     [ $# -gt 0 ] && shift

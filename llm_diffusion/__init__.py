@@ -7,6 +7,7 @@ ld.DiffusionSFTTrainer, ld.DiffusionSFTConfig                # train (TRL)
 ld.DiffusionDPOTrainer, ld.DiffusionDPOConfig                # preferences (TRL)
 ld.generate, ld.DiffusionGenerationConfig                    # decode by iterative unmasking
 ld.DiffusionInference.from_pretrained(path).chat(messages)   # text in, text out
+ld.evaluate, ld.log_likelihood_bound                         # measure
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _PUBLIC = {
     "DiffusionGenerationConfig": "generation_config",
     "DiffusionInference": "inference",
     "preference_pairs": "preferences",
+    "evaluate": "evaluation_report",
+    "log_likelihood_bound": "likelihood",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -1,4 +1,4 @@
-"""What a training run shows: a line of figures where a log is read, and the loss curve as a picture.
+"""What a training run shows: a line of figures where a log is read, answers as they get better, and the loss curve as a picture.
 
 Trade-off: log lines instead of the host's progress bar when the output is no terminal, so that `tail -f` of a `nohup` log stays
 readable. Alternative: the host's `PrinterCallback`, which prints raw dicts.
@@ -7,12 +7,18 @@ readable. Alternative: the host's `PrinterCallback`, which prints raw dicts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .diagnostics import eos_positions
 from .end_report import foresee_ends, plot_ends
+from .evaluation import evaluate_answers, prompt_and_reference
+
+SHOWN = 4  # sample answers of an evaluation
 
 
 class LogLinesCallback(TrainerCallback):
@@ -40,6 +46,7 @@ class LogLinesCallback(TrainerCallback):
             "nelbo": "nats/token",
             "masked_accuracy": "accuracy",
             "eval_nelbo": "held-out nats/token",
+            "eval_exact_match": "exact match",
             "accepted_length": "accepted",
             "eval_accepted_length": "held-out accepted",
             "rewards/margins": "margin",
@@ -82,6 +89,68 @@ class ForeseenEndsCallback(TrainerCallback):
         self.trainer.log({f"eval_end_{name}": value for name, value in report.table[0.0].items()})
         if self.path is not None and state.is_world_process_zero:
             plot_ends(report, self.path)
+
+
+class AnswersCallback(TrainerCallback):
+    """Answers held-out prompts at every evaluation, through the trainer's own `log`, so to everything in `report_to`.
+
+    Logged: `eval_exact_match`, percent, mean over the kinds and of every kind; `eval_eos_accuracy`, percent of answers that end where the
+    reference does; `eval_tokens_per_forward`; `eval_samples`, some answers as text. They are among the metrics of the evaluation too, so
+    that the best model may be chosen by them. The prompts are dealt out to the processes, each of which needs all weights (DDP; not
+    FSDP or ZeRO-3).
+
+    Args:
+        trainer: to be added to, `trainer.add_callback(AnswersCallback(trainer, examples))`.
+        examples: of a trainable shape, with references.
+        settings: of decoding.
+    """
+
+    def __init__(self, trainer: Trainer, examples: Sequence[dict], **settings: Any) -> None:
+        if not examples:
+            raise ValueError("`examples` are empty: there is nothing to answer.")
+        self.trainer, self.examples, self.settings = trainer, list(examples), settings
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        tokenizer, accelerator = self.trainer.processing_class, self.trainer.accelerator
+        rows: list[dict] = []
+        with accelerator.split_between_processes(self.examples) as mine:
+            if mine:
+                report = evaluate_answers(self.trainer.model, tokenizer, mine, **self.settings)
+                pairs = eos_positions(tokenizer, mine, report)["pairs"]
+                for example, answer, (wanted, found) in zip(mine, report.answers, pairs, strict=True):
+                    prompt, reference = prompt_and_reference(example)
+                    rows.append(
+                        {
+                            "kind": example.get("kind", "all"),
+                            "right": answer.strip() == reference.strip(),
+                            "ends": wanted == found,
+                            "rate": report.tokens_per_forward,
+                            "text": f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} -> {answer} (reference: {reference})",
+                        }
+                    )
+        rows = gather_object(rows)
+        values = _answer_metrics(rows)
+        if metrics is not None:
+            metrics.update(values)
+        self.trainer.log({**values, "eval_samples": "\n\n".join(row["text"] for row in rows[:SHOWN])})
+
+
+def _answer_metrics(rows: list[dict]) -> dict[str, float]:
+    kinds = {kind: [row["right"] for row in rows if row["kind"] == kind] for kind in sorted({r["kind"] for r in rows})}
+    by_kind = {f"eval_exact_match_{kind}": 100 * sum(right) / len(right) for kind, right in kinds.items()}
+    return {
+        "eval_exact_match": sum(by_kind.values()) / len(by_kind),
+        **(by_kind if len(by_kind) > 1 else {}),
+        "eval_eos_accuracy": 100 * sum(row["ends"] for row in rows) / len(rows),
+        "eval_tokens_per_forward": sum(row["rate"] for row in rows) / len(rows),
+    }
 
 
 def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:

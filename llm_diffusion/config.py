@@ -85,6 +85,7 @@ class HyperParameters:
     max_examples: int | None = None
     answers_from_base: bool = False
     eval_examples: int = 0
+    eval_answers: int = 0
     generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 128, "block_length": 32})
     device: str | None = None
     num_threads: int | None = None
@@ -331,6 +332,7 @@ def check_ranges(hp: HyperParameters) -> None:
         "dataloader_num_workers": 0,
         "max_examples": 2,
         "eval_examples": 0,
+        "eval_answers": 0,
         "num_threads": 1,
     }
     for name, least in at_least.items():

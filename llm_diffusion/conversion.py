@@ -92,6 +92,7 @@ def run_stages(
     output: Path,
     peft_config: PeftConfig | None = None,
     callbacks: Callable[[str], list[Any]] = lambda stage: [],
+    answers: Callable[[Any], Any] | None = None,
     load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
     started: Callable[[], None] = lambda: None,
     preferences: tuple[Dataset, Dataset] | None = None,
@@ -102,6 +103,7 @@ def run_stages(
         model: a converted model, bare or under PEFT.
         peft_config: adapters for the first stage to make.
         callbacks: name of a stage -> callbacks of its trainer.
+        answers: a trainer -> one more callback, which needs to know it.
         load: loads a saved stage; given, a stopped run is resumed.
         started: called when everything that can be checked has been, before the first step.
         preferences: pairs to train and to evaluate on, for a stage that trains on preferences.
@@ -135,8 +137,7 @@ def run_stages(
             peft_config=None if stage.trains == "everything" else peft_config,
             callbacks=callbacks(stage.name),
         )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
+        return _showing(trainer, answers)
 
     # Trainers are built before the first one runs, so that data that a later stage refuses stops the job at once. Where adapters
     # are merged on the way that is not possible; nor for preferences, whose reference is the model as the stage before leaves it.
@@ -165,6 +166,14 @@ def run_stages(
         (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
         histories[stage.name] = trainer.state.log_history
     return histories
+
+
+def _showing(trainer: Any, answers: Callable[[Any], Any] | None) -> Any:
+    """The trainer without the host's raw dicts, and with the callback that has to know it."""
+    trainer.remove_callback(PrinterCallback)
+    if answers is not None:
+        trainer.add_callback(answers(trainer))
+    return trainer
 
 
 def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:

@@ -95,6 +95,23 @@ def _held_out(
     return train, test
 
 
+def load_examples(name: str, limit: int | None = None) -> list[dict]:
+    """Examples to evaluate on: the test split where there is one, else all; "tiny" are 60 held-out ones.
+
+    Args:
+        name: as in `load_splits`.
+    """
+    if name == "tiny":
+        return list(tiny_dataset(limit or 60, split="test"))
+    splits = load_any(name)
+    rows = splits.get("test") or splits.get("validation") or next(iter(splits.values()))
+    check_columns(rows, name)
+    examples = [row for row in rows.select(range(min(limit or len(rows), len(rows)))) if _says_something(row)]
+    if not examples:
+        raise ValueError(f"`dataset`: {name!r} is empty.")
+    return examples
+
+
 def _check_turns(turns: list[dict], row: int) -> None:
     for turn in turns:
         if not {"role", "content"} <= set(turn):

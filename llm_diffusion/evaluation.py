@@ -35,6 +35,7 @@ class AnswerReport:
         ended: whether each answer came to its end token.
         accepted: of lossless decoding, how many verifications yielded how many tokens.
         seconds: for all examples.
+        tokens: of every answer, its end token included.
     """
 
     answers: list[str] = field(default_factory=list)
@@ -43,6 +44,7 @@ class AnswerReport:
     ended: list[bool] = field(default_factory=list)
     accepted: dict[int, int] = field(default_factory=dict)
     seconds: float = 0.0
+    tokens: list[int] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -144,9 +146,11 @@ def evaluate_answers(
             forwards += output.tokens_per_forward.sum().item()
             if output.accepted is not None:
                 accepted.update(output.accepted[output.accepted > 0].tolist())
-        end = torch.tensor(tokenizer.eos_token_id, device=ids.device)
-        report.ended += (ids[:, batch["input_ids"].shape[1] :] == end).any(-1).tolist()
-        report.answers += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        written = ids[:, batch["input_ids"].shape[1] :]
+        ends = (written == tokenizer.eos_token_id).long()
+        report.ended += ends.any(-1).tolist()
+        report.tokens += (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
+        report.answers += tokenizer.batch_decode(written, skip_special_tokens=True)
     report.accepted = dict(sorted(accepted.items()))
     report.seconds = time.perf_counter() - started
     report.tokens_per_forward = forwards / len(examples)

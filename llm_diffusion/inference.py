@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .denoising import fill_masks
+from .denoising import fill_masks, record_of
 from .generation import generate
 from .generation_config import DiffusionGenerationConfig
 from .infilling import fill_gaps
@@ -19,6 +19,16 @@ from .modeling import load_diffusion_model
 from .patching import base_of
 
 logger = logging.getLogger(__name__)
+
+
+def default_decoding(model: torch.nn.Module, chosen: dict[str, Any]) -> dict[str, Any]:
+    """Decoding settings that suit how a model attends, under those that were chosen."""
+    settings: dict[str, Any] = {"max_new_tokens": 128}
+    if "steps" not in chosen:
+        settings["threshold"] = 0.95
+    if "block_length" not in chosen and record_of(model).get("attention", "bidirectional") == "bidirectional":
+        settings |= {"block_length": 16, "grow_canvas": True}
+    return settings | chosen
 
 
 class DiffusionInference:

@@ -17,11 +17,11 @@ import torch
 from datasets import Dataset
 from loguru import logger
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.pytorch_utils import Conv1D
 
 from .attention import in_attention
-from .callbacks import LogLinesCallback, plot_loss
+from .callbacks import AnswersCallback, LogLinesCallback, plot_loss
 from .config import DPO, DPO_KEYS, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
 from .conversion import Stage, run_stages, stage_folders
 from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
@@ -183,6 +183,11 @@ def train_stages(
         Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
     ]
 
+    examples = list(test.select(range(min(hp.eval_answers, len(test)))))
+
+    def answers(trainer: Trainer) -> AnswersCallback:
+        return AnswersCallback(trainer, examples, **decoding(hp, trainer.model))
+
     def started() -> None:
         output.mkdir(parents=True, exist_ok=True)
         (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
@@ -198,6 +203,7 @@ def train_stages(
         output,
         peft_config,
         callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
+        answers=answers if examples else None,
         load=None if resume is None else lambda folder: load_diffusion_model(folder, **resume),
         started=started,
         preferences=preferences,

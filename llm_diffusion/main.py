@@ -326,16 +326,50 @@ def progress_bar(what: str) -> Any:
     return lambda items: track(items, what, transient=True, disable=not sys.stderr.isatty())
 
 
+@cli.command()
+@click.argument("model")
+@click.option(
+    "--output", "--report", metavar="DIR", default="evaluation", show_default=True, help="Folder of the report."
+)
+@click.option("--tasks", metavar="A,B", default="", help="Tasks of lm-evaluation-harness.")
+@click.option(
+    "--data", metavar="DIR", help="Local files of LAMBADA, GSM8K, HotpotQA and MATH, for tasks without a hub."
+)
+@click.option("--limit", type=click.IntRange(1), help="Documents of a task, texts or prompts to use at most.")
+@click.option("--text", metavar="FILE", help="Likelihood of a text file, or of the `text` of a JSONL file.")
+@click.option("--prompts", metavar="NAME|FILE", help="Prompts with references: answers, calibration, samples.")
+@click.option("--sweep", metavar="[JSON]", is_flag=False, flag_value="{}", help="Sweep decoding settings over lists.")
+@click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON.")
+@click.option("--base", metavar="MODEL", help="The AR model beside it; default: the same weights without adapters.")
+@click.option("--estimator", default="exact_count", show_default=True, help="Of the likelihood's bound.")
+@click.option("--samples", type=int, default=128, show_default=True, help="Of the noise, a text or completion.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all noise.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows at once.")
+@click.option("--max-length", type=int, help="Tokens of a window.")
+@click.option("--num-fewshot", type=int, help="Worked examples before a task's question.")
+@click.option("--chat-template", is_flag=True, help="Ask tasks through the chat template.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
+def evaluate(model: str, output: str, **options: Any) -> None:
+    """Measure a converted MODEL beside its AR base: likelihood, tasks, answers, speed; one report."""
+    with one_line_errors():
+        from .evaluation_report import run
+        from .job import check_writable
+
+        quiet_hosts()
+        folder = Path(output).expanduser()
+        check_writable(folder, "--output")
+        run(model, folder, **options)
+        click.echo(f"report: {folder / 'report.html'}")
+
+
 def load_inference(model: str, settings: str) -> Any:
     from .config import read_mapping
-    from .denoising import record_of
-    from .inference import DiffusionInference
+    from .inference import DiffusionInference, default_decoding
 
     quiet_hosts()
-    chosen = {"max_new_tokens": 128, "threshold": 0.95, **read_mapping(settings, "--settings")}
+    chosen = read_mapping(settings, "--settings")
     inference = DiffusionInference.from_pretrained(model, **chosen)
-    if "block_length" not in chosen and record_of(inference.model).get("attention", "bidirectional") == "bidirectional":
-        inference.settings |= {"block_length": 16, "grow_canvas": True}
+    inference.settings |= default_decoding(inference.model, chosen)
     return inference
 
 

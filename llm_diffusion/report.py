@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import HyperParameters
 from .denoising import record_of
-from .evaluation import AnswerReport, encode_prompts, evaluate_answers, prompt_and_reference
-from .generation import generate
-from .patching import base_of
+from .diagnostics import denoising_trace
+from .evaluation import AnswerReport, evaluate_answers, prompt_and_reference
 
 
 def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:
@@ -127,19 +126,11 @@ def show_denoising(
     console: Any, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example: dict, settings: dict
 ) -> None:
     """One answer after every step: masks grey, tokens committed in this step green."""
-    batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
-    start, mask = batch["input_ids"].shape[1], tokenizer.mask_token_id
-    output = generate(model, **batch, **{**settings, "output_history": True, "return_dict_in_generate": True})
-    end = output.sequences.shape[1]
     console.print("one answer as it is denoised, step by step:", style="bold")
-    before = None
-    for step, canvas in enumerate(output.history, start=1):
+    styles = {"mask": "bright_black", "new": "bold green", "old": ""}
+    for step, words in enumerate(denoising_trace(model, tokenizer, example, settings), start=1):
         line = Text(f"{step:>4}  ")
-        for place in range(start, end):
-            token = int(canvas[0, place])
-            new = before is not None and int(before[0, place]) != token or before is None and token != mask
-            word = "_" if token == mask else tokenizer.decode([token]).replace("\n", " / ")
-            line.append(word, style="bright_black" if token == mask else "bold green" if new else "")
+        for word, state in words:
+            line.append(word, style=styles[state])
         console.print(line, soft_wrap=True)
-        before = canvas
     console.print()

@@ -1,5 +1,6 @@
 """The command line: the whole job at toy size, and one clear line with exit code 2 for everything that can be wrong."""
 
+import importlib.util
 import json
 import os
 import re
@@ -46,7 +47,7 @@ def with_settings(**settings):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
-    result = with_settings(output_dir=str(output))
+    result = with_settings(output_dir=str(output), eval_answers=2)
     assert result.exit_code == 0, result.output
     return output, result.stdout
 
@@ -58,6 +59,12 @@ def test_main_job_end_to_end(trained):
     assert "\x1b" not in text and "\r" not in text  # a log that can be followed
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((output / "hyper_parameters.json").read_text())["max_examples"] == 16
+    history = json.loads((output / "sft_model" / "stage.json").read_text())
+    assert any(
+        "eval_exact_match" in logs and "(reference:" in logs["eval_samples"]
+        for logs in history
+        if "eval_samples" in logs
+    )
     results = json.loads((output / "results.json").read_text())
     assert results["AR base"]["tokens_per_forward"] == 1.0
     record = json.loads((output / "sft_model" / "diffusion_config.json").read_text())
@@ -277,6 +284,19 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("analyze", "tiny", "--json", "{path}/a.json"), "`--json`"),
         (("convert", "--preset", "phi-3stage"), "preset 'phi' is unknown"),
         (("convert", "--hyper-parameters-json", '{"stages": [{"name": "a", "trains": "most"}]}'), "`stages.a.trains`"),
+        (("evaluate", "tiny"), "nothing to measure"),
+        (("evaluate", "{folder}/none", "--prompts", "tiny"), "`model`"),
+        (("evaluate", "tiny", "--prompts", "tiny", "--settings", '{"step": 1}'), "step"),
+        (
+            ("evaluate", "tiny", "--prompts", "tiny", "--sweep", '{"threshold": 0.5}'),
+            "`sweep.threshold` must be a list",
+        ),
+        (("evaluate", "tiny", "--prompts", "tiny", "--estimator", "exact"), "`estimator` must be one of"),
+        (("evaluate", "tiny", "--prompts", "tiny", "--samples", "9"), "`n_samples` must be a multiple"),
+        (("evaluate", "tiny", "--prompts", "{folder}/no.jsonl"), "`dataset`"),
+        (("evaluate", "tiny", "--text", "{folder}/no.txt"), "`--text`"),
+        (("evaluate", "tiny", "--text", "{path}", "--max-length", "1"), "`max_length` must be"),
+        (("evaluate", "tiny", "--prompts", "tiny", "--output", "{path}/out"), "`--output`"),
         (("--hyper-parameters-json", '{"annealing": "soft", "annealing_schedule": "sudden"}'), "`annealing_schedule`"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--kinds", "slip"), "`kinds` must be"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit` must be"),
@@ -300,6 +320,35 @@ def test_bad_command_line(arguments, expected, tmp_path):
     assert result.exit_code == 2
     assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
     assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_text_of_one_token_is_refused_before_anything_is_written(tmp_path):
+    text = write(tmp_path / "a.txt", "a")
+    result = invoke("evaluate", "tiny", "--text", text, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2 and "at least 2 are needed" in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tasks_need_the_harness_and_their_files(tmp_path):
+    installed = importlib.util.find_spec("lm_eval") is not None
+    result = invoke(
+        "evaluate", "tiny", "--tasks", "gsm8k", "--data", str(tmp_path / "no"), "--output", str(tmp_path / "out")
+    )
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert ("`data`" if installed else "pip install 'llm-diffusion[eval]'") in result.stderr.splitlines()[-1]
+
+
+def test_evaluate_writes_one_report(trained, tmp_path):
+    text = write(tmp_path / "a.txt", "Tom has 23 apples. Tom gets 45 more.")
+    output = tmp_path / "out"
+    options = ("--text", text, "--prompts", "tiny", "--limit", "4", "--samples", "8", "--report", str(output))
+    result = invoke("evaluate", str(trained[0] / "sft_model"), *options, "--settings", '{"max_new_tokens": 8}')
+    assert result.exit_code == 0, result.output
+    assert str(output / "report.html") in result.stdout
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["models"]) == ["AR base", "converted"]
+    assert results["models"]["AR base"]["likelihood"]["standard_error"] == 0
+    assert results["settings"]["model"].endswith("sft_model") and results["settings"]["decoding"]["block_length"] == 16
 
 
 def test_analyze_needs_no_weights(tmp_path, trained):

@@ -1,0 +1,342 @@
+"""Everything measured of one model, its AR base beside it, with every setting, seed and version: `results.json` and one HTML page.
+
+Trade-off: one function that measures what it is given data for. Alternative: a script a figure, whose settings end up in nobody's file.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from .config import read_mapping
+from .data import PLAIN_CHAT_TEMPLATE, load_examples
+from .denoising import record_of
+from .diagnostics import calibration, denoising_trace, eos_positions, reference_rows
+from .estimators import REPLICATES, check_estimator
+from .evaluation import AnswerReport, evaluate_answers, prompt_and_reference
+from .generation_config import DiffusionGenerationConfig
+from .generation_metrics import check_references, overlap, variety
+from .html_report import render
+from .inference import default_decoding
+from .likelihood import is_diffusion, likelihood
+from .modeling import load_diffusion_model
+from .patching import base_of
+from .throughput import default_grid, grid, sweep
+from .windows import window_length
+
+CONVERTED, BASE, SAME_WEIGHTS = "converted", "AR base", "AR, same weights"
+PACKAGES = ("llm_diffusion", "torch", "transformers", "trl", "peft", "datasets", "lm_eval", "sacrebleu", "rouge_score")
+SAMPLES = 12
+
+
+def provenance(device: torch.device | str) -> dict[str, Any]:
+    """Versions, git revision of the package where it is a checkout, and the machine."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "git_revision": git.stdout.strip() or None,
+        **versions,
+        "python": sys.version.split()[0],
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load_harness() -> ModuleType:
+    """The module of lm-evaluation-harness.
+
+    Raises:
+        ImportError: the extra `eval` is not installed.
+    """
+    try:
+        from . import harness
+    except ImportError as error:
+        raise ImportError(
+            f"`tasks`: lm-evaluation-harness is not installed ({error}); run `pip install 'llm-diffusion[eval]'`."
+        ) from error
+    return harness
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: Sequence[str] = (),
+    examples: Sequence[dict] = (),
+    tasks: Sequence[str] = (),
+    data: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    decoding: dict[str, Any] | None = None,
+    axes: dict[str, Sequence[Any]] | None = None,
+    base: tuple[torch.nn.Module, PreTrainedTokenizerBase] | None = None,
+    estimator: str = "exact_count",
+    n_samples: int = 128,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measures a converted model and, beside it, an AR model.
+
+    Args:
+        texts: for likelihood.
+        examples: prompts with references of a trainable shape: exact match, overlap, calibration, ends, a trace, samples.
+        tasks: names of lm-evaluation-harness, on files in `data` where it has them; `limit`, `num_fewshot`, `chat_template` as there.
+        decoding: settings of `generate`; tasks say how long their answers may be, where `max_new_tokens` is not among them.
+        axes: decoding settings to sweep, `{}` for a default; None: no sweep.
+        base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
+        estimator, n_samples, max_length: of the likelihood; the blocks of "per_block" are those of `decoding`.
+
+    Returns:
+        What goes into `results.json`: `settings`, `provenance`, `models` (figures by model), and what the page shows beside.
+
+    Raises:
+        ValueError: nothing to measure, or one of the settings is wrong.
+    """
+    if not (texts or examples or tasks):
+        raise ValueError("nothing to measure: give tasks, texts, or prompts with references.")
+    check_references([prompt_and_reference(example)[1] for example in examples])  # before hours of answering
+    harness = load_harness() if tasks else None
+    given = decoding or {}
+    decoding = {"max_new_tokens": 128, "seed": seed, **given}
+    bound = {"estimator": estimator, "n_samples": n_samples, "seed": seed}
+    blocks = {"block_length": given.get("block_length")} if estimator == "per_block" else {}
+    trained, beside = record_of(model).get("conversion_steps", 1) > 0, base or (model, tokenizer)
+    results: dict[str, Any] = {
+        "settings": {
+            **bound,
+            "batch_size": batch_size,
+            "window": window_length(model, max_length, None)[0],
+            "decoding": decoding,
+            "sweep": axes,
+            "tasks": list(tasks),
+            "data": data,
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "chat_template": chat_template,
+            "diffusion": record_of(model),
+            "dtype": str(base_of(model).dtype),
+        },
+        "provenance": provenance(base_of(model).device),
+        "models": {},
+        "notes": [],
+    }
+    ways = {BASE if base or isinstance(model, PeftModel) or not trained else SAME_WEIGHTS: (*beside, True)}
+    if trained:
+        ways[CONVERTED] = (model, tokenizer, False)
+    else:
+        _note(
+            results, "The model is not trained as a diffusion model: it is evaluated as the autoregressive model it is."
+        )
+    reports = {}
+    for name, (mine, its_tokenizer, is_ar) in ways.items():
+        figures: dict[str, Any] = {}
+        if texts:
+            exact = is_ar or not is_diffusion(mine)
+            options = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+            found = likelihood(
+                mine, its_tokenizer, texts, autoregressive=exact, **options, **({} if exact else bound | blocks)
+            )
+            figures["likelihood"] = found.summary()
+            results["levels"] = found.levels or results.get("levels", [])
+            if exact and not is_ar:
+                _note(results, "A drafter's text is its base's own: its likelihood is the base's, exact.")
+        if examples:
+            settings = {"max_new_tokens": decoding["max_new_tokens"]} if is_ar else decoding
+            reports[name] = evaluate_answers(mine, its_tokenizer, examples, autoregressive=is_ar, **settings)
+            figures["answers"] = _answer_figures(results, examples, reports[name])
+        if tasks:
+            own = {"batch_size": batch_size, "max_length": max_length, "progress": progress, **bound}
+            lm = harness.DiffusionLM(mine, its_tokenizer, autoregressive=is_ar, **{**given, **own})
+            found = harness.run_tasks(
+                lm, tasks, data=data, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template
+            )
+            figures["tasks"] = task_figures(found["results"])
+            figures["harness"] = {
+                "model": lm.get_model_info(),
+                "versions": found["versions"],
+                "n-shot": found["n-shot"],
+            }
+        results["models"][name] = figures
+    if examples:
+        results["samples"] = _samples(examples, reports)
+    if examples and trained:
+        _look_inside(results, model, tokenizer, examples, reports[CONVERTED], decoding, batch_size, seed)
+        if axes is not None:
+            points = grid(axes) if axes else default_grid(model)
+            results["frontier"] = [asdict(p) for p in sweep(model, tokenizer, examples, decoding, points, base)]
+    return results
+
+
+def _note(results: dict[str, Any], text: str) -> None:
+    if text not in results["notes"]:
+        logger.warning(text)
+        results["notes"].append(text)
+
+
+def _answer_figures(results: dict[str, Any], examples: Sequence[dict], report: AnswerReport) -> dict[str, Any]:
+    figures = {f"exact match, {kind}, %": value for kind, value in report.exact_match.items()}
+    figures |= {
+        "exact match, mean, %": report.mean,
+        "tokens per forward": report.tokens_per_forward,
+        "tokens a second": sum(report.tokens) / report.seconds,
+        "ended, %": 100 * sum(report.ended) / len(report.ended),
+        **variety(report.answers),
+    }
+    try:
+        figures |= overlap(report.answers, [prompt_and_reference(example)[1] for example in examples])
+    except ImportError as error:
+        _note(results, f"No BLEU and ROUGE: {error}")
+    return figures
+
+
+def _look_inside(
+    results: dict[str, Any],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    report: AnswerReport,
+    decoding: dict[str, Any],
+    batch_size: int,
+    seed: int,
+) -> None:
+    results["eos"] = eos_positions(tokenizer, examples, report)
+    results["trace"] = denoising_trace(model, tokenizer, examples[0], decoding)
+    if is_diffusion(model):
+        rows = reference_rows(tokenizer, examples, window_length(model, None, None)[0])
+        results["calibration"] = asdict(calibration(model, rows, batch_size=batch_size, seed=seed))
+
+
+def _samples(examples: Sequence[dict], reports: dict[str, AnswerReport]) -> list[dict[str, str]]:
+    sheet = []
+    for i, example in enumerate(examples[:SAMPLES]):
+        prompt, reference = prompt_and_reference(example)
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        answers = {name: report.answers[i] for name, report in reports.items()}
+        sheet.append({"prompt": question, "reference": reference, **answers})
+    return sheet
+
+
+def task_figures(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Metrics of all tasks with their standard errors, as plain numbers: `gsm8k, exact_match (strict-match)`."""
+    figures = {}
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if kind and isinstance(value, int | float):
+                figures[f"{task}, {metric}{'' if kind == 'none' else f' ({kind})'}"] = float(value)
+    return figures
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """`results.json` and `report.html` in a folder, which is made."""
+    page, text = render(results), json.dumps(results, indent=1) + "\n"  # both, before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(text)
+    (folder / "report.html").write_text(page)
+
+
+def read_texts(name: str, limit: int | None) -> list[str]:
+    """A text file as one text, or the `text` of every line of a JSONL file.
+
+    Raises:
+        ValueError, OSError: no such file, or nothing in it.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"`--text`: {name!r} is not a file.")
+    if path.suffix != ".jsonl":
+        return [path.read_text()]
+    examples = load_examples(name, limit)
+    if "text" not in examples[0]:
+        raise ValueError(f"`--text`: {name!r} has no `text` in its lines, but {sorted(examples[0])}.")
+    return [example["text"] for example in examples]
+
+
+def run(
+    name: str,
+    folder: Path,
+    *,
+    tasks: str = "",
+    data: str | None = None,
+    limit: int | None = None,
+    text: str | None = None,
+    prompts: str | None = None,
+    sweep: str | None = None,
+    settings: str = "{}",
+    base: str | None = None,
+    samples: int = 128,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> None:
+    """The command: loads what is named, measures, writes the report. Arguments as on the command line."""
+    names = [task.strip() for task in tasks.split(",") if task.strip()]
+    chosen = read_mapping(settings, "--settings")
+    DiffusionGenerationConfig(**chosen)
+    axes = None if sweep is None else read_mapping(sweep, "--sweep")
+    for point in grid(axes or {}):
+        DiffusionGenerationConfig(**chosen | point)
+    check_estimator(options["estimator"], samples, REPLICATES)
+    texts = read_texts(text, limit) if text else []
+    examples = load_examples(prompts, limit) if prompts else []
+    if not (names or texts or examples):
+        raise ValueError("nothing to measure: give `--tasks`, `--text` or `--prompts`.")
+    if names:
+        harness = load_harness()  # before the model is
+        if data:
+            harness.local_tasks(Path(data).expanduser())
+    model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
+    beside = load_diffusion_model(base, trust_remote_code=trust_remote_code) if base else None
+    for each in (tokenizer, beside[1] if beside else None):
+        if each is not None and each.chat_template is None:
+            each.chat_template = PLAIN_CHAT_TEMPLATE
+    decoding = default_decoding(model, chosen)
+    if "max_new_tokens" not in chosen:
+        del decoding["max_new_tokens"]  # tasks have their own
+    results = evaluate(
+        model,
+        tokenizer,
+        texts=texts,
+        examples=examples,
+        tasks=names,
+        data=data,
+        limit=limit,
+        decoding=decoding,
+        axes=axes,
+        base=beside,
+        n_samples=samples,
+        progress=True,
+        **options,
+    )
+    results["settings"] = {"model": name, "base": base, "text": text, "prompts": prompts, **results["settings"]}
+    write_report(results, folder)
+    for title, figures in results["models"].items():
+        for kind in ("likelihood", "answers", "tasks"):
+            for metric, value in figures.get(kind, {}).items():
+                logger.info(f"{title:>16}  {metric}: {value if isinstance(value, str) else format(value, '.4g')}")

@@ -1,0 +1,162 @@
+"""The harness's view of a model, and its tasks on local files; run where lm-eval is installed (extra `eval`)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("lm_eval", minversion="0.4.13")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+
+from llm_diffusion.generation import generate, generate_autoregressive  # noqa: E402
+from llm_diffusion.harness import DiffusionLM, local_tasks, run_tasks  # noqa: E402
+from llm_diffusion.likelihood import likelihood, log_likelihood_bound  # noqa: E402
+from llm_diffusion.windows import DEFAULT_LENGTH  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the harness itself
+
+
+def requests(kind: str, *arguments: tuple) -> list[Instance]:
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=0) for a in arguments]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny):
+    return DiffusionLM(
+        *tiny, autoregressive=False, n_samples=16, batch_size=3, max_new_tokens=6, threshold=0.9, progress=False
+    )
+
+
+PAIRS = [("Tom has 23", " apples."), ("Sort the letters: k d", " e a"), ("3 6 9", " 12")]
+
+
+def test_loglikelihood_is_the_bound(lm, tiny) -> None:
+    found = lm.loglikelihood(requests("loglikelihood", *PAIRS), disable_tqdm=True)
+    want = log_likelihood_bound(*tiny, [p for p, _ in PAIRS], [c for _, c in PAIRS], n_samples=16)
+    assert [value for value, _ in found] == pytest.approx([-nats for nats in want.nats], abs=1e-4)
+
+
+@pytest.mark.parametrize("autoregressive", [False, True])
+def test_is_greedy_says_whether_the_model_would_write_it(tiny, autoregressive) -> None:
+    model, tokenizer = tiny
+    lm = DiffusionLM(model, tokenizer, autoregressive=autoregressive, n_samples=8, progress=False)
+    chat = [{"role": "user", "content": "Sort the letters: k d e a"}]
+    context = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    if autoregressive:
+        written = generate_autoregressive(model, **context, max_new_tokens=3, do_sample=False)
+    else:
+        written = generate(model, **context, max_new_tokens=3)
+    ids = written[0, context["input_ids"].shape[1] :].tolist()
+    other = [*ids[:-1], (ids[-1] + 1) % 400]
+    asked = [(("", ""), context["input_ids"][0].tolist(), completion) for completion in (ids, other)]
+    assert [same for _, same in lm._loglikelihood_tokens(asked)] == [True, False]
+
+
+def test_ar_scores_are_the_hosts_loss(tiny) -> None:
+    lm = DiffusionLM(*tiny, autoregressive=True, progress=False)
+    rolled = lm.loglikelihood_rolling(requests("loglikelihood_rolling", ("Tom has 23 apples.",)))
+    first, whole = lm.loglikelihood(
+        requests("loglikelihood", ("", "Tom has"), ("", "Tom has 23 apples.")), disable_tqdm=True
+    )
+    assert rolled[0] == pytest.approx(whole[0], abs=1e-4) and whole[0] < first[0]  # the end token stands before both
+    plain = likelihood(*tiny, ["Tom has 23 apples."], autoregressive=True)
+    assert plain.nats[0] < -whole[0]  # there the first token is not scored
+
+
+def test_answers_are_cut_and_long_prompts_keep_their_ends(lm, tiny) -> None:
+    model, tokenizer = tiny
+    prompt = "Sort the letters: k d e a"
+    (whole,) = lm.generate_until(requests("generate_until", (prompt, {"until": []})))
+    ids = generate(model, **tokenizer(prompt, return_tensors="pt"), max_new_tokens=6, threshold=0.9)
+    assert whole == tokenizer.decode(ids[0, len(tokenizer(prompt)["input_ids"]) :], skip_special_tokens=True)
+    (cut,) = lm.generate_until(requests("generate_until", (prompt, {"until": [whole[1:3], "never"]})))
+    assert cut == whole[: whole.find(whole[1:3])]
+    both = lm.generate_until(
+        requests("generate_until", (prompt, {"until": []}), ("a " * 2 * DEFAULT_LENGTH + prompt, {}))
+    )
+    assert both[0] == whole and isinstance(both[1], str)
+
+
+def test_the_task_says_what_the_user_leaves_open(lm) -> None:
+    settings, until = lm._answer_settings({"until": "\n", "max_gen_toks": 99, "do_sample": False, "temperature": 0.7})
+    assert settings == {"max_new_tokens": 6, "threshold": 0.9, "temperature": 0.0, "seed": 0} and until == ["\n"]
+
+
+def test_chats_go_through_the_template(lm, tiny) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    text = lm.apply_chat_template(chat)
+    assert lm.tok_encode(text) == tiny[1].apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Local files of every task, two lines each."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = {
+        "lambada_test.jsonl": [{"text": "Tom has 23 apples."}, {"text": "Sort the letters"}],
+        "gsm8k/train.jsonl": [
+            {"question": f"What is {i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(9)
+        ],
+        "gsm8k/test.jsonl": [{"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}] * 2,
+        "math/math500_test.jsonl": [{"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "answer": "2"}]
+        * 2,
+    }
+    for name, lines in rows.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("\n".join(map(json.dumps, lines)) + "\n")
+    questions = [{"question": "Are they?", "answer": "yes", "type": "comparison"}] * 2
+    (folder / "hotpot_dev_v1_simplified.json").write_text(json.dumps(questions))
+    return folder
+
+
+def test_tasks_run_on_local_files(lm, data) -> None:
+    names = ["lambada_openai", "gsm8k", "hotpotqa", "hendrycks_math500"]
+    assert sorted(local_tasks(data)) == sorted(names)
+    found = run_tasks(lm, names, data=str(data), limit=2)
+    assert found["results"]["lambada_openai"]["perplexity,none"] > 1
+    assert found["results"]["gsm8k"]["exact_match,flexible-extract"] in (0.0, 0.5, 1.0)
+    assert "What is" in found["samples"]["gsm8k"][0]["arguments"][0][0]
+    for name in names:
+        assert len({sample["doc_id"] for sample in found["samples"][name]}) == 2
+
+
+def test_chat_templates_reach_the_model(lm, data) -> None:
+    found = run_tasks(lm, ["hotpotqa"], data=str(data), limit=1, chat_template=True)
+    (prompt, _) = found["samples"]["hotpotqa"][0]["arguments"][0]
+    assert prompt.startswith("<|im_start|>user\nQuestion: Are they?") and prompt.endswith("<|im_start|>assistant\n")
+
+
+def test_right_answers_are_counted(lm, data, monkeypatch) -> None:
+    monkeypatch.setattr(type(lm), "generate_until", lambda self, asked: [" Yes" for _ in asked])
+    assert run_tasks(lm, ["hotpotqa"], data=str(data))["results"]["hotpotqa"]["exact_match,none"] == 1.0
+
+
+@pytest.mark.slow  # the harness reads the definitions of all its tasks
+def test_unknown_tasks_and_tasks_of_the_hub(lm, data, monkeypatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="`tasks`: lambda unknown"):
+        run_tasks(lm, ["lambda"], data=str(data))
+    with pytest.raises(OSError, match="`tasks`: 'arc_easy' cannot be loaded"):
+        run_tasks(lm, ["arc_easy"])
+
+
+def test_bad_input(tmp_path, tiny) -> None:
+    with pytest.raises(FileNotFoundError, match="holds none of the files"):
+        local_tasks(tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a folder"):
+        local_tasks(tmp_path / "no")
+    with pytest.raises(ValueError, match="`batch_size`"):
+        DiffusionLM(*tiny, batch_size="auto")
+    with pytest.raises(ValueError, match="steps_"):
+        DiffusionLM(*tiny, steps_=3)
+    short = DiffusionLM(*tiny, max_length=16, max_new_tokens=16)
+    with pytest.raises(ValueError, match="leaves no room"):
+        short.generate_until(requests("generate_until", ("a", {})))
+
+
+def test_an_untrained_model_is_evaluated_as_what_it_is(tiny, caplog) -> None:
+    assert DiffusionLM(*tiny).autoregressive
+    assert "evaluated as the autoregressive model" in caplog.text
