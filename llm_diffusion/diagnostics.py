@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from . import masking
-from .denoising import BANNED
 from .evaluation import AnswerReport, encode_prompts, prompt_and_reference
 from .generation import generate
 from .likelihood import in_batches, kept_logits, padded, plain_collator
+from .logit_rules import BANNED
 from .patching import base_of
 from .windows import Row, pair_row
 
