@@ -25,6 +25,7 @@ from .callbacks import AnswersCallback, LogLinesCallback, plot_loss
 from .config import DPO, DPO_KEYS, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
 from .conversion import Stage, run_stages, stage_folders
 from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
+from .end_report import foresee_ends, plot_ends
 from .evaluation import AnswerReport, answered_by_base, evaluate_answers
 from .hub import best_device, check_device, quantization_config
 from .modeling import CONVERSION_OPTIONS, load_diffusion_model
@@ -109,9 +110,29 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         reports["preferences" if names[-1] == DPO else "converted"] = measure(model, tokenizer, examples, hp)
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        show_ends(arguments, model, tokenizer, examples, output / "ends.png")
     plot_loss(histories, output / "loss.png")
     samples = list(test.select(range(min(6, len(test)))))
     show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
+
+
+def show_ends(
+    arguments: list[DiffusionSFTConfig],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict],
+    picture: Path,
+) -> None:
+    """Where the model foresees the ends of held-out answers, if a stage taught it."""
+    canvases = [getattr(stage, "max_canvas", None) for stage in arguments]
+    canvas = max((size for size in canvases if size is not None), default=None)
+    if canvas is None:
+        return
+    report = foresee_ends(model, tokenizer, examples, canvas)
+    plot_ends(report, picture)
+    for line in str(report).splitlines():
+        logger.info(line)
+    logger.info(f"picture: {picture}")
 
 
 def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: int | None) -> tuple[Dataset, Dataset]:
