@@ -130,9 +130,7 @@ def show_ends(
         return
     report = foresee_ends(model, tokenizer, examples, canvas)
     plot_ends(report, picture)
-    for line in str(report).splitlines():
-        logger.info(line)
-    logger.info(f"picture: {picture}")
+    print(f"{report}\npicture: {picture}\n")
 
 
 def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: int | None) -> tuple[Dataset, Dataset]:

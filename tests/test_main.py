@@ -130,6 +130,17 @@ def test_the_lossless_job_keeps_every_answer(tmp_path):
     assert chat.exit_code == 0 and chat.stdout.strip() == "a d e k"
 
 
+def test_the_job_with_sized_canvases_shows_where_ends_are_foreseen(tmp_path):
+    small = {**FAST, "max_canvas": 24, "generation": {"max_new_tokens": 24, "length_quantile": 0.5}}
+    del small["model"], small["dataset"]
+    result = invoke(
+        "--preset", "tiny-variable", "--hyper-parameters-json", json.dumps({**small, "output_dir": str(tmp_path)})
+    )
+    assert result.exit_code == 0, result.output
+    assert "end foreseen at the first step, canvas of 24" in result.stdout
+    assert (tmp_path / "ends.png").stat().st_size > 1000
+
+
 def test_result_is_loaded_by_chat_and_generate(trained):
     model = str(trained[0] / "sft_model")
     settings = ("--settings", '{"max_new_tokens": 8}')
