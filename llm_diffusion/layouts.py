@@ -127,7 +127,10 @@ class Layout:
 def find_layout(path: str) -> Layout | None:
     """The layout of a checkpoint that is none of the host's; None: the host's loaders know it."""
     file = local_file(path, CONFIG_NAME)
-    config = json.loads(Path(file).read_text()) if file else {}
+    try:
+        config = json.loads(Path(file).read_text()) if file else {}
+    except json.JSONDecodeError:
+        return None  # the host's loader says what is wrong with it
     if config.get("model_type") == "llada":
         return _llada(config, path)
     weights = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
