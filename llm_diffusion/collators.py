@@ -126,6 +126,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
                 batch["input_ids"][row, place] = torch.tensor(ids)
                 batch["labels"][row, place] = torch.tensor(labels)
                 batch["attention_mask"][row, place] = number
+        # An ordinary word may serve as the mask: where it stands in a text, it is no word that decoding could ever say.
+        batch["labels"][batch["input_ids"] == self.mask_token_id] = masking.IGNORE_INDEX
         if self.right_shift_logits:
             batch["labels"][positions(batch["attention_mask"]) == 0] = masking.IGNORE_INDEX  # no hidden state before it
         return batch

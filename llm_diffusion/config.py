@@ -1,6 +1,7 @@
 """The settings of the main job: one flat schema for JSON, YAML and presets.
 
-Precedence: defaults < preset < `--config` file < `--hyper-parameters-json`. Every field of `DiffusionSFTConfig` (and so of TRL's
+Precedence: defaults < preset < `--config` file < `--hyper-parameters-json`. The flat config.json of DiffuGPT experiments is read
+too, see `diffugpt_config`. Every field of `DiffusionSFTConfig` (and so of TRL's
 and transformers' arguments) is a key too. An unknown key or a wrong type is one clear error.
 Trade-off: a dataclass and a short checker. Alternative: HfArgumentParser, whose YAML reader turns 2e-5 into a string, or pydantic,
 which accepts misspelt keys of a TrainingArguments subclass.
@@ -21,10 +22,15 @@ from typing import Any, Literal
 
 import yaml
 from peft import LoraConfig
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
+from trl import SFTConfig
 
 from .conversion import TRAINS
+from .diffugpt_config import is_diffugpt_config, read_diffugpt_config, strip_comments
 from .generation_config import DiffusionGenerationConfig
+from .mask_token import TOKEN_IDS
+from .pipelines import check_pipeline as known_pipeline
+from .pipelines import check_scratch
 from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.sft_config import DiffusionSFTConfig
 
@@ -41,6 +47,10 @@ class HyperParameters:
     injected errors in the training data's answers (see `preferences`). `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
     "everything", see `conversion.select_parameters`), and fields for it alone. `model_init_kwargs` are keywords of
     `from_pretrained`: `device_map`, `max_memory`, `attn_implementation`, `gguf_file`, `revision`, …
+    `pipeline` "arm" trains and decodes from left to right, by TRL's own trainer. `scratch` (`n_embd`, `n_layer`, `n_head`,
+    `n_positions`) is a GPT-2 built from nothing, with the tokenizer of `model`. `token_ids`: ids of the end ("eos") and padding
+    token ("pad") where they are not the tokenizer's. `prompts` are what `llm-diffusion generate --config` continues, and
+    the job of "arm" at its end.
     """
 
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
@@ -79,6 +89,10 @@ class HyperParameters:
     )
     use_wandb: bool = False
 
+    pipeline: str = "diffusion"
+    scratch: dict[str, Any] = field(default_factory=dict)
+    token_ids: dict[str, Any] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)
     use_lora: bool = True
     phases: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
     stages: list[dict[str, Any]] = field(default_factory=list)
@@ -114,13 +128,14 @@ _RENAMED = {
 def read_mapping(source: str, what: str) -> dict[str, Any]:
     """A mapping from inline JSON or from a JSON or YAML file; ValueError says where it is malformed."""
     text, name = source, "the inline JSON"
-    if not source.lstrip().startswith("{"):
+    if not strip_comments(source).lstrip().startswith("{"):
         path = Path(source).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"`{what}`: {source!r} is neither inline JSON nor an existing file.")
         text, name = path.read_text(), str(path)
+    bare = strip_comments(text)
     try:
-        loaded = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+        loaded = json.loads(bare) if bare.lstrip().startswith("{") else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         place = (
             f"line {error.lineno}, column {error.colno}: {error.msg}"
@@ -175,19 +190,19 @@ def resolve(
 
 def layers(preset: str | None, config: str | None, hyper_parameters: str | None) -> dict[str, Any]:
     """Preset < file < JSON, merged, not checked."""
-    given: dict[str, Any] = {}
-    for layer in (
-        read_preset(preset) if preset else {},
-        read_mapping(config, "--config") if config else {},
-        read_mapping(hyper_parameters, "--hyper-parameters-json") if hyper_parameters else {},
-    ):
-        given = merge(given, layer)
-    return given
+    own = read_mapping(config, "--config") if config else {}
+    if hyper_parameters:
+        own = merge(own, read_mapping(hyper_parameters, "--hyper-parameters-json"))
+    if is_diffugpt_config(own):
+        own = read_diffugpt_config(own)
+    return merge(read_preset(preset) if preset else {}, own)
 
 
 def build(given: dict[str, Any]) -> HyperParameters:
     """Checks a mapping of settings and fills in the defaults."""
     hp = HyperParameters()
+    if given.get("pipeline") == "arm":
+        hp.generation = {"max_new_tokens": 128}
     hints = typing.get_type_hints(HyperParameters)
     for key, value in given.items():
         if key in OWN_KEYS:
@@ -209,6 +224,7 @@ def build(given: dict[str, Any]) -> HyperParameters:
         raise ValueError(
             "`attention`='lossless': a drafter's words are verified by its base, whose preferences it cannot change; leave 'dpo' out."
         )
+    check_pipeline(hp)
     if hp.training.get("attention") == "lossless" and any(stage["trains"] == "everything" for stage in stages_of(hp)):
         raise ValueError(
             "`attention`='lossless' trains adapters, beside a base that stays as it is: `use_lora` is true, and no stage trains 'everything'."
@@ -354,11 +370,33 @@ def check_ranges(hp: HyperParameters) -> None:
     if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
         raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     check_order("phases", hp.phases)
-    DiffusionGenerationConfig(**hp.generation)
+    if hp.pipeline != "arm":
+        DiffusionGenerationConfig(**hp.generation)
     if hp.device not in (None, "cuda", "mps", "cpu"):
         raise ValueError(
             f"`device` must be cuda, mps or cpu, got {hp.device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
         )
+
+
+def check_pipeline(hp: HyperParameters) -> None:
+    """What belongs to one pipeline alone, and to models from nothing."""
+    known_pipeline(hp.pipeline)
+    if unknown := sorted(set(hp.token_ids) - set(TOKEN_IDS)):
+        raise ValueError(f"`token_ids`: unknown key(s) {unknown}; there are {list(TOKEN_IDS)}.")
+    for name in hp.token_ids:
+        check_type(f"token_ids.{name}", hp.token_ids[name], int)
+    if hp.scratch:
+        check_scratch(hp.scratch, hp.max_length)
+        if hp.use_lora or hp.use_qlora:
+            raise ValueError("`scratch`: a model from nothing trains all its weights; set `use_lora` to false.")
+    if hp.pipeline == "arm":
+        if any(stage["name"] == DPO for stage in stages_of(hp)):
+            raise ValueError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
+        own = {key for stage in stages_of(hp) for key in (*stage, *hp.training) if key in TRAINING_KEYS}
+        if foreign := sorted(own - {f.name for f in dataclasses.fields(SFTConfig)}):
+            raise ValueError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
+        if unknown := sorted(set(hp.generation) - set(vars(GenerationConfig()))):
+            raise ValueError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
 
 
 def as_dict(hp: HyperParameters) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
 
 from .attention import in_attention
 from .patching import base_of
@@ -32,7 +33,6 @@ from .time_embedding import NAME as TIME_EMBEDDING
 from .trainers.dpo import DiffusionDPOTrainer
 from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.sft import DiffusionSFTTrainer
-from .trainers.sft_config import DiffusionSFTConfig
 
 TRAINS = ("attention", "adapters", "everything")
 LOG = "stage.json"  # written last: a folder that has it is a finished stage
@@ -44,7 +44,7 @@ class Stage:
 
     name: str
     trains: str
-    arguments: DiffusionSFTConfig | DiffusionDPOConfig
+    arguments: SFTConfig | DiffusionDPOConfig
 
     @property
     def prefers(self) -> bool:
@@ -96,6 +96,7 @@ def run_stages(
     load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
     started: Callable[[], None] = lambda: None,
     preferences: tuple[Dataset, Dataset] | None = None,
+    make_trainer: Callable[..., SFTTrainer] = DiffusionSFTTrainer,
 ) -> dict[str, list[dict]]:
     """Trains stage after stage; the result of each is saved where `stage_folders` says.
 
@@ -107,6 +108,7 @@ def run_stages(
         load: loads a saved stage; given, a stopped run is resumed.
         started: called when everything that can be checked has been, before the first step.
         preferences: pairs to train and to evaluate on, for a stage that trains on preferences.
+        make_trainer: takes what `SFTTrainer` takes.
 
     Returns:
         The log history of every stage.
@@ -126,7 +128,7 @@ def run_stages(
         (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
 
     def build(stage: Stage, model: torch.nn.Module, peft_config: PeftConfig | None) -> Any:
-        kind = DiffusionDPOTrainer if stage.prefers else DiffusionSFTTrainer
+        kind = DiffusionDPOTrainer if stage.prefers else make_trainer
         data = preferences if stage.prefers else (train, test)
         trainer = kind(
             model,

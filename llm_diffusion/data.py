@@ -137,6 +137,11 @@ def check_columns(dataset: Dataset, name: str) -> None:
 def load_any(name: str, configuration: str | None = None) -> DatasetDict:
     """All splits of a saved dataset, a folder or file, or a hub name (of which one `configuration`)."""
     path = Path(name).expanduser()
+    if path.suffix == ".bin":
+        raise ValueError(
+            f"`dataset`: {name!r} is an array of token ids, which says nothing of itself; make a data set of it once by `llm-diffusion "
+            f"prepare-data {name} --model MODEL --output {path.with_suffix('')}`, and name that folder."
+        )
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
         try:
             loaded = load_from_disk(str(path))

@@ -141,6 +141,20 @@ def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAn
     return BitsAndBytesConfig(**{**defaults, **options})
 
 
+def loader_options(
+    device: str, dtype: str | torch.dtype = "auto", quantization: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that bring a model where and as wide as it is asked for; `options` come first."""
+    quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
+    check_device(device)
+    options = {"dtype": torch.float32 if (dtype, device) == ("auto", "cpu") else dtype, **options}
+    if quantized is not None:
+        options["quantization_config"] = quantized
+    if quantized is not None or device == "cuda":
+        options.setdefault("device_map", {"": device})
+    return options
+
+
 class _Once:
     """A tensor that leaves its dict as the loader reads it, so that it is freed once it is quantised."""
 

@@ -77,7 +77,8 @@ class DiffusionInference:
         model, tokenizer = load_diffusion_model(
             name_or_path, device=device, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        if base_of(model).config.diffusion["conversion_steps"] == 0:
+        record = base_of(model).config.diffusion
+        if record["conversion_steps"] == 0 and not record.get("annealed"):
             logger.warning(
                 "%r is converted but not trained as a diffusion model yet: its answers mean nothing", name_or_path
             )

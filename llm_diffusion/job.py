@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from loguru import logger
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.pytorch_utils import Conv1D
+from trl import SFTConfig, SFTTrainer
 
 from .attention import in_attention
 from .callbacks import AnswersCallback, LogLinesCallback, plot_loss
@@ -28,11 +30,15 @@ from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, l
 from .end_report import foresee_ends, plot_ends
 from .evaluation import AnswerReport, answered_by_base, evaluate_answers
 from .hub import best_device, check_device, quantization_config
-from .modeling import CONVERSION_OPTIONS, load_diffusion_model
+from .mask_token import use_tokens
+from .modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model
+from .patching import base_of
+from .pipelines import check_positions, scratch_model
 from .preferences import preference_pairs
 from .report import decoding, show
 from .trainers.dpo_config import DiffusionDPOConfig
 from .trainers.preference_preparation import check_pairs
+from .trainers.sft import DiffusionSFTTrainer
 from .trainers.sft_config import DiffusionSFTConfig
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -70,11 +76,16 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     saved = {
         key: value for key, value in options.items() if key != "gguf_file"
     }  # adapters remember it, the rest has weights
-    model, tokenizer = load_diffusion_model(
-        hp.model, **{name: hp.training.get(name) for name in CONVERSION_OPTIONS}, **options
-    )
+    conversion = {name: hp.training.get(name) for name in CONVERSION_OPTIONS}
+    if hp.scratch:
+        model, tokenizer = scratch_model(hp.scratch, hp.model, seed=hp.seed, device=device)
+        convert_to_diffusion(model, tokenizer, **conversion)
+    else:
+        model, tokenizer = load_diffusion_model(hp.model, **conversion, **options)
+    use_tokens(base_of(model), tokenizer, hp.token_ids)
+    check_positions(model, hp.max_length)
     logger.info(
-        f"model: {hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
+        f"model: {'from nothing' if hp.scratch else hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
     )
     if tokenizer.chat_template is None:
         logger.info(
@@ -95,8 +106,9 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         )
         limit = hp.generation.get("max_new_tokens", 128)
         train = answered_by_base(model, tokenizer, train, max_new_tokens=limit)
+    load = (lambda folder: load_diffusion_model(folder, **saved)) if resume else None
     histories = train_stages(
-        hp, arguments, model, tokenizer, peft_config, train, test, output, saved if resume else None, preferences
+        hp, arguments, model, tokenizer, peft_config, train, test, output, load, preferences=preferences
     )
     folders = stage_folders(names, output)
     final = folders[names[-1]]
@@ -194,10 +206,11 @@ def train_stages(
     train: Dataset,
     test: Dataset,
     output: Path,
-    resume: dict[str, Any] | None,
+    load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None,
+    make_trainer: Callable[..., SFTTrainer] = DiffusionSFTTrainer,
     preferences: tuple[Dataset, Dataset] | None = None,
 ) -> dict[str, list[dict]]:
-    """Stage after stage over the same weights; returns their log histories. `resume`: how a saved stage is loaded."""
+    """Stage after stage over the same weights; returns their log histories. `load`: loads a saved stage, to resume."""
     stages = [
         Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
     ]
@@ -223,15 +236,21 @@ def train_stages(
         peft_config,
         callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
         answers=answers if examples else None,
-        load=None if resume is None else lambda folder: load_diffusion_model(folder, **resume),
+        load=load,
         started=started,
         preferences=preferences,
+        make_trainer=make_trainer,
     )
 
 
 def training_arguments(
-    hp: HyperParameters, stage: dict[str, Any], output: Path, device: str, report_to: str
-) -> DiffusionSFTConfig | DiffusionDPOConfig:
+    hp: HyperParameters,
+    stage: dict[str, Any],
+    output: Path,
+    device: str,
+    report_to: str,
+    kind: type[SFTConfig] = DiffusionSFTConfig,
+) -> SFTConfig | DiffusionDPOConfig:
     prefix = "debug-" if hp.debug else ""
     settings: dict[str, Any] = {
         "num_train_epochs": hp.epochs,
@@ -257,7 +276,11 @@ def training_arguments(
     settings |= {key: value for key, value in stage.items() if key not in ("name", "trains")}
     if settings.get("load_best_model_at_end"):
         settings = {"metric_for_best_model": "eval_loss", "greater_is_better": False, **settings}
-    return (DiffusionDPOConfig if prefers else DiffusionSFTConfig)(str(output / stage["name"]), **settings)
+    if kind is SFTConfig:
+        # The host's defaults: bf16 is emulated on most CPUs, and it still sets the old name, of which transformers warns.
+        settings.setdefault("bf16", torch.cuda.is_available())
+        settings.setdefault("activation_checkpointing", settings.get("gradient_checkpointing", True))
+    return (DiffusionDPOConfig if prefers else kind)(str(output / stage["name"]), **settings)
 
 
 def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:

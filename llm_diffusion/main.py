@@ -76,7 +76,11 @@ def cli(
             return
         hp = resolve(preset, config, hyper_parameters_json)
         quiet_hosts()
-        from .job import run
+        show_left_aside(config, hyper_parameters_json)
+        if hp.pipeline == "arm":
+            from .autoregressive import run
+        else:
+            from .job import run
 
         run(hp, resume)
 
@@ -101,6 +105,8 @@ def convert(
         if "stages" not in given:
             given = merge(read_preset("3stage"), given)
         hp = build(given)
+        if hp.pipeline == "arm":
+            raise ValueError("`pipeline`='arm' converts nothing; leave it out, or leave out `convert`.")
         quiet_hosts()
         show_analysis(hp)
         run(hp, resume)
@@ -161,38 +167,109 @@ def analyze(
 
 
 @cli.command()
-@click.argument("model")
-@click.argument("prompts", nargs=-1, required=True)
+@click.argument("model", required=False)
+@click.argument("prompts", nargs=-1)
+@click.option("--pipeline", help="diffusion, or arm: from left to right, by the host's own decoding.")
 @click.option("--settings", metavar="JSON", default="{}", help="Decoding settings, e.g. '{\"max_new_tokens\": 64}'.")
+@click.option("--config", metavar="FILE", help="Take what is left out from a config.json, `user_prompt` for one.")
 @click.option("--watch", is_flag=True, help="Show the text as it forms, coloured by confidence.")
 @click.option("--svg", "svg_path", metavar="FILE", help="Draw that as an animated picture.")
-def generate(model: str, prompts: tuple[str, ...], settings: str, watch: bool, svg_path: str | None) -> None:
-    """Continue plain texts with a converted MODEL."""
+def generate(
+    model: str | None,
+    prompts: tuple[str, ...],
+    pipeline: str | None,
+    settings: str,
+    config: str | None,
+    watch: bool,
+    svg_path: str | None,
+) -> None:
+    """Continue plain texts (PROMPTS) with MODEL."""
     with one_line_errors():
-        if svg_path is not None:
-            from .job import check_writable
+        from .config import read_mapping, resolve
+        from .pipelines import check_pipeline
 
-            check_writable(Path(svg_path).expanduser().parent, "--svg")
-            if len(prompts) > 1:
-                raise ValueError(f"`--svg` draws one text, got {len(prompts)} prompts.")
-        inference = load_inference(model, settings)
-        if not watch and svg_path is None:
-            click.echo("\n".join(inference.generate(list(prompts))))
-            return
+        chosen = read_mapping(settings, "--settings")
+        if config is not None:
+            own = json.dumps({"pipeline": pipeline} if pipeline else {})
+            hp = resolve(config=config, hyper_parameters=own)
+            show_left_aside(config, own)
+            if hp.scratch and model is None:
+                raise ValueError("`init_from`: a model from nothing has nothing to say; train it, and name its folder.")
+            chosen = {**hp.generation, **chosen}
+            model, prompts, pipeline = model or hp.model, prompts or tuple(hp.prompts), pipeline or hp.pipeline
+        if not model or not prompts:
+            raise ValueError(
+                "MODEL and PROMPTS are missing; give them, or a `--config` with `init_from` and `user_prompt`."
+            )
+        if check_pipeline(pipeline or "diffusion") == "arm":
+            from_left_to_right(model, prompts, chosen, watch or svg_path is not None)
+        else:
+            by_diffusion(model, prompts, chosen, watch, svg_path)
+
+
+def from_left_to_right(model: str, prompts: tuple[str, ...], settings: dict[str, Any], watched: bool) -> None:
+    from .pipelines import continue_from_left, for_left_to_right, load_autoregressive
+
+    if watched:
+        raise ValueError("`--watch` and `--svg` show how masks are filled; leave them out with `--pipeline arm`.")
+    quiet_hosts()
+    for answer in continue_from_left(*load_autoregressive(for_left_to_right(model)), list(prompts), **settings):
+        click.echo(answer)
+
+
+def by_diffusion(
+    model: str, prompts: tuple[str, ...], settings: dict[str, Any], watch: bool, svg_path: str | None
+) -> None:
+    if svg_path is not None:
+        from .job import check_writable
+
+        check_writable(Path(svg_path).expanduser().parent, "--svg")
+        if len(prompts) > 1:
+            raise ValueError(f"`--svg` draws one text, got {len(prompts)} prompts.")
+    inference = load_inference(model, json.dumps(settings))
+    if not watch and svg_path is None:
+        click.echo("\n".join(inference.generate(list(prompts))))
+        return
+    from rich.console import Console
+
+    from .watching import Watch
+
+    console = Console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
+    for prompt in prompts:
+        view = Watch(inference.tokenizer, inference.settings["mask_token_id"], console)
+        answer = inference.generate(prompt, streamer=view)[0]
+        if console is None:
+            click.echo(answer)
+    if svg_path is not None:
+        picture = Path(svg_path).expanduser()
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_text(view.svg(), encoding="utf-8")
+
+
+@cli.command("side-by-side")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; may be given several times.")
+@click.option("--chat", is_flag=True, help="The texts are questions, put by every model's chat template.")
+@click.option(
+    "--settings", metavar="JSON", default="{}", help="Decoding settings; what both pipelines know, both take."
+)
+def side_by_side(models: tuple[str, ...], prompts: tuple[str, ...], chat: bool, settings: str) -> None:
+    """Continue texts with each of MODELS by both pipelines; the first one, left to right, judges how likely the answers are."""
+    with one_line_errors():
         from rich.console import Console
 
-        from .watching import Watch
+        from .config import read_mapping
+        from .pipelines import continued, figures
 
-        console = Console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
-        for prompt in prompts:
-            view = Watch(inference.tokenizer, inference.settings["mask_token_id"], console)
-            answer = inference.generate(prompt, streamer=view)[0]
-            if console is None:
-                click.echo(answer)
-        if svg_path is not None:
-            picture = Path(svg_path).expanduser()
-            picture.parent.mkdir(parents=True, exist_ok=True)
-            picture.write_text(view.svg(), encoding="utf-8")
+        quiet_hosts()
+        load = lambda name: load_inference(name, settings)  # noqa: E731
+        rows = continued(list(models), list(prompts), load, read_mapping(settings, "--settings"), chat)
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        console.print(figures(rows))
+        for number, prompt in enumerate(prompts):
+            console.print(f"\n{prompt!r}", style="bold", markup=False)
+            for row in rows:
+                console.print(f"  {row.model}, {row.pipeline}: {row.texts[number]!r}", markup=False, soft_wrap=True)
 
 
 @cli.command()
@@ -371,6 +448,20 @@ def load_inference(model: str, settings: str) -> Any:
     inference = DiffusionInference.from_pretrained(model, **chosen)
     inference.settings |= default_decoding(inference.model, chosen)
     return inference
+
+
+def show_left_aside(*sources: str | None) -> None:
+    """Says which keys of a DiffuGPT config mean nothing in their combination."""
+    from .config import read_mapping
+    from .diffugpt_config import is_diffugpt_config, left_aside
+
+    given: dict[str, Any] = {}
+    for source in filter(None, sources):
+        given |= read_mapping(source, "--config")
+    if is_diffugpt_config(given):
+        aside = left_aside(given)
+        for why in dict.fromkeys(aside.values()):
+            logger.info("left aside: " + ", ".join(f"`{key}`" for key in aside if aside[key] == why) + f": {why}")
 
 
 def start_logging() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,21 +32,22 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from . import time_embedding as time_embeddings
 from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
 from .clean_prefix import check_clean_prefix
+from .diffugpt import load_published, name_mask
 from .generation import generate
 from .hub import (
     adapter_base,
     best_device,
-    check_device,
     download,
     from_hub,
     gguf_path,
     is_adapter,
     load_gguf,
+    loader_options,
     local_file,
-    quantization_config,
     resolve_path,
 )
 from .layouts import Layout, find_layout
+from .mask_token import check_mask_token, grow, set_mask_token
 from .noise_schedules import get_noise_schedule
 from .patching import Patch, base_of, bind, keep_logits
 from .probing import recurrent_layers
@@ -56,29 +56,12 @@ from .tiny import TINY_MODEL_PATH
 logger = logging.getLogger(__name__)
 
 SIDECAR = "diffusion_config.json"
-MASK_TOKEN = "<|mask|>"
 ATTENTIONS = ("bidirectional", "block", "lossless")
 CLEAN_CONTEXTS = ("causal", "block")
-CONVERSION_OPTIONS = ("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding")
+CONVERSION_OPTIONS = (
+    *("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding", "mask_token_id"),
+)
 DEFAULT_BLOCK_LENGTH = {"block": 4, "lossless": 8}
-
-
-def _add_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the mask token: the tokenizer's own, or a new one in the first free row of the embedding."""
-    embedding = model.get_input_embeddings()
-    new = tokenizer.mask_token is None
-    if new:
-        known = len(tokenizer)
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    mask_id = tokenizer.mask_token_id
-    if mask_id >= embedding.weight.shape[0]:
-        # Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one.
-        model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=64, mean_resizing=False)
-        embedding = model.get_input_embeddings()
-    if new:
-        with torch.no_grad():
-            embedding.weight[mask_id] = embedding.weight[:known].float().mean(0).to(embedding.weight.dtype)
-    return mask_id
 
 
 def _new_record(
@@ -136,12 +119,13 @@ def convert_to_diffusion(
     right_shift_logits: bool | None = None,
     time_embedding: bool | None = None,
     noise_schedule: str | None = None,
+    mask_token_id: int | None = None,
 ) -> torch.nn.Module:
     """Turns a causal language model into a masked-diffusion model, in place. Idempotent.
 
     Args:
         model: any `AutoModelForCausalLM`, bare or under PEFT.
-        tokenizer: its tokenizer; gets a mask token when it has none.
+        tokenizer: its tokenizer; gets the mask token.
         attention: "bidirectional" (default); "block": bidirectional inside a block, blocks from left to right; or "lossless": the model
             stays as it is, and adapters learn to draft blocks that it verifies.
         block_length: tokens of a block (default 4; 8 of a lossless draft).
@@ -150,6 +134,7 @@ def convert_to_diffusion(
             model was trained with; False for `clean_context="block"`.
         time_embedding: whether the model is told how noisy its input is (default False), see `time_embedding`.
         noise_schedule: recorded for training and likelihood, "linear" by default.
+        mask_token_id: any token of the vocabulary as the mask; default the tokenizer's own, or a new one, see `set_mask_token`.
 
     Returns:
         The same `model`, with `config.diffusion`, and `generate` bound to it.
@@ -176,9 +161,10 @@ def convert_to_diffusion(
     record = getattr(base.config, "diffusion", None)
     if record is None:
         record = _new_record(**asked)
+        check_mask_token(tokenizer, mask_token_id)
         set_attention(base, record)
         record |= {
-            "mask_token_id": _add_mask_token(base, tokenizer),
+            "mask_token_id": set_mask_token(base, tokenizer, mask_token_id),
             "base_model": base.config._name_or_path,
             "base_fingerprint": fingerprint(base),
             "conversion_steps": 0,
@@ -187,7 +173,7 @@ def convert_to_diffusion(
             "version": version("llm_diffusion"),
         }
     else:
-        for name, value in asked.items():
+        for name, value in {**asked, "mask_token_id": mask_token_id}.items():
             if value is not None and value != record.get(name, False):
                 raise ValueError(
                     f"`{name}`: the checkpoint was converted with {record.get(name, False)!r}, asked for {value!r}; leave it out."
@@ -250,6 +236,7 @@ def load_diffusion_model(
     clean_context: str | None = None,
     right_shift_logits: bool | None = None,
     time_embedding: bool | None = None,
+    mask_token_id: int | None = None,
     quantization: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
@@ -262,9 +249,9 @@ def load_diffusion_model(
     LLaDA and SMDM checkpoints come with their own mask token and read-out, see `layouts`.
 
     Args:
-        name_or_path: hub name, folder, or "tiny" for the embedded base.
-        attention, block_length, clean_context, right_shift_logits, time_embedding: see `convert_to_diffusion`; None means as saved,
-            else the default.
+        name_or_path: hub name, folder (DiffuGPT's own layout of weights too), or "tiny" for the embedded base.
+        attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id: see `convert_to_diffusion`; None
+            means as saved, else the default.
         quantization: None, "nf4" or "int8" (bitsandbytes).
         dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
         device: "cuda", "mps" or "cpu"; None picks the best.
@@ -276,21 +263,13 @@ def load_diffusion_model(
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
     path, device = resolve_path(name_or_path), device or best_device()
-    if dtype == "auto" and device == "cpu":
-        dtype = torch.float32
-    quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
-    check_device(device)
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if quantized is not None:
-        options["quantization_config"] = quantized
-    if quantized is not None or device == "cuda":
-        options.setdefault("device_map", {"": device})
+    options = loader_options(device, dtype, quantization, trust_remote_code=trust_remote_code, **options)
     record = _read_sidecar(path) if (adapter := is_adapter(path)) else {}
     base_path = adapter_base(path) if adapter else path
     path = download(path) if adapter else path  # by name, the host's tokenizer loader asks the hub for a config.json
     gguf_file = gguf_file or record.get("gguf_file")
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
-    model, layout = _load_base(base_path, options, gguf)
+    model, layout, published = _load_base(base_path, options, gguf)
     if layout is not None and not adapter and right_shift_logits is None:
         right_shift_logits = False  # as it was trained
     own_tokenizer = adapter or not gguf or local_file(path, "tokenizer.json")
@@ -303,7 +282,9 @@ def load_diffusion_model(
     if adapter:
         base_of(model).config.diffusion = record
         _check_fingerprint(model, record, path)
-        _grow_for(model, record["mask_token_id"])
+        grow(model, record["mask_token_id"])
+    elif published:
+        name_mask(model, tokenizer)
     convert_to_diffusion(
         model,
         tokenizer,
@@ -312,7 +293,10 @@ def load_diffusion_model(
         clean_context=clean_context,
         right_shift_logits=right_shift_logits,
         time_embedding=time_embedding,
+        mask_token_id=mask_token_id,
     )
+    if published:
+        model.config.diffusion["annealed"] = True  # it was trained as a diffusion model elsewhere
     if gguf_file:
         base_of(model).config.diffusion["gguf_file"] = gguf_file
     if adapter:
@@ -325,17 +309,21 @@ def load_diffusion_model(
     return model.eval(), tokenizer
 
 
-def _load_base(path: str, options: dict[str, Any], gguf: dict[str, str]) -> tuple[PreTrainedModel, Layout | None]:
-    """The model, and the layout of a checkpoint that the host's loaders do not know."""
+def _load_base(path: str, options: dict[str, Any], gguf: dict[str, str]) -> tuple[PreTrainedModel, Layout | None, bool]:
+    """The model, the layout of a checkpoint that the host's loaders do not know, and whether it is DiffuGPT's."""
     layout = None if gguf else find_layout(path)
     if layout is not None:
-        return layout.load(path, **{key: value for key, value in options.items() if key != "trust_remote_code"}), layout
+        model = layout.load(path, **{key: value for key, value in options.items() if key != "trust_remote_code"})
+        return model, layout, False
     config = _check_config(path, options["trust_remote_code"], gguf)
-    load = partial(load_gguf, config) if gguf else partial(from_hub, AutoModelForCausalLM)
-    model = load(path, **options, **gguf)
+    if gguf:
+        return load_gguf(config, path, **options, **gguf), None, False
+    if (published := load_published(path, config, **options)) is not None:
+        return published, None, True
+    model = from_hub(AutoModelForCausalLM, path, **options)
     if path == str(TINY_MODEL_PATH):
         model.config._name_or_path = "tiny"
-    return model, None
+    return model, None, False
 
 
 def _check_config(path: str, trust_remote_code: bool, gguf: dict[str, str]) -> PretrainedConfig:
@@ -372,11 +360,6 @@ def _load_time_embedding(model: PreTrainedModel, path: str) -> None:
             state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{time_embeddings.NAME}.")}
     if state:  # an AR checkpoint that is converted now has none
         model.load_state_dict(state, strict=False)
-
-
-def _grow_for(model: PreTrainedModel, mask_id: int) -> None:
-    if mask_id >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(mask_id + 1, pad_to_multiple_of=64, mean_resizing=False)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

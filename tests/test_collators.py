@@ -71,6 +71,14 @@ def test_labels_decide_what_may_be_masked(right_shift: bool) -> None:
     assert batch["input_ids"].tolist() == [[4, 5, 6, 7]]
 
 
+def test_a_word_that_serves_as_the_mask_is_never_asked_for() -> None:
+    rows = [{"input_ids": [5, MASK, 6, MASK, 7, EOS]}] * 64
+    batch = collator_with(right_shift_logits=False)(rows)
+    assert (batch["labels"][0] == IGNORE_INDEX).tolist() == [False, True, False, True, False, False]
+    noisy = collator_with(right_shift_logits=False).corrupt(batch, seed=0, step=0, rows=torch.arange(64), n_rows=64)
+    assert (noisy["targets"] != MASK).all() and (noisy["targets"][:, [0, 2, 4, 5]] != IGNORE_INDEX).any(0).all()
+
+
 def test_collating_leaves_the_rows_alone() -> None:
     rows = many_answers(4)
     copy = [{key: list(value) for key, value in row.items()} for row in rows]

@@ -257,6 +257,33 @@ BAD_INPUT = {
         lambda p: preferences(p, {"prompt": "a", "chosen": "b", "rejected": " "}),
         "`rejected` of row 0 is empty",
     ),
+    "preferences from left to right": (
+        lambda p: {"pipeline": "arm", "phases": ["dpo"], "generation": {}},
+        "has no preferences",
+    ),
+    "unknown pipeline": (lambda p: {"pipeline": "ar"}, "`pipeline` must be one of"),
+    "adapters from nothing": (
+        lambda p: {"scratch": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 128}},
+        "set `use_lora` to false",
+    ),
+    "a shape that cannot be": (
+        lambda p: {"scratch": {"n_embd": 9, "n_layer": 1, "n_head": 2, "n_positions": 128}, "use_lora": False},
+        "`n_head` (2) must divide `n_embd` (9)",
+    ),
+    "diffusion settings from left to right": (
+        lambda p: {"pipeline": "arm", "attention": "block"},
+        "['attention'] belong to `pipeline`='diffusion'",
+    ),
+    "unmasking from left to right": (
+        lambda p: {"pipeline": "arm", "generation": {"steps": 4}},
+        "['steps'] are no settings of left-to-right decoding",
+    ),
+    "no such mask": (lambda p: {"mask_token_id": 9999}, "`mask_token_id`: 9999 is no token"),
+    "the end as mask": (lambda p: {"mask_token_id": 2}, "ends, starts or pads texts"),
+    "no such padding": (lambda p: {"token_ids": {"pad": 9999}}, "`token_ids.pad`: 9999 is no token"),
+    "token ids by another name": (lambda p: {"token_ids": {"bos": 1}}, "`token_ids`: unknown key(s) ['bos']"),
+    "array of token ids": (lambda p: {"dataset": write(p / "a.bin", "xx")}, "prepare-data"),
+    "checkpoint of another trainer": (lambda p: {"init_from": "last.ckpt", "pipeline": "arm"}, "`init_from`"),
     "unmatched LoRA target": (lambda p: {"lora_config": {"target_modules": ["wq"]}}, "target_modules"),
 }
 
@@ -308,6 +335,17 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("evaluate", "tiny", "--text", "{folder}/no.txt"), "`--text`"),
         (("evaluate", "tiny", "--text", "{path}", "--max-length", "1"), "`max_length` must be"),
         (("evaluate", "tiny", "--prompts", "tiny", "--output", "{path}/out"), "`--output`"),
+        (("generate", "--settings", "{}"), "MODEL and PROMPTS are missing"),
+        (("generate", "tiny", "hi", "--pipeline", "ar"), "`pipeline` must be one of"),
+        (("generate", "tiny", "hi", "--pipeline", "arm", "--settings", '{"steps": 4}'), "steps"),
+        (("generate", "tiny", "", "--pipeline", "arm"), "empty prompt"),
+        (("generate", "--config", "{scratch}"), "has nothing to say"),
+        (
+            ("convert", "tiny", "--hyper-parameters-json", '{"pipeline": "arm", "stages": [{"name": "a"}]}'),
+            "converts nothing",
+        ),
+        (("side-by-side", "{folder}/none", "--prompt", "hi"), "`model`"),
+        (("--config", "{scratch}", "--hyper-parameters-json", '{"n_head": 3}'), "`n_head` (3) must divide"),
         (("--hyper-parameters-json", '{"annealing": "soft", "annealing_schedule": "sudden"}'), "`annealing_schedule`"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--kinds", "slip"), "`kinds` must be"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit` must be"),
@@ -321,13 +359,15 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
     ],
 )
 def test_bad_command_line(arguments, expected, tmp_path):
+    shape = '"n_embd": 8, "n_layer": 1, "n_head": 2 // a shape'
     files = {
         "path": write(tmp_path / "bad.yaml", "a: [1\n"),
         "same": write(tmp_path / "same.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n'),
         "text": write(tmp_path / "text.jsonl", '{"text": "once"}\n'),
         "folder": str(tmp_path),
+        "scratch": write(tmp_path / "scratch.json", f'{{"pipeline": "arm", "init_from": "", {shape}\n}}'),
     }
-    result = invoke(*(re.sub(r"\{(path|same|text|folder)\}", lambda m: files[m[1]], a) for a in arguments))
+    result = invoke(*(re.sub(r"\{(path|same|text|folder|scratch)\}", lambda m: files[m[1]], a) for a in arguments))
     assert result.exit_code == 2
     assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
     assert not (tmp_path / "o.jsonl").exists()

@@ -29,7 +29,7 @@ class DiffusionDPOConfig(DPOConfig):
 
     > Parameters that control the conversion (of a policy that carries no record of one, see `load_diffusion_model`)
 
-        attention, block_length, clean_context, right_shift_logits, time_embedding: as in `DiffusionSFTConfig`.
+        attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id: as in `DiffusionSFTConfig`.
 
     > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
 
@@ -50,6 +50,7 @@ class DiffusionDPOConfig(DPOConfig):
     )
     right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
     time_embedding: bool | None = field(default=None, metadata={"help": "Tell the model the noise level."})
+    mask_token_id: int | None = field(default=None, metadata={"help": "A token of the vocabulary as the mask."})
 
     def __post_init__(self) -> None:
         settle_host_defaults(self)

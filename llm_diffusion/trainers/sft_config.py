@@ -45,6 +45,7 @@ class DiffusionSFTConfig(SFTConfig):
         clean_context: how finished blocks see themselves: "causal" (the default) or "block".
         right_shift_logits: whether hidden state i - 1 predicts token i; None is the recommended read-out.
         time_embedding: whether the model is told the noise level (default False).
+        mask_token_id: any token of the vocabulary as the mask; None is the tokenizer's own, or a new one.
 
     > Parameters that control the way from causal attention, see `annealing.Annealing`
 
@@ -102,6 +103,7 @@ class DiffusionSFTConfig(SFTConfig):
     )
     right_shift_logits: bool | None = field(default=None, metadata={"help": "Hidden state i-1 predicts token i."})
     time_embedding: bool | None = field(default=None, metadata={"help": "Tell the model the noise level."})
+    mask_token_id: int | None = field(default=None, metadata={"help": "A token of the vocabulary as the mask."})
     annealing: str | None = field(default=None, metadata={"help": "soft, stochastic or block."})
     annealing_steps: int | None = field(
         default=None, metadata={"help": "Optimiser steps until the target is reached; None: this run's."}
