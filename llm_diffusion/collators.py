@@ -44,7 +44,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     EOS: it gets no tail and teaches no false end. Lengths are drawn from the row's content, the same in every batch.
 
     A packed row (`seq_lengths`, as TRL's packing writes it) is treated text by text, each with its own time; its texts do not see
-    each other. Tails and filled blocks make it a little longer than it was packed.
+    each other. They are taken as they are: `canvas` has its place before packing, or rows would outgrow what they were packed to.
 
     Args:
         pad_token_id, mask_token_id, eos_token_id: ids; without `eos_token_id` rows are left as they are.
@@ -110,7 +110,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `labels`, `attention_mask`, each (B, L); the mask holds the number of a packed row's text, 0 at padding."""
-        rows = [[self._canvas(ids, labels) for ids, labels in _texts(example)] for example in examples]
+        rows = [
+            _texts(example) if "seq_lengths" in example else [self.canvas(*_texts(example)[0])] for example in examples
+        ]
         longest = max(sum(len(ids) for ids, _ in texts) for texts in rows)
         if self.pad_to_multiple_of:
             longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -132,7 +134,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             batch["labels"][positions(batch["attention_mask"]) == 0] = masking.IGNORE_INDEX  # no hidden state before it
         return batch
 
-    def _canvas(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    def canvas(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """A text that ends with an answer, as the canvas that the class's docstring draws; any other as it is."""
         trained = [i for i, label in enumerate(labels) if label != masking.IGNORE_INDEX]
         # The template may add a token or two (a newline) after the EOS of the last turn.
         ends = [i for i in trained if i >= trained[-1] - 2 and labels[i] == self.eos_token_id]

@@ -159,6 +159,17 @@ def check_canvas(processing_class: PreTrainedTokenizerBase, record: dict[str, An
         record["tail_token_id"] = pad
 
 
+def with_canvases(dataset: Any, collator: DataCollatorForMaskedDiffusion, num_proc: int | None) -> Any:
+    """Tokenised texts as canvases, so that they can be packed."""
+
+    def canvas(example: dict[str, Any]) -> dict[str, list[int]]:
+        ids, labels = collator.canvas(list(example["input_ids"]), list(example["labels"]))
+        return {"input_ids": ids, "labels": labels}
+
+    options = {"num_proc": num_proc, "desc": "Making canvases"} if isinstance(dataset, Dataset) else {}  # streams take none
+    return dataset.map(canvas, **options)
+
+
 def has_converted_weights(model: torch.nn.Module) -> bool:
     """Whether the weights under any adapters come from a converted checkpoint, and not from an autoregressive one."""
     file = Path(base_of(model).config._name_or_path) / "config.json"

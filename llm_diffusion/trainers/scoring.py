@@ -1,12 +1,11 @@
 """What a model says to the targets of noisy rows: their likelihood, and what metrics and teachers want beside it.
 
-Only rows with a target meet the vocabulary. Trade-off: two ways, one that streams over the vocabulary (CUDA) and one that keeps the
-logits of the targets, which teachers and the CPU need. Alternative: full logits, (B, M, V), which are what memory is spent on.
+Only rows with a target meet the vocabulary. Trade-off: two ways, one that takes them a few at a time and one that keeps the logits of
+the targets, which teachers need. Alternative: full logits, (B, M, V), which are what memory is spent on.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,23 +40,13 @@ def _scores(keep: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> 
 def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor, listening: bool = False) -> Scores:
     """What `model(**inputs)` says to `targets` (B, M), -100 where there is none; `listening` keeps its logits and hidden states."""
     keep = targets != IGNORE_INDEX
-    if targets.device.type == "cuda" and not listening:
-        # The host's Triton head streams over the vocabulary and skips ignored rows; elsewhere it projects every row.
-        output = model(**inputs, labels=targets, shift_labels=targets, fused_lm_head=True)
-        # A reference's head computes nothing but the first of these.
-        nothing = torch.zeros_like(output.log_probs[keep]).detach()
-        right, spread, mean = (
-            nothing if value is None else value[keep].detach()
-            for value in (output.is_top1, output.entropy, output.mean_logits)
-        )
-        return Scores(keep, -output.log_probs[keep], right.bool(), spread, mean_logits=mean)
-    with head_inputs(model) if listening else nullcontext([]) as caught:
+    if not listening:
+        return Scores(keep, **model(**inputs, score_targets=targets))
+    with head_inputs(model) as caught:
         logits = model(**inputs, logits_to_keep=keep).logits
     scores = _scores(keep, logits, targets[keep])
-    scores.mean_logits = logits.detach().mean(-1)
-    if listening:
-        scores.logits = logits
-        scores.hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][keep]
+    scores.logits = logits
+    scores.hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][keep]
     return scores
 
 

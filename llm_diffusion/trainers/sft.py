@@ -12,6 +12,7 @@ training loop, which would lose PEFT, accelerate, hub and callbacks.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ from ..modeling import (
     set_final_causal_ratio,
 )
 from ..patching import base_of
+from ..token_rows import train_rows_alone
+from ..vocabulary_head import add_row_scores
 from .distillation import check_base_stays, check_teacher, teacher_scores, with_own_words
 from .drafting import accepted_lengths, check_drafter, ready_drafter
 from .hosting import DiffusionHosting, numbered_rows
@@ -51,6 +54,7 @@ from .preparation import (
     prepare_adapter,
     prepare_quantised,
     report_dropped,
+    with_canvases,
 )
 from .scoring import Scores, score, score_drafts
 from .sft_config import DiffusionSFTConfig
@@ -156,10 +160,20 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._tokens_seen = torch.zeros((), dtype=torch.long)
         self._annealed = record.get("annealed", False)
-        head = self.model.get_output_embeddings()
-        if not hasattr(head, "bias"):
-            # The host's fused head reads it; PEFT's wrapper of a tied head has none.
-            head.register_parameter("bias", None)
+        train_rows_alone(self.model)
+        add_row_scores(self.model)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        if packing:
+            # Twice through the host, which leaves tokenised rows as they are: canvases are longer or shorter than their texts.
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            self.diffusion_collator.eos_token_id = processing_class.eos_token_id
+            dataset = with_canvases(dataset, self.diffusion_collator, args.dataset_num_proc)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         record = base_of(self.model).config.diffusion
