@@ -63,9 +63,9 @@ CASES: dict[str, tuple[str, str, int, int, dict[str, Any]]] = {
     "tiny-lora": ("tiny", "lora", 16, 128, {}),
     "tiny-full": ("tiny", "full", 16, 128, {}),
     "tiny-checkpointing": ("tiny", "lora", 16, 128, {"gradient_checkpointing": True}),
-    "wide-lora": ("wide", "lora", 4, 256, {}),
-    "wide-full": ("wide", "full", 4, 256, {}),
-    "wide-half-masked": ("wide", "lora", 4, 256, {"min_mask_probability": 0.499, "max_mask_probability": 0.501}),
+    "wide-lora": ("wide", "lora", 2, 128, {}),
+    "wide-full": ("wide", "full", 2, 128, {}),
+    "wide-half-masked": ("wide", "lora", 2, 128, {"min_mask_probability": 0.499, "max_mask_probability": 0.501}),
 }
 GPU_CASES = {
     f"{shape}-{kind}-{length}{'' if checkpointing else '-no-checkpointing'}": (
@@ -192,7 +192,7 @@ class StepTimes:
         self._last = None
 
 
-def compare_times(case: str, rounds: int = 5, steps: int = 4) -> dict[str, dict[str, float]]:
+def compare_times(case: str, rounds: int = 3, steps: int = 3) -> dict[str, dict[str, float]]:
     """Medians of seconds a step and of the share outside, by trainer; rounds of all trainers in turn."""
     trainers = {which: trainer_of(which, case, "cpu", steps) for which in TRAINERS}
     times = {which: StepTimes(trainer) for which, trainer in trainers.items()}

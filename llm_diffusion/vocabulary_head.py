@@ -14,6 +14,8 @@ anything else, and a head that is adapted or quantised, is scored by whole logit
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ from .masking import IGNORE_INDEX
 from .patching import Patch, base_of, wrap_forward
 from .token_rows import trained_rows
 
-PIECE = 2**24  # numbers of a piece of the logits, 64 MiB of fp32; four times as many on a GPU
+PIECE = 2**23  # numbers of a piece of the logits, 32 MiB of fp32; eight times as many on a GPU
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,15 @@ class _RowScores(torch.autograd.Function):
         for piece in pieces(n, weight):
             logits = rule(_project(hidden[piece].to(dtype), wide, bias, own, index))
             wanted = targets[piece, None]
-            said, norm = logits.gather(1, wanted), logits.logsumexp(-1, keepdim=True)
+            said, (most, best) = logits.gather(1, wanted), logits.max(-1, keepdim=True)
+            right[piece] = (best == wanted)[:, 0]
+            # One table beside the logits, no more: each costs as much time as memory.
+            p = (logits - most).exp_()
+            total = p.sum(-1, keepdim=True)
+            norm, p = most + total.log(), p.div_(total)
             nll[piece] = (norm - said)[:, 0]
-            right[piece] = logits.argmax(-1) == wanted[:, 0]
-            p = (logits - norm).exp_()
-            spread[piece] = norm[:, 0] - torch.einsum("nv,nv->n", p, logits)
+            mean = (logits.mul_(p) if rule.cap is None else p * logits).sum(-1)
+            spread[piece] = norm[:, 0] - mean
             if by_hidden is None and by_rows is None:
                 continue
             gradient = rule.slope(p.scatter_add_(1, wanted, torch.full_like(said, -1.0)), logits)
@@ -142,7 +148,7 @@ def _by_weight(
 
 def pieces(n: int, weight: torch.Tensor) -> list[slice]:
     """Rows of hidden states that meet the vocabulary together."""
-    size = max(1, PIECE * (1 if weight.device.type == "cpu" else 4) // len(weight))
+    size = max(1, PIECE * (1 if weight.device.type == "cpu" else 8) // len(weight))
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
@@ -222,13 +228,27 @@ def _scoring_forward(
         logits, targets = self._forward_without_scores(*args, **kwargs, logits_to_keep=keep).logits, score_targets[keep]
         plain = logits.detach()
         return {"nll": token_nll(logits, targets), "right": plain.argmax(-1) == targets, "entropy": entropy(plain)}
-    hidden = self.base_model(*args, **kwargs).last_hidden_state
-    linear, rows, index = head
+    # Through the whole forward, which others may have wrapped, with no token at all for its own head.
+    none = torch.empty(0, dtype=torch.long, device=keep.device)
+    with _backbone_output(self) as caught:
+        self._forward_without_scores(*args, **kwargs, logits_to_keep=none)
+    (hidden,), (linear, rows, index) = caught, head
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (linear.weight, linear.bias))
     hidden = hidden.to(weight.device)[keep.to(weight.device)]
     targets = score_targets.to(weight.device)[keep.to(weight.device)]
     nll, right, spread = row_scores(hidden, weight, targets, bias=bias, rows=rows, index=index, rule=self.logit_rule)
     return {"nll": nll, "right": right, "entropy": spread}
+
+
+@contextmanager
+def _backbone_output(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collects the last hidden state (B, M, D) of every forward."""
+    caught: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+    try:
+        yield caught
+    finally:
+        handle.remove()
 
 
 def _plain_head(
@@ -247,7 +267,7 @@ def _logit_rule(model: PreTrainedModel) -> LogitRule | None:
     known numbers in place of its head's output, and its head's input is compared with what its backbone returns.
     """
     head, width = model.get_output_embeddings(), model.config.get_text_config().vocab_size
-    if head is None or not hasattr(model, "base_model"):
+    if head is None or model.base_model is model or "_forward_of_all_logits" in vars(model):
         return None
     device = model.get_input_embeddings().weight.device
     spread = torch.cat([torch.tensor([1e-3, 1e6]), torch.linspace(-90.0, 90.0, max(width - 2, 2))])
@@ -261,21 +281,20 @@ def _logit_rule(model: PreTrainedModel) -> LogitRule | None:
     ids = torch.arange(3, 7, device=device)[None]
     model.eval()
     try:
-        found = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-        direct = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        with _backbone_output(model) as caught:
+            found = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
+        (direct,), (given,) = caught, seen
     except Exception:  # remote code may fail in any way; the plain way is still there
         return None
     finally:
         handle.remove()
         model.train(training)
-    if len(seen) != 1 or seen[0].shape[-1] != direct.shape[-1] or len(found) < 4:
+    if given.shape[-1] != direct.shape[-1]:
         return None
     cap = found[1].item() if found[1] < 1e4 else None
     rule = LogitRule(found[0].item() / spread[0].item(), cap)
     if abs(rule.scale - 1) < 1e-6:
         rule = LogitRule(1.0, cap)
-    same = torch.allclose(seen[0][0, -1].float(), direct[0, -1].to(seen[0].device).float(), rtol=1e-5, atol=1e-6)
+    same = torch.equal(given[0, -1], direct[0, -1].to(given))
     fits = torch.allclose(rule(spread[: len(found)].clone()), found, rtol=1e-4, atol=1e-5)
     return rule if same and fits else None
-
-

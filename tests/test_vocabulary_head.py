@@ -90,7 +90,10 @@ class _Widest(TorchDispatchMode):
 def test_nothing_is_as_large_as_the_logits():
     hidden, weight, _, targets = tensors()
     hidden.requires_grad_(True)
-    for function, rows in ((lambda: row_scores(hidden, weight, targets)[0], 7), (lambda: whole(hidden, weight, None, targets)[0], N)):
+    for function, rows in (
+        (lambda: row_scores(hidden, weight, targets)[0], 7),
+        (lambda: whole(hidden, weight, None, targets)[0], N),
+    ):
         with _Widest() as widest:
             function().sum().backward()
         assert widest.rows == rows
@@ -144,11 +147,14 @@ def test_every_architecture_keeps_what_it_does_to_its_logits(kind):
     assert model.logit_rule.scale == pytest.approx(MODELS[kind][1].scale)
     assert model.logit_rule.cap == pytest.approx(MODELS[kind][1].cap)
     torch.testing.assert_close(model(input_ids=ids, score_targets=targets)["nll"], want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores_of_logits(model, ids, targets), want)  # the forward without targets is what it was
+    torch.testing.assert_close(
+        scores_of_logits(model, ids, targets), want
+    )  # the forward without targets is what it was
 
 
 def test_what_a_rule_cannot_say_is_scored_by_logits():
     """A forward that changes its logits token by token, and a head under LoRA."""
+
     class Strange(Qwen3ForCausalLM):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
@@ -157,7 +163,9 @@ def test_what_a_rule_cannot_say_is_scored_by_logits():
 
     strange = random_model("qwen3")
     strange.__class__ = Strange
-    adapted = get_peft_model(random_model("qwen3"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    adapted = get_peft_model(
+        random_model("qwen3"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    )
     ids = torch.randint(3, V, (1, 9))
     for model in (strange, adapted.eval()):
         want = scores_of_logits(model, ids, ids)
