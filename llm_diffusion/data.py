@@ -127,10 +127,10 @@ def _says_something(row: dict) -> bool:
 
 def check_columns(dataset: Dataset, name: str) -> None:
     found = set(dataset.column_names)
-    if not found & {"messages", "text"} and not {"prompt", "completion"} <= found:
+    if not found & {"messages", "text", "input_ids"} and not {"prompt", "completion"} <= found:
         raise ValueError(
-            f"`dataset`: {name!r} has the columns {dataset.column_names}; one of `messages`, `prompt` with `completion`, or `text` "
-            "is needed."
+            f"`dataset`: {name!r} has the columns {dataset.column_names}; one of `messages`, `prompt` with `completion`, `text` or "
+            "`input_ids` (`llm-diffusion prepare-data`) is needed."
         )
 
 
@@ -149,22 +149,30 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
             raise ValueError(f"`dataset`: {name!r} is empty.") from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if path.exists():
-        files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)
-        formats = {_FORMATS[f.suffix] for f in files}
-        if len(formats) != 1:
-            raise ValueError(
-                f"`dataset`: {name!r} must hold files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}."
-            )
-        if not any(f.stat().st_size for f in files):
-            raise ValueError(f"`dataset`: {name!r} is empty.")
-        kind = formats.pop()
-        if path.is_dir() and {"train", "test", "validation"} & {f.stem for f in files}:
-            splits = {f.stem: str(f) for f in files if f.stem in ("train", "test", "validation")}
+        kind, files = data_files(name)
+        if path.is_dir() and {"train", "test", "validation"} & {Path(f).stem for f in files}:
+            splits = {Path(f).stem: f for f in files if Path(f).stem in ("train", "test", "validation")}
             return _quietly(name, kind, data_files=splits)
-        return _quietly(name, kind, data_files=[str(f) for f in files])
+        return _quietly(name, kind, data_files=files)
     if name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
         raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
     return _quietly(name, name, *filter(None, [configuration]))
+
+
+def data_files(name: str) -> tuple[str, list[str]]:
+    """Kind (as `load_dataset` calls it) and paths of a file, or of the files of a folder. ValueError: none, or of several kinds."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
+    files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)
+    formats = {_FORMATS[f.suffix] for f in files}
+    if len(formats) != 1:
+        raise ValueError(
+            f"`dataset`: {name!r} must hold files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}."
+        )
+    if not any(f.stat().st_size for f in files):
+        raise ValueError(f"`dataset`: {name!r} is empty.")
+    return formats.pop(), [str(f) for f in files]
 
 
 def _quietly(name: str, *args: str, **options: object) -> DatasetDict:

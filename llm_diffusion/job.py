@@ -95,7 +95,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     # An adapter is trained on.
     peft_config = None if isinstance(model, PeftModel) or not hp.use_lora else lora(hp, model)
     reports = {}
-    examples = list(test.select(range(min(hp.eval_examples, len(test)))))
+    examples = readable(test, hp.eval_examples, tokenizer)
     if examples and names == [DPO]:
         reports["before"] = measure(model, tokenizer, examples, hp)
     elif examples:
@@ -124,7 +124,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         show_ends(arguments, model, tokenizer, examples, output / "ends.png")
     plot_loss(histories, output / "loss.png")
-    samples = list(test.select(range(min(6, len(test)))))
+    samples = readable(test, 6, tokenizer)
     show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
 
 
@@ -156,6 +156,14 @@ def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: i
         check_pairs(pairs, "preference") for pairs in found
     )  # the trainer is built when the phases before are done
     return train, test.select(range(min(len(test), EVAL_ROWS)))
+
+
+def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The first `n` rows; tokens of a prepared dataset as text."""
+    rows = list(test.select(range(min(n, len(test)))))
+    if "input_ids" not in test.column_names:
+        return rows
+    return [{"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)} for row in rows]
 
 
 def measure(

@@ -166,6 +166,36 @@ def analyze(
             console.print(f"weights: {fetch(model)}", markup=False)
 
 
+@cli.command("prepare-data")
+@click.argument("source")
+@click.option("--output", metavar="FOLDER", required=True, help="Where the dataset is written.")
+@click.option("--model", required=True, help="Whose tokenizer is used.")
+@click.option("--form", default="joined", show_default=True, help="joined, padded or documents.")
+@click.option("--length", type=int, default=1024, show_default=True, help="Tokens of a row.")
+@click.option("--train", type=int, help="Documents to train on; all if left out.")
+@click.option("--test", type=float, default=0.01, show_default=True, help="Documents held out: a share or a number.")
+@click.option("--text-field", default="text", show_default=True, help="Column of the text.")
+@click.option("--config", help="Configuration of a hub dataset, sample-10BT for one.")
+@click.option("--split", default="train", show_default=True, help="Split of a hub dataset.")
+@click.option("--dtype", default="uint16", show_default=True, help="Type of the ids in a .bin file.")
+def prepare_data(source: str, output: str, **options: Any) -> None:
+    """Tokenise SOURCE once: a file or folder of txt, JSONL or Parquet, a .bin of token ids, or a hub name, streamed."""
+    with one_line_errors():
+        from .job import check_writable
+        from .prepare_data import Preparation, prepare
+
+        quiet_hosts()
+        import datasets
+
+        datasets.disable_progress_bars()  # lines of our own, which know documents and tokens
+        check_writable(Path(output).expanduser(), "--output")
+        asked = Preparation(source, **options)
+        prepare(asked, Path(output).expanduser(), logger.info)
+        for split, count in asked.counts.items():
+            click.echo(f"{split}: " + ", ".join(f"{number:,} {name}" for name, number in count.items()))
+        click.echo(f"name it as data: --hyper-parameters-json '{json.dumps({'dataset': output})}'")
+
+
 @cli.command()
 @click.argument("model", required=False)
 @click.argument("prompts", nargs=-1)

@@ -183,7 +183,7 @@ def test_a_trained_row_of_a_tied_vocabulary(kind):
         lora.fan_in_fan_out = True
     peft = get_peft_model(model, lora).eval()
     with torch.no_grad():
-        for name, parameter in peft.named_parameters():
+        for parameter in peft.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     lean = copy.deepcopy(peft)
