@@ -23,6 +23,7 @@ from llm_diffusion.attention_masks import annealed, positions
 from llm_diffusion.collators import _Noised
 from llm_diffusion.masking import IGNORE_INDEX
 from llm_diffusion.tiny import tiny_dataset
+from llm_diffusion.trainers.preparation import by_length
 
 
 def losses(trainer):
@@ -519,16 +520,30 @@ def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
 
 
 def test_packing_wastes_little_and_learns(tmp_path, tokenizer):
-    texts = tiny_dataset(200)
-    trainer = make(
-        tmp_path, tokenizer, packing=True, max_length=128, max_steps=2, dataset=texts, per_device_train_batch_size=2
-    )
-    real = sum(int((batch["attention_mask"] > 0).sum()) for batch in trainer.get_train_dataloader())
-    slots = sum(batch["attention_mask"].numel() for batch in trainer.get_train_dataloader())
-    assert real / slots > 0.8
-    assert max(int(batch["attention_mask"].max()) for batch in trainer.get_train_dataloader()) > 1
+    """At most 5 % of what the model is handed holds no text, canvases and all; every canvas is packed once, whole."""
+    texts = tiny_dataset(300)
+    settings = {"max_length": 512, "max_steps": 2, "dataset": texts, "per_device_train_batch_size": 2}
+    trainer = make(tmp_path, tokenizer, packing=True, **settings)
+    batches = list(trainer.get_train_dataloader())
+    parts = [part for batch in batches for part in by_length(batch)]
+    real = sum(int((part["attention_mask"] > 0).sum()) for part in parts)
+    assert 1 - real / sum(part["attention_mask"].numel() for part in parts) < 0.05
+    alone = make(tmp_path, tokenizer, **settings)
+    assert real == sum(int((batch["attention_mask"] > 0).sum()) for batch in alone.get_train_dataloader())
+    assert max(int(batch["attention_mask"].max()) for batch in batches) > 1
     trainer.train()
     assert all(loss > 0 for loss in losses(trainer))
+
+
+def test_rows_of_like_length_share_batches(tmp_path, tokenizer):
+    """The host's `length` sampling: less padding than in random order."""
+
+    def padding(**settings):
+        trainer = make(tmp_path, tokenizer, dataset=tiny_dataset(128), random_canvas=0.0, eos_tail=0, **settings)
+        batches = list(trainer.get_train_dataloader())
+        return sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+
+    assert padding(train_sampling_strategy="group_by_length") < 0.5 * padding()
 
 
 def test_texts_of_a_packed_row_have_times_of_their_own(tmp_path, tokenizer):

@@ -166,7 +166,9 @@ def with_canvases(dataset: Any, collator: DataCollatorForMaskedDiffusion, num_pr
         ids, labels = collator.canvas(list(example["input_ids"]), list(example["labels"]))
         return {"input_ids": ids, "labels": labels}
 
-    options = {"num_proc": num_proc, "desc": "Making canvases"} if isinstance(dataset, Dataset) else {}  # streams take none
+    options = (
+        {"num_proc": num_proc, "desc": "Making canvases"} if isinstance(dataset, Dataset) else {}
+    )  # streams take none
     return dataset.map(canvas, **options)
 
 
