@@ -28,7 +28,7 @@ from loguru import logger
 if TYPE_CHECKING:
     from .config import HyperParameters
 
-USER_ERRORS = (ValueError, OSError, ImportError)
+USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 
 
 @contextmanager
@@ -36,7 +36,10 @@ def one_line_errors() -> Any:
     """What the user got wrong is one line on stderr and exit code 2, without a traceback."""
     try:
         yield
-    except USER_ERRORS as error:
+    except Exception as error:
+        # By name: importing torch for its class would cost seconds at every start.
+        if not isinstance(error, USER_ERRORS) and type(error).__name__ != "OutOfMemoryError":
+            raise
         if os.environ.get("LLM_DIFFUSION_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
@@ -41,6 +42,7 @@ from ..token_rows import train_rows_alone
 from ..vocabulary_head import add_row_scores
 from .distillation import check_base_stays, check_teacher, teacher_scores, with_own_words
 from .drafting import accepted_lengths, check_drafter, ready_drafter
+from .faults import UNFINISHED, out_of_memory, save_bad_batch, save_whole
 from .hosting import DiffusionHosting, numbered_rows
 from .metrics import by_level, metric_values
 from .preparation import (
@@ -84,6 +86,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
     _tag_names = ["trl", "sft", "masked-diffusion", "llm-diffusion"]
     _name = "Diffusion SFT"
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
+    _saving = False
 
     def __init__(
         self,
@@ -233,6 +236,20 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         if self.args.normalization == "length":
             return (batch["attention_mask"] > 0).sum()
         return self._corrupt(batch, "train")["masked"].sum()
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As the host's; a loss that is no number stops before it reaches the weights, and running out of memory says what helps."""
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
+                raise
+            raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
+        if not torch.isfinite(loss):  # in place of the host's filter, which hides it: one wait, as there
+            raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
+        return loss
 
     def compute_loss(
         self,
@@ -433,6 +450,20 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._saving else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub:  # the host uploads from where it writes, in its own time
+            super()._save_checkpoint(model, trial)
+            return
+        folder, self._saving = Path(super()._get_output_dir(trial)), True
+        try:
+            save_whole(self, lambda: super(DiffusionSFTTrainer, self)._save_checkpoint(model, trial), folder)
+        finally:
+            self._saving = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._update_record()

@@ -93,9 +93,11 @@ class DiffusionSFTConfig(SFTConfig):
         pad_annealing_steps: optimiser steps in which that ratio grows from nothing to `pad_mask_ratio`; None: it starts there.
         first_step_share: share of rows masked whole, as at the first step of decoding, beside the bound.
 
-    > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
+    > Parameters whose default differs from the host's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs);
+        `logging_nan_inf_filter` is off: the host's filter hides a loss that is no number, while its gradient ruins the weights.
     """
 
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are no numbers."})
     attention: str | None = field(default=None, metadata={"help": "bidirectional, block or lossless."})
     block_length: int | None = field(default=None, metadata={"help": "Tokens of a block."})
     clean_context: str | None = field(
