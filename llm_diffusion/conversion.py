@@ -165,7 +165,9 @@ def run_stages(
         trainer.evaluate()
         folder = folders[stage.name]
         trainer.save_model(str(folder))
-        (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
+        if trainer.is_world_process_zero():
+            (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
+        trainer.accelerator.wait_for_everyone()  # the next stage, or the end, may read what was saved
         histories[stage.name] = trainer.state.log_history
     return histories
 
@@ -183,7 +185,7 @@ def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:
     for stage in stages:
         (folders[stage.name] / LOG).unlink(missing_ok=True)
         for checkpoint in Path(stage.arguments.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another process may be at it
 
 
 def _trainable(model: torch.nn.Module) -> set[str]:

@@ -51,6 +51,11 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     """The main job."""
     started = time.perf_counter()
     device = hp.device or best_device()
+    first = int(os.environ.get("RANK", 0)) == 0  # of several processes, which `accelerate launch` or torchrun start
+    if not first:
+        logger.remove()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
     output = Path(hp.output_dir).expanduser()
@@ -110,6 +115,8 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     histories = train_stages(
         hp, arguments, model, tokenizer, peft_config, train, test, output, load, preferences=preferences
     )
+    if not first:
+        return  # one is enough to read and show what was trained
     folders = stage_folders(names, output)
     final = folders[names[-1]]
     del model

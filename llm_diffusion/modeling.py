@@ -52,6 +52,7 @@ from .noise_schedules import get_noise_schedule
 from .patching import Patch, base_of, bind, keep_logits
 from .probing import recurrent_layers
 from .tiny import TINY_MODEL_PATH
+from .token_rows import train_rows_alone
 
 logger = logging.getLogger(__name__)
 
@@ -301,6 +302,7 @@ def load_diffusion_model(
         base_of(model).config.diffusion["gguf_file"] = gguf_file
     if adapter:
         model = from_hub(PeftModel, model, path, is_trainable=True)
+        train_rows_alone(model)  # PEFT would copy the vocabulary at every forward
     elif not gguf_file:
         record = base_of(model).config.diffusion
         record.pop("gguf_file", None)  # a checkpoint that descends from one has weights of its own

@@ -5,7 +5,7 @@ The model is built on the meta device. A micro-batch as `DiffusionSFTTrainer` ru
 because layers are alike.
 Trade-off: seconds instead of a formula's microseconds, and no figure for remote code that looks at its data.
 Alternative: a formula of saved tensors per layer. It must be counted anew for every architecture and misses what the hosts add:
-PEFT copies the vocabulary matrix to train the mask token's row, autocast keeps 16-bit copies of fp32 weights, QLoRA's residual
+autocast keeps 16-bit copies of fp32 weights, QLoRA's residual
 stream is fp32.
 """
 
@@ -29,8 +29,9 @@ from transformers.pytorch_utils import Conv1D
 
 from .attention import in_attention
 from .attention_masks import additive, block_diffusion
-from .losses import token_nll
 from .patching import base_of
+from .token_rows import train_rows_alone, trained_rows
+from .vocabulary_head import GPU_PIECE, PIECE, row_scores
 
 GIB = 2**30
 KINDS = ("lora", "qlora", "full")
@@ -38,7 +39,6 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # blocks of 64 with 8-bit scales; 256 o
 PAGED = "paged_adamw_8bit"
 _MLP_NAMES = {"mlp", "ffn", "feed_forward", "moe", "block_sparse_moe", "experts", "fc1", "fc2"}
 _LORA_DROPOUT = 0.05  # the main job's default: its masks wait for backward
-_TILE = (4096, 32768)  # the piece of the logits that TRL's head holds on CUDA
 # Autocast runs these in fp32 on CUDA, not on a CPU, where the trace runs.
 _FP32_ON_CUDA = {"layer_norm", "pow", "__pow__", "rsqrt", "softmax", "log_softmax", "cumsum", "exp", "softplus"}
 
@@ -99,11 +99,11 @@ class ModelMemory:
     def training(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
         """GiB on one card at the peak of an optimiser step, gradients of earlier micro-batches there, and their `total`.
 
-        `logits` is all that is as wide as the vocabulary: logits, every maskable token masked (the worst case), copies and
-        gradients of the vocabulary matrix. `masks` are attention masks. Two cards share evenly all but these.
+        `logits` is all that is as wide as the vocabulary: a piece of the logits, every maskable token masked (the worst case),
+        copies and gradients of the vocabulary matrix. `masks` are attention masks. Two cards share evenly all but these.
 
         Args:
-            device: "cuda", under bf16 autocast with TRL's streaming head, or "cpu", in fp32 with whole logits.
+            device: "cuda", under bf16 autocast, or "cpu", in fp32.
         """
         sizes = {**self.fixed(setup, device), **self.peak(replace(setup, optimizer="adamw", cards=1), device)}
         sizes = {k: v / GIB / (1 if k in ("logits", "masks") else setup.cards) for k, v in sizes.items()}
@@ -173,6 +173,7 @@ class ModelMemory:
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         )
         model = get_peft_model(model, lora)
+        train_rows_alone(model)
         for parameter in model.parameters():
             if parameter.requires_grad and setup.kind == "qlora":
                 parameter.data = parameter.data.to(sixteen)
@@ -195,7 +196,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self, known: list[torch.Tensor], vocabulary: int, length: int) -> None:
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._wide, self._square = {vocabulary, _TILE[1]}, (length, length)
+        self._wide, self._square = vocabulary, (length, length)
         self._live = {"activations": 0, "logits": 0, "masks": 0}
         self.peaks = [dict(self._live)]
 
@@ -213,7 +214,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage, shape: torch.Size) -> None:
         mask = shape[-2:] == self._square and (len(shape) == 3 or shape[1:2] == (1,))
-        part = "logits" if self._wide & {*shape} else "masks" if mask else "activations"
+        part = "logits" if self._wide in shape else "masks" if mask else "activations"
         self._known.add(storage._cdata)
         self._live[part] += storage.nbytes()
         weakref.finalize(storage, self._free, storage._cdata, part, storage.nbytes())
@@ -238,23 +239,6 @@ class _CudaRules(TorchFunctionMode):
                 torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs)
             )
         return func(*args, **kwargs)
-
-
-class _StreamingHead(torch.autograd.Function):
-    """What TRL's head allocates on CUDA: a tile of logits, and fp32 gradients of hidden states and, if it trains, the matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight)
-        hidden.new_empty(min(len(hidden), _TILE[0]), _TILE[1], dtype=torch.bfloat16)
-        return hidden.new_empty(len(hidden), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        pairs = list(zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True))
-        wide = [torch.zeros_like(x, dtype=torch.float32) if needed else None for x, needed in pairs]
-        gradient.new_empty(min(len(gradient), _TILE[0]), _TILE[1], dtype=torch.bfloat16)
-        return tuple(None if g is None else g.to(x.dtype) for g, (x, _) in zip(wide, pairs, strict=True))
 
 
 def _trace(model: torch.nn.Module, setup: TrainingSetup, device: str) -> list[dict[str, int]]:
@@ -306,8 +290,8 @@ def _part_loss(model: torch.nn.Module, rows: int, setup: TrainingSetup, device: 
     scored = torch.arange(setup.length)
     # The host wraps the forward alone, so each part casts the weights anew.
     with torch.autocast("cpu", torch.bfloat16, enabled=device == "cuda"):
-        if device == "cuda":
-            hidden = base.base_model(**inputs).last_hidden_state[:, scored].flatten(0, 1)
-            return _StreamingHead.apply(hidden, base.get_output_embeddings().weight).sum()
-        logits = model(**inputs, logits_to_keep=scored).logits.flatten(0, 1)
-    return token_nll(logits, torch.zeros(len(logits), dtype=torch.long)).sum()
+        hidden = base.base_model(**inputs).last_hidden_state[:, scored].flatten(0, 1)
+        head, own, index = trained_rows(base.get_output_embeddings())
+        targets = torch.zeros(len(hidden), dtype=torch.long)
+        piece = GPU_PIECE if device == "cuda" else PIECE
+        return row_scores(hidden, head.weight, targets, rows=own, index=index, piece=piece)[0].sum()

@@ -30,7 +30,7 @@ from .masking import IGNORE_INDEX
 from .patching import Patch, base_of, wrap_forward
 from .token_rows import trained_rows
 
-PIECE = 2**23  # numbers of a piece of the logits, 32 MiB of fp32; eight times as many on a GPU
+PIECE, GPU_PIECE = 2**23, 2**26  # numbers of a piece of the logits on a CPU, 32 MiB of fp32, and elsewhere
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class _RowScores(torch.autograd.Function):
         targets: torch.Tensor,
         rule: LogitRule,
         dtype: torch.dtype,
+        size: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n = len(hidden)
         nll, spread = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
@@ -72,7 +73,7 @@ class _RowScores(torch.autograd.Function):
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         by_rows = hidden.new_empty(n, len(index), dtype=torch.float32) if ctx.needs_input_grad[3] else None
         wide, own = weight.to(dtype), None if rows is None else rows.to(dtype)
-        for piece in pieces(n, weight):
+        for piece in pieces(n, weight, size):
             logits = rule(_project(hidden[piece].to(dtype), wide, bias, own, index))
             wanted = targets[piece, None]
             said, (most, best) = logits.gather(1, wanted), logits.max(-1, keepdim=True)
@@ -98,7 +99,7 @@ class _RowScores(torch.autograd.Function):
             hidden if trains or by_rows is not None else None,
             *((weight, bias, rows, index, targets) if trains else (None,) * 5),
         )
-        ctx.rule, ctx.dtype, ctx.rows_dtype = rule, dtype, None if rows is None else rows.dtype
+        ctx.rule, ctx.dtype, ctx.size, ctx.rows_dtype = rule, dtype, size, None if rows is None else rows.dtype
         ctx.mark_non_differentiable(right, spread)
         return nll, right, spread
 
@@ -113,7 +114,7 @@ class _RowScores(torch.autograd.Function):
             d_rows = ((by_rows * given[:, None]).T @ hidden.float()).to(ctx.rows_dtype)
         if weight is not None:
             d_weight, d_bias = _by_weight(ctx, given, hidden, weight, bias, rows, index, targets)
-        return d_hidden, d_weight, d_bias, d_rows, None, None, None, None
+        return d_hidden, d_weight, d_bias, d_rows, None, None, None, None, None
 
 
 def _by_weight(
@@ -130,7 +131,7 @@ def _by_weight(
     d_weight = torch.zeros_like(weight, dtype=torch.float32)
     d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
     wide, own = weight.to(ctx.dtype), None if rows is None else rows.to(ctx.dtype)
-    for piece in pieces(len(hidden), weight):
+    for piece in pieces(len(hidden), weight, ctx.size):
         read = hidden[piece].to(ctx.dtype)
         logits = ctx.rule(_project(read, wide, bias, own, index))
         gradient = logits.softmax(-1).scatter_add_(1, targets[piece, None], -torch.ones_like(given[piece, None]))
@@ -146,9 +147,9 @@ def _by_weight(
     )
 
 
-def pieces(n: int, weight: torch.Tensor) -> list[slice]:
+def pieces(n: int, weight: torch.Tensor, piece: int | None = None) -> list[slice]:
     """Rows of hidden states that meet the vocabulary together."""
-    size = max(1, PIECE * (1 if weight.device.type == "cpu" else 8) // len(weight))
+    size = max(1, (piece or (PIECE if weight.device.type == "cpu" else GPU_PIECE)) // len(weight))
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
@@ -188,6 +189,7 @@ def row_scores(
     rows: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
     rule: LogitRule | None = None,
+    piece: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of targets from the hidden states that predict them, differentiable in all but `targets`.
 
@@ -197,6 +199,7 @@ def row_scores(
         targets: (n,) token ids.
         rows, index: (r, D) and (r,): what stands in place of these rows of `weight`.
         rule: what the architecture makes of its logits.
+        piece: numbers of a piece of the logits; None: what suits the device.
 
     Returns:
         NLL in nats, fp32, with its gradient; whether the best guess is the target, bool; entropy in nats, fp32: (n,) each.
@@ -205,7 +208,7 @@ def row_scores(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if index is not None:
         index = index.to(weight.device)
-    return _RowScores.apply(hidden, weight, bias, rows, index, targets, rule or LogitRule(), dtype)
+    return _RowScores.apply(hidden, weight, bias, rows, index, targets, rule or LogitRule(), dtype, piece)
 
 
 def add_row_scores(model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
 
 from llm_diffusion.config import preset_names, read_preset, resolve
@@ -54,6 +55,10 @@ def test_command_lines_are_real(line):
     words = [word for word in words if word != "nohup"]
     if words[0] == "source":
         return
+    if words[:2] == ["accelerate", "launch"]:
+        launch, words = words[: words.index("-m")], ["python", *words[words.index("-m") :]]
+        known = launch_command_parser().parse_args([*launch[2:], "script.py"])
+        assert (ROOT / known.config_file).is_file()
     if words[0] == "./run.sh":
         assert (ROOT / "run.sh").stat().st_mode & 0o111
         if words[1:] == [] or words[1] == "test":
