@@ -141,7 +141,8 @@ def full_logits(host: type) -> type:
             logits = model(**noisy["inputs"], use_cache=False).logits
             nll = token_nll(logits.flatten(0, 1), targets.clamp(min=0).flatten()).view(targets.shape)[keep]
             plain = logits.detach()[keep]
-            return Scores(keep, nll, plain.argmax(-1) == targets[keep], entropy(plain))
+            right = plain.argmax(-1) == targets[keep]
+            return Scores(keep, nll, right, entropy(plain), keep.nonzero(as_tuple=True))
 
     return FullLogits
 

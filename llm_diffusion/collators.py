@@ -365,9 +365,10 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
         # Blocks that no row masks (prompts) need no noisy copy.
         length = ids.shape[1]
-        used = maskable.any(0).nonzero()
-        start = int(used[0]) if len(used) else 0
-        start -= int((place % block_length * (documents > 0))[:, start].max())
+        used = maskable.any(0)
+        first = used.int().argmax()
+        inside = (place % block_length * (documents > 0)).index_select(1, first[None]).max()
+        start = int((first - inside) * used.any())
         start = max(start, 0)  # the start of the block it is in
         kept = torch.cat([torch.arange(start, length), torch.arange(length, 2 * length)]).to(ids.device)
 

@@ -213,7 +213,7 @@ def row_scores(
 
 def add_row_scores(model: torch.nn.Module) -> None:
     """Teaches a model's forward `score_targets`, (B, M) token ids with -100 for none: with it, it returns no logits but a dict of
-    `nll`, `right` and `entropy` of the n others, (n,) each, in their order. Idempotent; copies of the model keep it."""
+    `nll`, `right` and `entropy` of the n others, (n,) each, and their places `at`. Idempotent; copies of the model keep it."""
     base = base_of(model)
     base.logit_rule = _logit_rule(base)
     wrap_forward(Patch(), base, _scoring_forward, "_forward_without_scores")
@@ -224,23 +224,25 @@ def _scoring_forward(
 ) -> Any:
     if score_targets is None:
         return self._forward_without_scores(*args, **kwargs)
-    keep = score_targets != IGNORE_INDEX
+    at = (score_targets != IGNORE_INDEX).nonzero(as_tuple=True)  # the one wait for the device
+    targets = score_targets[at]
     head = _plain_head(self.get_output_embeddings())
     if self.logit_rule is None or head is None or is_deepspeed_zero3_enabled():
         # ZeRO-3 gathers a head's weights for its own forward only.
-        logits, targets = self._forward_without_scores(*args, **kwargs, logits_to_keep=keep).logits, score_targets[keep]
+        keep = score_targets != IGNORE_INDEX
+        logits = self._forward_without_scores(*args, **kwargs, logits_to_keep=keep).logits
         plain = logits.detach()
-        return {"nll": token_nll(logits, targets), "right": plain.argmax(-1) == targets, "entropy": entropy(plain)}
+        said = {"nll": token_nll(logits, targets), "right": plain.argmax(-1) == targets, "entropy": entropy(plain)}
+        return {**said, "at": at}
     # Through the whole forward, which others may have wrapped, with no token at all for its own head.
-    none = torch.empty(0, dtype=torch.long, device=keep.device)
+    none = torch.empty(0, dtype=torch.long, device=targets.device)
     with _backbone_output(self) as caught:
         self._forward_without_scores(*args, **kwargs, logits_to_keep=none)
     (hidden,), (linear, rows, index) = caught, head
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (linear.weight, linear.bias))
-    hidden = hidden.to(weight.device)[keep.to(weight.device)]
-    targets = score_targets.to(weight.device)[keep.to(weight.device)]
+    hidden, targets = hidden[tuple(i.to(hidden.device) for i in at)].to(weight.device), targets.to(weight.device)
     nll, right, spread = row_scores(hidden, weight, targets, bias=bias, rows=rows, index=index, rule=self.logit_rule)
-    return {"nll": nll, "right": right, "entropy": spread}
+    return {"nll": nll, "right": right, "entropy": spread, "at": at}
 
 
 @contextmanager

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from datasets import IterableDataset
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import LORA, make, tiny_model
+from training import make, tiny_model
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from llm_diffusion.attention_masks import additive
 from llm_diffusion.tiny import tiny_dataset
 
 # What waits for a GPU: reading a number, and finding out how many elements a mask has.
@@ -58,12 +56,30 @@ def host(tmp_path, tokenizer):
         gradient_checkpointing=False,
         disable_tqdm=True,
     )
-    return SFTTrainer(tiny_model(), arguments, train_dataset=tiny_dataset(16), processing_class=copy.deepcopy(tokenizer))
+    return SFTTrainer(
+        tiny_model(), arguments, train_dataset=tiny_dataset(16), processing_class=copy.deepcopy(tokenizer)
+    )
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the host's own config
 @pytest.mark.parametrize("settings", [{}, {"attention": "block"}, {"packing": True}])
 def test_a_step_waits_for_the_device_once_more_than_the_host(tmp_path, tokenizer, settings):
     ours = waits_of_a_step(make(tmp_path, tokenizer, max_steps=3, logging_steps=10, **settings))
     theirs = waits_of_a_step(host(tmp_path, tokenizer))
-    print(settings, ours, theirs)
     assert max(ours) <= max(theirs) + 1
+
+
+def test_a_stream_trains_and_goes_on_to_the_digit(tmp_path, tokenizer):
+    """An `IterableDataset`, which has no length and is read again up to where it was."""
+
+    def losses(trainer):
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    runs = [
+        make(tmp_path, tokenizer, dataset=tiny_dataset(64).to_iterable_dataset(), shuffle_dataset=False, **settings)
+        for _ in range(2)
+    ]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert losses(runs[0])[2:] == losses(runs[1])[-2:] and len(losses(runs[0])) == 4

@@ -37,9 +37,10 @@ def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
     n = len(lengths)
     if n < 3:
         return [batch]
-    order, parts = lengths.argsort(stable=True), []
-    for rows in (order[: 2 * n // 3], order[2 * n // 3 :]):
-        longest = -(-int(lengths[rows].max()) // multiple) * multiple
+    (ordered, order), parts, first = lengths.sort(stable=True), [], 2 * n // 3
+    ends = torch.stack([ordered[first - 1], ordered[-1]]).tolist()  # both by one wait for the device
+    for rows, longest in zip((order[:first], order[first:]), ends, strict=True):
+        longest = -(-longest // multiple) * multiple
         part = {name: batch[name][rows, :longest] for name in ("input_ids", "labels", "attention_mask")}
         if "noise_rows" in batch:
             part |= {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}

@@ -26,6 +26,7 @@ class Scores:
     nll: torch.Tensor
     right: torch.Tensor
     entropy: torch.Tensor
+    at: tuple[torch.Tensor, ...]  # rows and places of these, (n,) each
     logits: torch.Tensor | None = None  # (n, V)
     hidden: torch.Tensor | None = None  # (n, D), inputs of the head
     teacher: torch.Tensor | None = None  # (n, V) logits of the AR model, where it was heard already
@@ -34,7 +35,8 @@ class Scores:
 
 def _scores(keep: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     plain = logits.detach()
-    return Scores(keep, token_nll(logits, targets), plain.argmax(-1) == targets, entropy(plain))
+    right = plain.argmax(-1) == targets
+    return Scores(keep, token_nll(logits, targets), right, entropy(plain), keep.nonzero(as_tuple=True))
 
 
 def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor, listening: bool = False) -> Scores:

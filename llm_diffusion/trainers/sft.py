@@ -283,8 +283,8 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         noisy = self._corrupt(part, mode, complement)
         listens = self.args.listens if mode == "train" else self._drafts
         scores = self._score(model, noisy, listening=listens)
-        keep, terms, rows = scores.keep, scores.nll, scores.keep.nonzero()[:, 0]
-        weights, extra_weights = noisy["weights"][keep], noisy["extra_weights"][keep]
+        at, terms, rows = scores.at, scores.nll, scores.at[0]
+        weights, extra_weights = noisy["weights"][at], noisy["extra_weights"][at]
         data = ~own[rows]  # the student's own words are no labels
         bound = (weights > 0) & data
         maskable = (part["labels"] != IGNORE_INDEX) & ~(own | noisy["first_step"])[:, None]
@@ -298,13 +298,13 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
             entropy=(scores.entropy * bound).sum(),
             scored=bound.sum(),
             masked=share * (noisy["masked"] & maskable).sum(),
-            **by_level(terms.detach() * data, noisy["levels"][keep] * data),
+            **by_level(terms.detach() * data, noisy["levels"][at] * data),
         )
         if scores.teacher is not None:
             best = scores.logits.detach().argmax(-1) == scores.teacher.argmax(-1)
-            whole, b = (noisy["levels"][keep] == 1) & data, self.diffusion_collator.block_length
+            whole, b = (noisy["levels"][at] == 1) & data, self.diffusion_collator.block_length
             b = (self._block_length() or b) if mode == "train" else b
-            yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][keep], whole, b)
+            yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][at], whole, b)
             self._add(mode, accepted=yielded, blocks=blocks)
         objective = terms * data
         if mode == "train" and scores.logits is not None:
