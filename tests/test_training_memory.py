@@ -11,12 +11,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.tiny import TINY_MODEL_PATH
-from llm_diffusion.training_memory import _TILE, KINDS, ModelMemory, TrainingSetup, _trace
+from llm_diffusion.training_memory import KINDS, ModelMemory, TrainingSetup, _trace
 
 IDS = {"vocab_size": 576, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = {**IDS, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -183,10 +181,6 @@ def test_depth_is_extrapolated_exactly(setup, device):
     memory = ModelMemory(small(layers=3))
     whole = _trace(memory._trainable(setup, 3, device), setup, device)
     assert sum(memory.peak(setup, device).values()) == max(sum(live.values()) for live in whole)
-
-
-def test_the_tile_of_logits_is_the_hosts():
-    assert _TILE == (TOKEN_CHUNK_SIZE, _CHUNKED_LOGPROB_CHUNK_SIZE)
 
 
 def test_more_of_anything_takes_more():
