@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,7 +190,7 @@ def _quantizable(model: torch.nn.Module) -> list[torch.nn.Module]:
 class _LiveBytes(TorchDispatchMode):
     """Counts storages as they come and go; `peaks` are the fullest moments, by part, of the segments of a step.
 
-    A segment ends where the backward pass reaches an embedding. All moments of one segment grow by the same bytes with every
+    A segment ends with the forward pass, and where the backward pass reaches an embedding. All moments of one segment grow by the same bytes with every
     layer, so that its peak is linear in depth; the peak of the whole step is not.
     """
 
@@ -258,11 +259,11 @@ def _trace(model: torch.nn.Module, setup: TrainingSetup, device: str) -> list[di
         live = _LiveBytes(known, base.config.get_text_config().vocab_size, length)
         base.get_input_embeddings().register_forward_hook(lambda *call: call[-1].register_hook(live.cut) and None)
         with live:
-            _micro_batch(model, setup, device)
+            _micro_batch(model, setup, device, live.cut)
     return live.peaks
 
 
-def _micro_batch(model: torch.nn.Module, setup: TrainingSetup, device: str) -> None:
+def _micro_batch(model: torch.nn.Module, setup: TrainingSetup, device: str, cut: Callable[[Any], None]) -> None:
     """Forward and backward as `DiffusionSFTTrainer.compute_loss` does them, with the same two parts of a batch."""
     model.train()
     rules = _CudaRules if device == "cuda" else nullcontext
@@ -276,6 +277,7 @@ def _micro_batch(model: torch.nn.Module, setup: TrainingSetup, device: str) -> N
     parts = [rows] if rows < 3 else [2 * rows // 3, rows - 2 * rows // 3]
     with rules():
         loss = sum(_part_loss(model, part, setup, device) for part in parts)
+    cut(loss)
     loss.backward()
 
 
