@@ -66,9 +66,9 @@ class _RowScores(torch.autograd.Function):
         rule: LogitRule,
         dtype: torch.dtype,
         size: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         n = len(hidden)
-        nll, spread = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        nll, spread, average = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         right = torch.empty(n, dtype=torch.bool, device=hidden.device)
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         by_rows = hidden.new_empty(n, len(index), dtype=torch.float32) if ctx.needs_input_grad[3] else None
@@ -77,7 +77,7 @@ class _RowScores(torch.autograd.Function):
             logits = rule(_project(hidden[piece].to(dtype), wide, bias, own, index))
             wanted = targets[piece, None]
             said, (most, best) = logits.gather(1, wanted), logits.max(-1, keepdim=True)
-            right[piece] = (best == wanted)[:, 0]
+            right[piece], average[piece] = (best == wanted)[:, 0], logits.mean(-1)
             # One table beside the logits, no more: each costs as much time as memory.
             p = (logits - most).exp_()
             total = p.sum(-1, keepdim=True)
@@ -100,8 +100,8 @@ class _RowScores(torch.autograd.Function):
             *((weight, bias, rows, index, targets) if trains else (None,) * 5),
         )
         ctx.rule, ctx.dtype, ctx.size, ctx.rows_dtype = rule, dtype, size, None if rows is None else rows.dtype
-        ctx.mark_non_differentiable(right, spread)
-        return nll, right, spread
+        ctx.mark_non_differentiable(right, spread, average)
+        return nll, right, spread, average
 
     @staticmethod
     @once_differentiable
@@ -190,7 +190,7 @@ def row_scores(
     index: torch.Tensor | None = None,
     rule: LogitRule | None = None,
     piece: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scores of targets from the hidden states that predict them, differentiable in all but `targets`.
 
     Args:
@@ -202,7 +202,8 @@ def row_scores(
         piece: numbers of a piece of the logits; None: what suits the device.
 
     Returns:
-        NLL in nats, fp32, with its gradient; whether the best guess is the target, bool; entropy in nats, fp32: (n,) each.
+        NLL in nats, fp32, with its gradient; whether the best guess is the target, bool; entropy in nats and the mean of the logits,
+        fp32: (n,) each.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -213,7 +214,7 @@ def row_scores(
 
 def add_row_scores(model: torch.nn.Module) -> None:
     """Teaches a model's forward `score_targets`, (B, M) token ids with -100 for none: with it, it returns no logits but a dict of
-    `nll`, `right` and `entropy` of the n others, (n,) each, and their places `at`. Idempotent; copies of the model keep it."""
+    `nll`, `right`, `entropy` and `mean_logits` of the n others, (n,) each, and their places `at`. Idempotent; copies keep it."""
     base = base_of(model)
     base.logit_rule = _logit_rule(base)
     wrap_forward(Patch(), base, _scoring_forward, "_forward_without_scores")
@@ -231,9 +232,7 @@ def _scoring_forward(
         # ZeRO-3 gathers a head's weights for its own forward only.
         keep = score_targets != IGNORE_INDEX
         logits = self._forward_without_scores(*args, **kwargs, logits_to_keep=keep).logits
-        plain = logits.detach()
-        said = {"nll": token_nll(logits, targets), "right": plain.argmax(-1) == targets, "entropy": entropy(plain)}
-        return {**said, "at": at}
+        return {**scores_of_logits(logits, targets), "at": at}
     # Through the whole forward, which others may have wrapped, with no token at all for its own head.
     none = torch.empty(0, dtype=torch.long, device=targets.device)
     with _backbone_output(self) as caught:
@@ -241,8 +240,19 @@ def _scoring_forward(
     (hidden,), (linear, rows, index) = caught, head
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (linear.weight, linear.bias))
     hidden, targets = hidden[tuple(i.to(hidden.device) for i in at)].to(weight.device), targets.to(weight.device)
-    nll, right, spread = row_scores(hidden, weight, targets, bias=bias, rows=rows, index=index, rule=self.logit_rule)
-    return {"nll": nll, "right": right, "entropy": spread, "at": at}
+    found = row_scores(hidden, weight, targets, bias=bias, rows=rows, index=index, rule=self.logit_rule)
+    return {**dict(zip(("nll", "right", "entropy", "mean_logits"), found, strict=True)), "at": at}
+
+
+def scores_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `row_scores` returns, by name, from whole logits: (n, V) and (n,) -> (n,) each."""
+    plain = logits.detach()
+    return {
+        "nll": token_nll(logits, targets),
+        "right": plain.argmax(-1) == targets,
+        "entropy": entropy(plain),
+        "mean_logits": plain.mean(-1, dtype=torch.float32),
+    }
 
 
 @contextmanager

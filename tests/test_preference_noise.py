@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from oracle import MarkovChain
 
 from llm_diffusion.collators import DataCollatorForMaskedDiffusion
+from llm_diffusion.masking import IGNORE_INDEX
 from llm_diffusion.preference_collator import DataCollatorForDiffusionPreference
 from llm_diffusion.preference_noise import aligned_positions, elbo_draws, pair_times, trajectory_draws
 from llm_diffusion.trainers.preference_scores import compute_diffusion_score
+from llm_diffusion.vocabulary_head import scores_of_logits
 
 LENGTH = 32
 CHAIN = MarkovChain(n_states=6, length=LENGTH)
@@ -19,13 +19,14 @@ POLICY = MarkovChain(n_states=6, length=LENGTH, stay=0.915)  # 0.05 nats a token
 
 
 def as_model(chain: MarkovChain, shift: bool = False):
-    """The perfect masked model of a chain, called as a host's model is."""
+    """The perfect masked model of a chain, called as one that `add_row_scores` has seen."""
 
-    def model(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: torch.Tensor, **_: object):
+    def model(input_ids: torch.Tensor, score_targets: torch.Tensor, **_: object):
         logits = chain(input_ids)
         if shift:
             logits = logits.roll(-1, 1)
-        return SimpleNamespace(logits=logits[logits_to_keep])
+        at = (score_targets != IGNORE_INDEX).nonzero(as_tuple=True)
+        return {**scores_of_logits(logits[at], score_targets[at]), "at": at}
 
     return model
 

@@ -37,7 +37,7 @@ def whole(hidden, weight, bias, targets, rows=None, index=None, rule=None):
         z = rule.cap * torch.tanh(z / rule.cap)
     logs = z.log_softmax(-1)
     nll = -logs.gather(1, targets[:, None])[:, 0]
-    return nll, z.argmax(-1) == targets, -(logs.exp() * logs).sum(-1)
+    return nll, z.argmax(-1) == targets, -(logs.exp() * logs).sum(-1), z.mean(-1)
 
 
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.25), LogitRule(2.0, 5.0)])
@@ -56,12 +56,12 @@ def test_scores_and_gradients_are_those_of_whole_logits(rule, with_rows, trains)
             leaf.requires_grad_(trains == "everything" or i in (0, 3))
         own = {"rows": leaves[3], "index": index} if with_rows else {}
         if function is row_scores:
-            nll, right, spread = row_scores(leaves[0], leaves[1], targets, bias=leaves[2], rule=rule, **own)
+            nll, right, *others = row_scores(leaves[0], leaves[1], targets, bias=leaves[2], rule=rule, **own)
         else:
-            nll, right, spread = whole(leaves[0], leaves[1], leaves[2], targets, rule=rule, **own)
+            nll, right, *others = whole(leaves[0], leaves[1], leaves[2], targets, rule=rule, **own)
         (nll * given).sum().backward()
-        found.append([nll, right.float(), spread, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
-    assert len(found[0]) == len(found[1]) == 3 + (3 if trains == "everything" else 1) + with_rows
+        found.append([nll, right.float(), *others, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(found[0]) == len(found[1]) == 4 + (3 if trains == "everything" else 1) + with_rows
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
 
@@ -69,7 +69,7 @@ def test_scores_and_gradients_are_those_of_whole_logits(rule, with_rows, trains)
 def test_no_row_at_all_still_has_a_gradient():
     hidden, weight, _, targets = tensors()
     hidden.requires_grad_(True)
-    nll, _, _ = row_scores(hidden[:0], weight, targets[:0])
+    nll, *_ = row_scores(hidden[:0], weight, targets[:0])
     nll.sum().backward()
     assert hidden.grad.abs().sum() == 0
 
@@ -171,6 +171,20 @@ def test_what_a_rule_cannot_say_is_scored_by_logits():
         want = scores_of_logits(model, ids, ids)
         add_row_scores(model)
         torch.testing.assert_close(model(input_ids=ids, score_targets=ids)["nll"], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_both_ways_say_the_same(kind):
+    """The same model in pieces, and by whole logits of the rows with a target."""
+    model = random_model(kind)
+    add_row_scores(model)
+    ids = torch.randint(3, V, (2, 9))
+    targets = torch.randint(3, V, (2, 9)).masked_fill(torch.rand(2, 9) < 0.5, -100)
+    pieces = model(input_ids=ids, score_targets=targets)
+    model.logit_rule = None
+    whole = model(input_ids=ids, score_targets=targets)
+    assert pieces.keys() == whole.keys() == {"nll", "right", "entropy", "mean_logits", "at"}
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt2"])

@@ -28,6 +28,8 @@ from trl import DPOTrainer
 from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, fingerprint, load_diffusion_model
 from ..patching import base_of, trained_as_before
 from ..preference_collator import REFERENCE_COLUMNS
+from ..token_rows import train_rows_alone
+from ..vocabulary_head import add_row_scores
 from .dpo_config import DiffusionDPOConfig
 from .hosting import DiffusionHosting, numbered_rows
 from .preference_preparation import check_columns, check_pairs, complete_ref_adapter, make_collator, reference_of
@@ -106,6 +108,8 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
         no_router_loss(model, args)
         adapted = peft_config is not None or isinstance(model, PeftModel)
         ref_model = reference_of(model, ref_model, adapted, processing_class, args)
+        for asked in filter(None, (model, ref_model)):  # now: the host may ask the reference before it returns
+            add_row_scores(asked)
         self.diffusion_collator = make_collator(processing_class, record, args)
         self._copies_adapters = isinstance(model, PeftModel) and ref_model is None
         super().__init__(
@@ -120,10 +124,7 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
             **kwargs,
         )
         self._complete_reference()
-        head = self.model.get_output_embeddings()
-        if not hasattr(head, "bias"):
-            # The host's fused head reads it; PEFT's wrapper of a tied head has none.
-            head.register_parameter("bias", None)
+        train_rows_alone(self.model)
 
     def _complete_reference(self) -> None:
         """Once: what the host left out of its copy of the adapters."""

@@ -36,20 +36,20 @@ def score_draw(
     """w_i log p(x_i | visible) of every token of every row under one draw.
 
     Args:
-        model: called with `inputs`.
+        model: called with `inputs`; `add_row_scores` has seen it.
         noisy: what the collator laid out: `targets`, `weights`, `tokens` (R, M), `masked` (R, L).
 
     Returns:
         (R, L) fp32, 0 where nothing was asked; what the model said; and what puts values of asked tokens, (n,), in their places (R, L).
     """
     scores = score(model, inputs, noisy["targets"])
-    keep, empty = scores.keep, torch.zeros(noisy["masked"].shape, device=noisy["masked"].device)
-    place = (keep.nonzero()[:, 0], noisy["tokens"][keep])
+    empty = torch.zeros(noisy["masked"].shape, device=noisy["masked"].device)
+    place = (scores.at[0], noisy["tokens"][scores.at])
 
     def table(values: torch.Tensor) -> torch.Tensor:
         return empty.index_put(place, values.float(), accumulate=True)
 
-    return table(-scores.nll * noisy["weights"][keep]), scores, table
+    return table(-scores.nll * noisy["weights"][scores.at]), scores, table
 
 
 def compute_diffusion_score(
@@ -60,7 +60,7 @@ def compute_diffusion_score(
     """The score of every row of a batch: the mean over draws, one forward each.
 
     Args:
-        model: a diffusion model, bare or wrapped.
+        model: a diffusion model that `add_row_scores` has seen, bare or wrapped.
         draws: of `DataCollatorForDiffusionPreference.corrupt`, whose `score` decides what is estimated: -NELBO, or the log-likelihood
             along one denoising trajectory.
         inputs: makes the model's keywords of what the collator laid out.
@@ -69,11 +69,9 @@ def compute_diffusion_score(
     n_draws = 0
     for n_draws, noisy in enumerate(draws, start=1):  # noqa: B007
         log_probs, scores, table = score_draw(model, inputs(noisy), noisy)
-        weights = noisy["weights"][scores.keep]
+        weights = noisy["weights"][scores.at]
         new = {"log_probs": log_probs, "right": table(2.0 * scores.right - 1)}
-        for name in ("entropy", "mean_logits"):
-            value = getattr(scores, name)
-            new[name] = table(value * weights) if value is not None else torch.zeros_like(log_probs)
+        new |= {name: table(getattr(scores, name) * weights) for name in ("entropy", "mean_logits")}
         sums = {name: sums[name] + value for name, value in new.items()}
     mean = {name: sums[name][:, 1:] / n_draws for name in ("log_probs", "entropy", "mean_logits")}
     return DiffusionScore(**mean, is_top1=sums["right"][:, 1:] > 0, n_draws=n_draws)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..losses import entropy, token_nll
 from ..masking import IGNORE_INDEX
+from ..vocabulary_head import scores_of_logits
 from .distillation import asked, head_inputs, unsaid
 from .drafting import draft_logits
 
@@ -31,16 +31,18 @@ class Scores:
     hidden: torch.Tensor | None = None  # (n, D), inputs of the head
     teacher: torch.Tensor | None = None  # (n, V) logits of the AR model, where it was heard already
     mean_logits: torch.Tensor | None = None  # (n,), where the host's metrics want it
+    mean_logits: torch.Tensor | None = None  # (n,), where the host's metrics want it
 
 
 def _scores(keep: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
-    plain = logits.detach()
-    right = plain.argmax(-1) == targets
-    return Scores(keep, token_nll(logits, targets), right, entropy(plain), keep.nonzero(as_tuple=True))
+    return Scores(keep, at=keep.nonzero(as_tuple=True), **scores_of_logits(logits, targets))
 
 
 def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor, listening: bool = False) -> Scores:
-    """What `model(**inputs)` says to `targets` (B, M), -100 where there is none; `listening` keeps its logits and hidden states."""
+    """What `model(**inputs)` says to `targets` (B, M), -100 where there is none; `listening` keeps its logits and hidden states.
+
+    `model`: one that `add_row_scores` has seen, bare or wrapped.
+    """
     keep = targets != IGNORE_INDEX
     if not listening:
         return Scores(keep, **model(**inputs, score_targets=targets))
