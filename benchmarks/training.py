@@ -5,8 +5,9 @@
     python benchmarks/training.py --output benchmarks/results/training-cpu.md
     python benchmarks/training.py --device cuda    # real shapes, random weights, bf16: tokens a second, MFU, memory; 48 GB
 
-On a CPU every case is run by three trainers in turn, again and again in one process, and medians of step times are compared, so that
-a neighbour on the machine slows all alike: ours, TRL's, and ours with a loss that builds full logits. Memory is the growth of the
+On a CPU every case is run by three trainers in turn, again and again in one process, and medians are compared: ours, TRL's, and ours
+with a loss that builds full logits. A step's time is that of its one thread on the processor, so that neighbours on the machine do not
+count. Memory is the growth of the
 resident set's high-water mark, each trainer in a process of its own (see memory.py). All rows are as long as the others: the three
 do the same forward positions a step. `outside` is the share of a step that is not spent in the model's forward, in backward or in the
 optimiser: collating, noise, metrics, the host's loop.
@@ -162,6 +163,7 @@ class StepTimes:
         self.seconds: list[float] = []
         self.inside: list[float] = []
         self._cuda = trainer.args.device.type == "cuda"
+        self._now = time.perf_counter if self._cuda else time.process_time
         self._last, self._inside = None, 0.0
         trainer.add_callback(Callback())
         trainer.model.forward = self._timed(trainer.model.forward)
@@ -171,9 +173,9 @@ class StepTimes:
 
     def _timed(self, function: Any) -> Any:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
+            started = self._now()
             result = function(*args, **kwargs)
-            self._inside += time.perf_counter() - started
+            self._inside += self._now() - started
             return result
 
         return timed
@@ -183,7 +185,7 @@ class StepTimes:
             import torch
 
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = self._now()
         if self._last is not None:  # the first step of a run warms up
             self.seconds.append(now - self._last)
             self.inside.append(self._inside)

@@ -165,9 +165,7 @@ def run_stages(
         trainer.evaluate()
         folder = folders[stage.name]
         trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
-        trainer.accelerator.wait_for_everyone()  # the next stage, or the end, may read what was saved
+        _note_finished(trainer, folder)
         histories[stage.name] = trainer.state.log_history
     return histories
 
@@ -178,6 +176,13 @@ def _showing(trainer: Any, answers: Callable[[Any], Any] | None) -> Any:
     if answers is not None:
         trainer.add_callback(answers(trainer))
     return trainer
+
+
+def _note_finished(trainer: Any, folder: Path) -> None:
+    """By one process; then all go on: the next stage, or the end, may read what was saved."""
+    if trainer.is_world_process_zero():
+        (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
+    trainer.accelerator.wait_for_everyone()
 
 
 def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:

@@ -5,8 +5,8 @@
     padded    a document, its end token, padding up to `length` tokens          learning where a text ends
     documents a document and its end token, whole                              `packing`, in which texts do not see each other
 
-Everything is read as a stream and written as it is read; only what is held out by share waits in memory, 4 bytes a token. The result is an ordinary saved
-dataset of `input_ids`, with the splits `train` and `test`: name its folder as `dataset`.
+Everything is read as a stream and written as it is read; only what is held out by share waits in memory, 4 bytes a token. The result is
+an ordinary saved dataset of `input_ids`, with the splits `train` and `test`: name its folder as `dataset`.
 Trade-off: the tokens are those of one tokenizer, recorded beside them. Alternative: a bare array of token ids (`.bin`), which says
 nothing of itself; it can be read here.
 """
@@ -18,7 +18,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import List as ListOf
+from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .data import PLAIN_CHAT_TEMPLATE, data_files
@@ -135,25 +135,31 @@ def _write(
             count["rows"] += 1
             yield {"input_ids": row}
 
-    features = Features({"input_ids": ListOf(Value("int32"))})
-
-    def table(ids: Iterable[list[int]], split: str) -> Dataset:
-        # A name of its own for every run: a generator has no content to be found again by.
-        options = {"cache_dir": str(cache), "features": features, "fingerprint": f"{split}-{time.time_ns():x}"}
-        return Dataset.from_generator(lambda: rows(ids, split), split=split, **options)
-
     splits = DatasetDict()
     train = others() if asked.train is None else islice(others(), asked.train)
     for split, ids in (("train", train), ("test", held_out)):
-        if ids is held_out and not held_out:
-            continue
-        with suppress(ValueError):  # what the host makes of no row
-            splits[split] = table(ids, split)
+        made = None if ids is held_out and not held_out else _table(rows(ids, split), split, cache)
+        if made is not None:
+            splits[split] = made
     if "train" not in splits:
         raise ValueError(
             f"`source`: {asked.source!r} is too short: {asked.counts['train']['tokens']} tokens to train on, a row has {asked.length}."
         )
     return splits
+
+
+def _table(rows: Iterator[dict[str, list[int]]], split: str, cache: Path) -> Dataset | None:
+    """Rows written as they come; None of no row, which the host makes no dataset of."""
+    first = next(rows, None)
+    if first is None:
+        return None
+    features = Features({"input_ids": ListOf(Value("int32"))})
+    # A name of its own for every run: a generator has no content to be found again by.
+    options = {"cache_dir": str(cache), "features": features, "fingerprint": f"{split}-{time.time_ns():x}"}
+    try:
+        return Dataset.from_generator(lambda: chain([first], rows), split=split, **options)
+    except DatasetGenerationError as error:  # the host's name for whatever went wrong on the way
+        raise error.__cause__ or error from None
 
 
 def _counted(documents: Iterable[list[int]], count: dict[str, int]) -> Iterator[list[int]]:

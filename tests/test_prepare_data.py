@@ -123,6 +123,8 @@ def test_the_job_trains_on_what_was_prepared(tmp_path, tokenizer, ids):
         ("odd.bin", (), "set `--dtype`"),
         ("empty.jsonl", (), "is empty"),
         ("bad.jsonl", (), "could not be read"),
+        ("late", (), "could not be read"),
+        ("late.bin", (), "has token 60000"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, source, options, said):
@@ -130,6 +132,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, sour
     (tmp_path / "odd.bin").write_bytes(b"abc")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
+    # Far behind what is read first.
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "1.jsonl").write_text('{"text": "a b"}\n' * 300)
+    (tmp_path / "late" / "2.jsonl").write_text('{"text": \n')
+    np.array([9, tokenizer.eos_token_id] * 2**19 + [60000], dtype=np.uint16).tofile(tmp_path / "late.bin")
     done = run(
         "prepare-data", str(tmp_path / source), "--model", "tiny", "--output", str(tmp_path / "out" / "a"), *options
     )

@@ -1,4 +1,5 @@
-"""What every trainer of ours does around its objective: noise that knows its rows, masks in the right type, saving with the record.
+"""What every trainer of ours does around its objective: noise that knows its rows, masks in the right type, saving with the record,
+checkpoints that are whole, and no step whose loss is no number.
 
 Trade-off: a mixin in front of the host's trainer, with nothing but overrides of the host. Alternative: the same methods in each.
 """
@@ -16,6 +17,7 @@ from ..card import model_card
 from ..modeling import save_record
 from ..patching import base_of
 from ..pushed import save_custom_generate
+from .faults import UNFINISHED, save_bad_batch, save_whole
 from .preparation import has_converted_weights
 
 
@@ -34,6 +36,17 @@ def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts
 class DiffusionHosting:
     """Goes before a trainer of the host in the bases of a class."""
 
+    _saving = False
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As the host's; a loss that is no number stops the run before it reaches the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):  # in place of the host's filter, which hides it: one wait, as there
+            raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
+        return loss
+
     def _model_inputs(self, noisy: dict[str, Any]) -> dict[str, Any]:
         """Keywords of the model for what a collator laid out."""
         inputs = {**noisy["inputs"], "use_cache": False}
@@ -47,6 +60,20 @@ class DiffusionHosting:
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._saving else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub:  # the host uploads from where it writes, in its own time
+            super()._save_checkpoint(model, trial)
+            return
+        folder, self._saving = Path(super()._get_output_dir(trial)), True
+        try:
+            save_whole(self, lambda: super(DiffusionHosting, self)._save_checkpoint(model, trial), folder)
+        finally:
+            self._saving = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

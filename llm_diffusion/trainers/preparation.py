@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerState
 
 from ..attention import check_block_attention
 from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
+from ..modeling import read_record
 from ..patching import base_of
 from ..time_embedding import NAME as TIME_EMBEDDING
 from .sft_config import DiffusionSFTConfig
@@ -158,6 +159,34 @@ def check_canvas(processing_class: PreTrainedTokenizerBase, record: dict[str, An
                 "tail='eos', or give it a padding token of its own."
             )
         record["tail_token_id"] = pad
+
+
+def check_ar_loss(record: dict[str, Any], args: DiffusionSFTConfig) -> None:
+    """Refuses next-token prediction where it would be copying: a block-causal clean half already sees the next token. ValueError."""
+    if args.ar_loss_weight and (record["attention"] != "block" or record["clean_context"] != "causal"):
+        raise ValueError(
+            "`ar_loss_weight` needs block attention with a causal clean half, the model has "
+            f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
+        )
+
+
+def check_rows_left(dataset: Any, args: DiffusionSFTConfig) -> None:
+    """Refuses data that truncation has left nothing of. ValueError."""
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise ValueError(
+            f"`train_dataset`: no row has a token left to train on: after truncation to `max_length`={args.max_length} every "
+            "label is -100; raise it, shorten the prompts, or look at the labels."
+        )
+
+
+def counts_before(checkpoint: Path) -> dict[str, int]:
+    """Steps and tokens that the model had seen when the run that is resumed from `checkpoint` was started."""
+    saved = read_record(str(checkpoint))
+    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    return {
+        "conversion_steps": saved["conversion_steps"] - done,  # the host counts these steps again
+        "training_tokens": saved["training_tokens"],
+    }
 
 
 def with_canvases(dataset: Any, collator: DataCollatorForMaskedDiffusion, num_proc: int | None) -> Any:

@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
@@ -34,7 +33,6 @@ from ..modeling import (
     convert_to_diffusion,
     fingerprint,
     load_diffusion_model,
-    read_record,
     set_final_causal_ratio,
 )
 from ..patching import base_of
@@ -42,14 +40,17 @@ from ..token_rows import train_rows_alone
 from ..vocabulary_head import add_row_scores
 from .distillation import check_base_stays, check_teacher, teacher_scores, with_own_words
 from .drafting import accepted_lengths, check_drafter, ready_drafter
-from .faults import UNFINISHED, out_of_memory, save_bad_batch, save_whole
+from .faults import out_of_memory
 from .hosting import DiffusionHosting, numbered_rows
 from .metrics import by_level, metric_values
 from .preparation import (
     by_length,
+    check_ar_loss,
     check_canvas,
+    check_rows_left,
     check_way,
     clean_prompts,
+    counts_before,
     has_converted_weights,
     make_collator,
     no_router_loss,
@@ -86,7 +87,6 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
     _tag_names = ["trl", "sft", "masked-diffusion", "llm-diffusion"]
     _name = "Diffusion SFT"
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
-    _saving = False
 
     def __init__(
         self,
@@ -112,12 +112,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
             raise ValueError("`processing_class`: pass the tokenizer of the model.")
         convert_to_diffusion(model, processing_class, **conversion)
         record = base_of(model).config.diffusion
-        if args.ar_loss_weight and (record["attention"] != "block" or record["clean_context"] != "causal"):
-            # A block-causal clean half already sees the next token, so predicting it would teach copying.
-            raise ValueError(
-                "`ar_loss_weight` needs block attention with a causal clean half, the model has "
-                f"attention={record['attention']!r}, clean_context={record['clean_context']!r}; set it to 0, or convert so."
-            )
+        check_ar_loss(record, args)
         check_way(model, record, args)
         check_canvas(processing_class, record, args)
         prepare_quantised(model, args)
@@ -151,11 +146,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
             ready_drafter(self.model, record["mask_token_id"], args.gradient_checkpointing)
         if not args.packing:
             report_dropped(train_dataset, self.train_dataset, args)
-        if isinstance(self.train_dataset, Dataset) and len(self.train_dataset) == 0:
-            raise ValueError(
-                f"`train_dataset`: no row has a token left to train on: after truncation to `max_length`={args.max_length} every "
-                "label is -100; raise it, shorten the prompts, or look at the labels."
-            )
+        check_rows_left(self.train_dataset, args)
         # The host may have changed the tokenizer (`eos_token`, `chat_template_path`).
         self.diffusion_collator.eos_token_id = processing_class.eos_token_id
         self.diffusion_collator.pad_token_id = processing_class.pad_token_id
@@ -190,12 +181,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            saved = read_record(resume_from_checkpoint)
-            done = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json")).global_step
-            self._start = {
-                "conversion_steps": saved["conversion_steps"] - done,  # the host counts these steps again
-                "training_tokens": saved["training_tokens"],
-            }
+            self._start = counts_before(Path(resume_from_checkpoint))
         steps = self.args.annealing_steps
         late = steps is not None and self._start["conversion_steps"] >= steps
         self._annealed = late or record.get("annealed", False)
@@ -240,16 +226,13 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As the host's; a loss that is no number stops before it reaches the weights, and running out of memory says what helps."""
+        """As the host's; running out of memory says what helps."""
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
                 raise
             raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
-        if not torch.isfinite(loss):  # in place of the host's filter, which hides it: one wait, as there
-            raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
-        return loss
 
     def compute_loss(
         self,
@@ -450,20 +433,6 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / UNFINISHED) if self._saving else folder
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub:  # the host uploads from where it writes, in its own time
-            super()._save_checkpoint(model, trial)
-            return
-        folder, self._saving = Path(super()._get_output_dir(trial)), True
-        try:
-            save_whole(self, lambda: super(DiffusionSFTTrainer, self)._save_checkpoint(model, trial), folder)
-        finally:
-            self._saving = False
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._update_record()
