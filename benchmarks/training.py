@@ -1,6 +1,6 @@
 """Steps of `DiffusionSFTTrainer` beside those of TRL's `SFTTrainer`: the same model, rows and settings, every figure a ratio in one run.
 
-    python benchmarks/training.py                  # CPU, fp32, three minutes (Linux)
+    python benchmarks/training.py                  # CPU, fp32 (Linux)
     python benchmarks/training.py --only wide
     python benchmarks/training.py --output benchmarks/results/training-cpu.md
     python benchmarks/training.py --device cuda    # real shapes, random weights, bf16: tokens a second, MFU, memory; 48 GB
@@ -354,7 +354,7 @@ def main() -> None:
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     waste = packing_waste()
     notes = [
-        f"on {'a CPU, fp32, one thread' if arguments.device == 'cpu' else 'CUDA, bf16'}: `throughput` is steps a second over the other's, "
+        f"on {'a CPU, fp32, its time on one thread' if arguments.device == 'cpu' else 'CUDA, bf16'}: `throughput` is steps a second over the other's, "
         f"`peak` the memory of training, weights among it. Packed rows of 512 tokens: {100 * waste:.1f} % of the slots hold no text."
     ]
     print(notes[0])

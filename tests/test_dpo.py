@@ -263,6 +263,16 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer):
         torch.testing.assert_close(value, weights(whole)[name])
 
 
+def test_a_loss_that_is_no_number_stops_before_the_weights(tmp_path, tokenizer):
+    trainer = start(tmp_path, tokenizer, "fresh adapter", max_steps=2)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    plain = trainer._host_loss
+    trainer._host_loss = lambda *args: plain(*args) * float("nan")
+    with pytest.raises(FloatingPointError, match="nan at step 0"):
+        trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
+
+
 def test_evaluation_noise_is_fixed(tmp_path, tokenizer):
     trainer = start(tmp_path, tokenizer, "fresh adapter", eval_dataset=pairs(4, seed=5), max_steps=3)
     trainer.train()
