@@ -51,11 +51,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     """The main job."""
     started = time.perf_counter()
     device = hp.device or best_device()
-    first = int(os.environ.get("RANK", 0)) == 0  # of several processes, which `accelerate launch` or torchrun start
-    if not first:
-        logger.remove()
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    first = among_processes(device)
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
     output = Path(hp.output_dir).expanduser()
@@ -150,6 +146,16 @@ def show_ends(
     report = foresee_ends(model, tokenizer, examples, canvas)
     plot_ends(report, picture)
     print(f"{report}\npicture: {picture}\n")
+
+
+def among_processes(device: str) -> bool:
+    """Whether this is the first of several processes, which `accelerate launch` or torchrun start; the others are silent."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    if not first:
+        logger.remove()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return first
 
 
 def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: int | None) -> tuple[Dataset, Dataset]:
