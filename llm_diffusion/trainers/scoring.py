@@ -31,7 +31,6 @@ class Scores:
     hidden: torch.Tensor | None = None  # (n, D), inputs of the head
     teacher: torch.Tensor | None = None  # (n, V) logits of the AR model, where it was heard already
     mean_logits: torch.Tensor | None = None  # (n,), where the host's metrics want it
-    mean_logits: torch.Tensor | None = None  # (n,), where the host's metrics want it
 
 
 def _scores(keep: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
