@@ -136,7 +136,7 @@ def find_layout(path: str) -> Layout | None:
     weights = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     if len(weights) == 1 and "architectures" not in config:
         with safe_open(weights[0], framework="pt") as found:
-            if _SMDM_ATTENTION in found.keys():  # noqa: SIM118
+            if _SMDM_ATTENTION in found.keys():
                 shapes = {name: found.get_slice(name).get_shape() for name in found.keys()}
                 dtype = found.get_tensor("transformer.ln_f.weight").dtype
                 return _smdm(shapes, dtype, config, weights[0])

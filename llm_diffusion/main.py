@@ -19,6 +19,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,7 +296,7 @@ def side_by_side(models: tuple[str, ...], prompts: tuple[str, ...], chat: bool, 
         from .pipelines import continued, figures
 
         quiet_hosts()
-        load = lambda name: load_inference(name, settings)  # noqa: E731
+        load = partial(load_inference, settings=settings)
         rows = continued(list(models), list(prompts), load, read_mapping(settings, "--settings"), chat)
         console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
         console.print(figures(rows))

@@ -1,19 +1,16 @@
-"""The harness's view of a model, and its tasks on local files; run where lm-eval is installed (extra `eval`)."""
+"""The harness's view of a model, and its tasks on local files."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from lm_eval.api.instance import Instance
 
-pytest.importorskip("lm_eval", minversion="0.4.13")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-
-from llm_diffusion.generation import generate, generate_autoregressive  # noqa: E402
-from llm_diffusion.harness import DiffusionLM, local_tasks, run_tasks  # noqa: E402
-from llm_diffusion.likelihood import likelihood, log_likelihood_bound  # noqa: E402
-from llm_diffusion.windows import DEFAULT_LENGTH  # noqa: E402
+from llm_diffusion.generation import generate, generate_autoregressive
+from llm_diffusion.harness import DiffusionLM, local_tasks, run_tasks
+from llm_diffusion.likelihood import likelihood, log_likelihood_bound
+from llm_diffusion.windows import DEFAULT_LENGTH
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the harness itself
 

@@ -25,7 +25,7 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, fingerprint, load_diffusion_model
+from ..modeling import fingerprint
 from ..patching import base_of, trained_as_before
 from ..preference_collator import REFERENCE_COLUMNS
 from ..token_rows import train_rows_alone
@@ -34,7 +34,7 @@ from .dpo_config import DiffusionDPOConfig
 from .hosting import DiffusionHosting, numbered_rows
 from .preference_preparation import check_columns, check_pairs, complete_ref_adapter, make_collator, reference_of
 from .preference_scores import DiffusionScore, compute_diffusion_score, score_draw
-from .preparation import no_router_loss, prepare_adapter, prepare_quantised
+from .preparation import converted, no_router_loss, prepare_adapter, prepare_quantised
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +85,7 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
             raise ValueError(
                 "`compute_metrics` would be given logits of noisy text, which no label belongs to; leave it out."
             )
-        conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
-        if isinstance(model, str):
-            options = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
-            model, tokenizer = load_diffusion_model(model, **conversion, **options)
-            processing_class, args.model_init_kwargs = processing_class or tokenizer, None
-        if processing_class is None:
-            raise ValueError("`processing_class`: pass the tokenizer of the model.")
-        convert_to_diffusion(model, processing_class, **conversion)
+        model, processing_class = converted(model, processing_class, args, quantization_config)
         record = base_of(model).config.diffusion
         if record["attention"] == "lossless":
             raise ValueError(

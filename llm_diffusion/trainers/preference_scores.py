@@ -65,9 +65,11 @@ def compute_diffusion_score(
             along one denoising trajectory.
         inputs: makes the model's keywords of what the collator laid out.
     """
+    n_draws = 0
     sums: dict[str, Any] = {"log_probs": 0.0, "entropy": 0.0, "mean_logits": 0.0, "right": 0.0}
     n_draws = 0
-    for n_draws, noisy in enumerate(draws, start=1):  # noqa: B007
+    for noisy in draws:
+        n_draws += 1
         log_probs, scores, table = score_draw(model, inputs(noisy), noisy)
         weights = noisy["weights"][scores.at]
         new = {"log_probs": log_probs, "right": table(2.0 * scores.right - 1)}

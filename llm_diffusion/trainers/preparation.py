@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 
 from ..attention import check_block_attention
 from ..collators import DataCollatorForMaskedDiffusion
 from ..data import as_prompt_completion
-from ..modeling import read_record
+from ..modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model, read_record
 from ..patching import base_of
 from ..time_embedding import NAME as TIME_EMBEDDING
 from .sft_config import DiffusionSFTConfig
@@ -47,6 +47,24 @@ def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
             part |= {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
         parts.append(part)
     return parts
+
+
+def converted(
+    model: torch.nn.Module | str,
+    processing_class: PreTrainedTokenizerBase | None,
+    args: Any,
+    quantization_config: BitsAndBytesConfig | None,
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, loaded if it is given by name, and converted as `args` want it."""
+    conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
+    if isinstance(model, str):
+        options = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
+        model, tokenizer = load_diffusion_model(model, **conversion, **options)
+        processing_class, args.model_init_kwargs = processing_class or tokenizer, None
+    if processing_class is None:
+        raise ValueError("`processing_class`: pass the tokenizer of the model.")
+    convert_to_diffusion(model, processing_class, **conversion)
+    return model, processing_class
 
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: dict[str, Any]) -> PeftConfig:

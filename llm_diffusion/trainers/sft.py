@@ -29,10 +29,7 @@ from ..annealing import Annealing
 from ..losses import entropy, relative_error, soft_cross_entropy, total_variation
 from ..masking import IGNORE_INDEX, uniform
 from ..modeling import (
-    CONVERSION_OPTIONS,
-    convert_to_diffusion,
     fingerprint,
-    load_diffusion_model,
     set_final_causal_ratio,
 )
 from ..patching import base_of
@@ -50,6 +47,7 @@ from .preparation import (
     check_rows_left,
     check_way,
     clean_prompts,
+    converted,
     counts_before,
     has_converted_weights,
     make_collator,
@@ -103,14 +101,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         args = args or DiffusionSFTConfig("diffusion-sft")
         if not isinstance(args, DiffusionSFTConfig):
             raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
-        conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
-        if isinstance(model, str):
-            options = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
-            model, tokenizer = load_diffusion_model(model, **conversion, **options)
-            processing_class, args.model_init_kwargs = processing_class or tokenizer, None
-        if processing_class is None:
-            raise ValueError("`processing_class`: pass the tokenizer of the model.")
-        convert_to_diffusion(model, processing_class, **conversion)
+        model, processing_class = converted(model, processing_class, args, quantization_config)
         record = base_of(model).config.diffusion
         check_ar_loss(record, args)
         check_way(model, record, args)
