@@ -74,6 +74,7 @@ RECIPES: dict[str, tuple[dict[str, Any], int | str]] = {
     "block 4 + co-loss, replaced 5 %": ({**CO_LOSS, "random_replacement": 0.05}, RANK),
     "block 4 + co-loss, r 8": (CO_LOSS, 8),
     "block 4 + co-loss, r 128": (CO_LOSS, 128),
+    "block 4 + co-loss, distilled, r 128": ({**CO_LOSS, "distillation_weight": 1.0}, 128),
     "block 4 + co-loss, full": (CO_LOSS, FULL),
     "block 4 + co-loss, fresh head": (CO_LOSS, HEAD),
 }
@@ -368,8 +369,8 @@ def main() -> None:
     lines.parent.mkdir(parents=True, exist_ok=True)
     lines.touch()
     for seed, recipe in itertools.product([] if args.report else args.seeds, args.only):
-        done = {(run["recipe"], run["seed"]) for run in map(json.loads, lines.read_text().splitlines())}
-        if (recipe, seed) in done:
+        done = {(run["recipe"], run["seed"], run["steps"]) for run in map(json.loads, lines.read_text().splitlines())}
+        if (recipe, seed, args.steps) in done:
             continue
         result = run(recipe, seed, args.steps, args.batch_size, args.milestones, args.examples, args.careful)
         with lines.open("a") as file:
