@@ -23,6 +23,7 @@ from .commit_rules import by_rule, revise, still_busy
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .logit_rules import BANNED, Window
 from .patching import base_of
+from .speculation import sample
 
 OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # gets the canvas (B, L) and how sure each token was, (B, L)
 
@@ -312,13 +313,12 @@ def _propose(
     step: torch.Tensor,
     settings: DiffusionGenerationConfig,
 ) -> torch.Tensor:
-    """(B, k, V) logits -> (B, k) proposed tokens: the best ones, or a sample by the Gumbel-max rule."""
+    """(B, k, V) logits -> (B, k) proposed tokens: the best ones, or a sample."""
     if settings.temperature == 0:
         return logits.argmax(-1)
-    scores = warped(logits, settings)
-    token = torch.arange(logits.shape[-1], device=logits.device)
-    noise = masking.uniform(masking.hash_keys(settings.seed, step[:, None], keys[:, None], places)[..., None], token)
-    return (scores - torch.log(-torch.log(noise))).argmax(-1)
+    # One uniform number a place; the Gumbel rule would need one for every word of the vocabulary.
+    noise = masking.uniform(settings.seed, step[:, None], keys[:, None], places, masking.TOKEN_STREAM)
+    return sample(warped(logits, settings).softmax(-1), noise)
 
 
 def finish(

@@ -53,6 +53,8 @@ def accept_sampled(
 
 def sample(weights: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """Tokens by inverse transform: (..., V) weights that need no common sum, (...) uniform numbers -> (...)."""
-    total = weights.double().cumsum(-1)
+    # A large vocabulary sums up to rounding errors that fp32 noise can see; MPS has no wider type.
+    total = weights.cumsum(-1, dtype=torch.float32 if weights.device.type == "mps" else torch.float64)
     # A token of weight 0 is never drawn: its cumulative sum is no larger than its predecessor's.
-    return (total <= noise.double()[..., None] * total[..., -1:]).sum(-1).clamp(max=weights.shape[-1] - 1)
+    at = noise.to(total)[..., None] * total[..., -1:]
+    return torch.searchsorted(total, at, right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
