@@ -38,6 +38,7 @@ from .denoising import (
     record_of,
     row_keys,
     steps_per_block,
+    with_guided,
 )
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .patching import base_of
@@ -122,10 +123,7 @@ class BlockDecoder:
                 rows = rows[stay]
                 if not rows.numel():
                     break
-                # Under guidance the rows without their prompts stand behind the others.
-                self.cache.batch_select_indices(
-                    torch.cat([stay, stay + len(finished)]) if self.settings.guided else stay
-                )
+                self.cache.batch_select_indices(with_guided(stay, len(finished), self.settings))
                 self.last_logits = None if self.last_logits is None else self.last_logits[stay]
         was_open = torch.zeros_like(self.sequences(), dtype=torch.bool)
         was_open[:, self.prompts.shape[1] :] = True

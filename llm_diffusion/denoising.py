@@ -3,7 +3,8 @@
 A canvas of text and mask tokens is filled from the most confident position outwards, several tokens a forward pass. With a
 `block_length` it is filled block by block from the left, LLaDA's semi-autoregressive order; later blocks stand there as masks,
 or, with `grow_canvas`, do not exist yet. Only positions of the active block meet the vocabulary.
-Trade-off: no cache, which is exact for a bidirectional model. Alternative: `block_decoding`, exact with a cache, for block models.
+Trade-off: no cache, which is exact for a bidirectional model, unless an `approximate_cache` is asked for. Alternative:
+`block_decoding`, exact with a cache, for block models.
 
 References: LLaDA (arXiv 2502.09992, algorithms 4-5), Fast-dLLM (arXiv 2505.22618) for the threshold.
 """
@@ -18,6 +19,7 @@ import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from . import logit_rules, masking, unmasking
+from .approximate_cache import CanvasCache, check_canvas_cache, refuse
 from .attention_masks import additive, block_decoding
 from .commit_rules import by_rule, revise, still_busy
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
@@ -122,24 +124,34 @@ def fill_masks(
         raise ValueError(
             "`model`: a lossless adapter drafts what its base says next; it cannot fill gaps. Train one with `attention='bidirectional'`."
         )
+    refuse(record, settings)
     settings.block_length = min(record.get("block_length") or settings.block_length or span, span)
     eos = eos_ids(settings, input_ids.device)
     rows = _start(input_ids, attention_mask, settings, first, from_start=record.get("attention") == "block")
     canvas, was_open = rows.ids.clone(), rows.open
     nfe, history, sureness = torch.zeros_like(rows.index), [], []
     certainty = torch.zeros(canvas.shape, device=canvas.device)
+    cache = (
+        CanvasCache(settings.approximate_cache, settings.cache_refresh_steps) if settings.approximate_cache else None
+    )
     training = model.training
     model.eval()
     try:
+        if cache is not None:
+            check_canvas_cache(model)
         rows = rows.select(rows.open.any(-1))
         while rows.index.numel():
-            chosen, tokens, probability = _step(model, rows, first, settings, processors)
+            working, chosen, tokens, probability = _step(model, rows, first, settings, processors, cache)
             rows.ids = torch.where(chosen, tokens, rows.ids)
-            nfe[rows.index] += passes_of(settings)
+            nfe[rows.index] += passes_of(settings) * working
             finished, rows.ids = finish(rows.ids, rows.open, eos, settings, rows.busy)
             canvas[rows.index] = rows.ids
             certainty[rows.index] = torch.where(chosen, probability, certainty[rows.index])
-            rows = rows.select(~finished)
+            stay = (~finished).nonzero().squeeze(-1)
+            if len(stay) < len(finished):
+                rows = rows.select(stay)
+                if cache is not None:
+                    cache.batch_select_indices(with_guided(stay, len(finished), settings))
             if settings.output_history:
                 history.append(canvas.clone())
                 sureness.append(certainty.clone())
@@ -158,16 +170,25 @@ def _step(
     first: int,
     settings: DiffusionGenerationConfig,
     processors: LogitsProcessorList | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One forward pass: (B, L) bool, which positions change, (B, L), to which tokens, and (B, L), how probable those are."""
+    cache: CanvasCache | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One forward pass.
+
+    Returns:
+        `(working, changed, tokens, probability)`: (B,) bool, the rows that took part; (B, L) bool, which positions change, (B, L), to
+        which tokens, and (B, L), how probable those are.
+    """
     pending = (rows.ids == settings.mask_token_id) & rows.open
     active = rows.block.masked_fill(~pending, rows.ids.shape[1]).amin(-1)
     active = torch.where(rows.busy, rows.active, active)
-    eligible = (rows.open if settings.revises else pending) & (rows.block == active[:, None])
+    # With a cache rows begin their blocks together, those that are ahead wait.
+    working = torch.ones_like(rows.busy) if cache is None else active == active.amin()
+    eligible = (rows.open if settings.revises else pending) & (rows.block == active[:, None]) & working[:, None]
     per_block = steps_per_block(settings, rows.ids.shape[1] - first) if settings.steps else 0
     if settings.steps:
-        rows.steps_left = torch.where(active == rows.active, rows.steps_left - 1, per_block)
-    rows.active = active
+        steps_left = torch.where(active == rows.active, rows.steps_left - 1, per_block)
+        rows.steps_left = torch.where(working, steps_left, rows.steps_left)
+    rows.active = torch.where(working, active, rows.active)
     # The eligible positions of every row side by side, (B, k); shorter rows are filled up with ineligible ones.
     most = int(eligible.sum(-1).max())
     positions = eligible.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
@@ -185,11 +206,13 @@ def _step(
         post_steps=rows.post_steps,
         block_steps=per_block,
     )
-    logits = _logits(model, rows, positions, first, settings)
+    logits = _logits(model, rows, positions, first, settings, cache)
     chosen, tokens, probability = commit(logits, window, settings, processors)
-    rows.busy, rows.post_steps = still_busy(window, chosen, tokens, settings)
-    rows.steps_done = rows.steps_done + 1
+    busy, rows.post_steps = still_busy(window, chosen, tokens, settings)
+    rows.busy = busy & working
+    rows.steps_done = rows.steps_done + working.long()
     return (
+        working,
         torch.zeros_like(pending).scatter(-1, positions, chosen),
         rows.ids.scatter(-1, positions, tokens),
         torch.zeros(pending.shape, device=pending.device).scatter(-1, positions, probability),
@@ -197,7 +220,12 @@ def _step(
 
 
 def _logits(
-    model: torch.nn.Module, rows: _Rows, positions: torch.Tensor, first: int, settings: DiffusionGenerationConfig
+    model: torch.nn.Module,
+    rows: _Rows,
+    positions: torch.Tensor,
+    first: int,
+    settings: DiffusionGenerationConfig,
+    cache: CanvasCache | None,
 ) -> torch.Tensor:
     """(B, k, V) fp32 logits of the tokens at `positions`."""
     record, width, attention_mask = record_of(model), rows.ids.shape[1], rows.attention_mask
@@ -209,9 +237,10 @@ def _logits(
         if settings.grow_canvas:
             width = min(width, first + settings.block_length * (int(rows.active.max()) + 1))
             # Rows that are behind do not see the canvas that others have reached.
-            attention_mask = attention_mask * (rows.block <= rows.active[:, None])
+            attention_mask = attention_mask * (rows.block <= rows.active.clamp(min=0)[:, None])
         model_mask = attention_mask[:, :width]
-    if record.get("right_shift_logits", False):
+    shift = record.get("right_shift_logits", False)
+    if shift:
         # The first token of a text has no predecessor, not even padding: it is read in its own place.
         positions = torch.where(places.gather(-1, positions) > 0, masking.readout_positions(positions, True), positions)
     timing = {}
@@ -230,13 +259,22 @@ def _logits(
         inputs = {name: torch.cat([value, value]) for name, value in inputs.items()}
         given = rows.attention_mask.bool() & ~rows.open
         inputs["input_ids"][len(rows.ids) :].masked_fill_(given[:, :width], settings.mask_token_id)
-    logits = model(**inputs, use_cache=False).logits.float()
+    if cache is not None:
+        block = int(rows.active.amax())
+        in_block = (rows.open & (rows.block == block))[:, :width].repeat(passes_of(settings), 1)
+        inputs = cache.inputs(inputs, block, in_block, shift)
+    logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits.float()
     return logit_rules.guide(logits, settings.guidance_scale) if settings.guided else logits
 
 
 def passes_of(settings: DiffusionGenerationConfig) -> int:
     """Forward passes of a step: guidance asks twice, in one batch."""
     return 2 if settings.guided else 1
+
+
+def with_guided(rows: torch.Tensor, n_rows: int, settings: DiffusionGenerationConfig) -> torch.Tensor:
+    """Rows of a batch of `n_rows` -> of a cache, in which under guidance the rows without their prompts stand behind the others."""
+    return torch.cat([rows, rows + n_rows]) if settings.guided else rows
 
 
 def mask_share(ids: torch.Tensor, canvas: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from . import approximate_cache
 from .attention import causal_attention
 from .block_decoding import decode_blocks
 from .denoising import eos_ids, fill_masks, record_of
@@ -173,6 +174,7 @@ def generate(
 
 def _refuse(record: dict[str, Any], settings: DiffusionGenerationConfig, processors: Any) -> None:
     """Settings that this model has no use for."""
+    approximate_cache.refuse(record, settings)
     block_length = record.get("block_length")
     if block_length and settings.block_length not in (None, block_length):
         raise ValueError(

@@ -50,6 +50,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         steps: denoising steps over the whole canvas; None is one token a step. Ignored under `threshold`, `factor`, `entropy_bound`.
         block_length: tokens of a block; None is the whole canvas at once.
         grow_canvas: whether blocks after the active one do not exist yet, instead of standing there as masks.
+        approximate_cache: of bidirectional models, keep keys and values between the passes of a block: "prefix" those before the block,
+            "dual" those behind it too (Fast-dLLM). Faster, and not the model's own answers; None, the default, computes all of them.
+        cache_refresh_steps: passes from one full computation to the next within a block; None: once a block; 1 is exact again.
         length_quantile: size every row's canvas by the length that the model foresees at the first step, which holds the answer with this
             probability, in (0, 1); None: the canvas has `max_new_tokens`. For models trained with `max_canvas`.
         length_margin: tokens more than foreseen.
@@ -78,6 +81,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.steps = kwargs.pop("steps", None)
         self.block_length = kwargs.pop("block_length", None)
         self.grow_canvas = kwargs.pop("grow_canvas", False)
+        self.approximate_cache = kwargs.pop("approximate_cache", None)
+        self.cache_refresh_steps = kwargs.pop("cache_refresh_steps", None)
         self.length_quantile = kwargs.pop("length_quantile", None)
         self.length_margin = kwargs.pop("length_margin", 0)
         self.initial_length = kwargs.pop("initial_length", 64)
@@ -136,10 +141,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         self._check_ranges()
         self._check_more_ranges()
         self._check_rules()
+        self._check_cache()
         self._check_words()
 
     def _check_ranges(self) -> None:
-        for name in ("steps", "block_length", "max_new_tokens", "seed", "top_k", "draft_outcomes"):
+        whole = ("steps", "block_length", "max_new_tokens", "seed", "top_k", "draft_outcomes", "cache_refresh_steps")
+        for name in whole:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) and (value is not None or name == "seed"):
                 raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
@@ -205,6 +212,15 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(
                 f"`revision`='remdm' goes by chance: it needs `remasking`='random', got {self.remasking!r}."
             )
+
+    def _check_cache(self) -> None:
+        kind, steps = self.approximate_cache, self.cache_refresh_steps
+        if kind not in (None, "prefix", "dual"):
+            raise ValueError(f"`approximate_cache` must be 'prefix', 'dual' or None, got {kind!r}.")
+        if kind and self.use_cache is False:
+            raise ValueError(f"`approximate_cache`={kind!r} and `use_cache`=False contradict each other; give one.")
+        if steps is not None and not kind:
+            raise ValueError(f"`cache_refresh_steps`={steps} belongs to `approximate_cache`, which is not set.")
 
     def _check_words(self) -> None:
         words = self.bad_words_ids

@@ -315,6 +315,10 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("chat", "{folder}/none", "hi"), "`model`"),
         (("chat", "tiny", "hi", "--settings", '{"step": 1}'), "step"),
         (("generate", "tiny", "hi", "--settings", '{"threshold": 0.9, "factor": 1}'), "give one"),
+        (
+            ("generate", "tiny", "hi", "--settings", '{"approximate_cache": "all"}'),
+            "`approximate_cache` must be 'prefix'",
+        ),
         (("generate", "tiny", "hi", "ho", "--svg", "{folder}/a.svg"), "`--svg` draws one text, got 2"),
         (("generate", "tiny", "hi", "--svg", "{path}/a.svg"), "`--svg`"),
         (("analyze", "{folder}/none"), "`model`"),
