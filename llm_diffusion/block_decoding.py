@@ -155,6 +155,7 @@ class BlockDecoder:
                 masked=pending,
                 canvas=self.ids[rows, :end],
                 visible=self.mask[rows, :end].bool() & torch.nn.functional.pad(~pending, (start, 0), value=True),
+                certainty=self.certainty[rows, start:end],
                 keys=self.keys[rows],
                 places=self.places[rows, start:end],
                 step=self.steps_done[rows],

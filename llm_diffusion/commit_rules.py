@@ -41,8 +41,12 @@ def revise(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`commit` under a rule that also masks committed tokens again."""
     steps = window.block_steps
-    if settings.revision == "remdm":
-        chosen, back = unmasking.revise_remdm(window.steps_left, steps, settings.eta, window.masked, window.open, noise)
+    if settings.revision != "p2":
+        kind, loop = settings.revision.removeprefix("remdm-"), settings.remdm_loop or unmasking.REMDM_LOOP
+        marks = window.masked, window.open, noise
+        chosen, back = unmasking.revise_remdm(
+            window.steps_left, steps, settings.eta, *marks, kind, window.certainty, loop
+        )
     else:
         judged = torch.where(window.masked, tokens, window.ids)
         score = unmasking.confidence(logits, judged, settings.remasking)

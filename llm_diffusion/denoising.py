@@ -44,6 +44,7 @@ class _Rows:
     ids: torch.Tensor  # (B, L)
     attention_mask: torch.Tensor  # (B, L)
     open: torch.Tensor  # (B, L) bool, positions that held a mask at the start
+    certainty: torch.Tensor  # (B, L) probability that every token had when it was committed
     block: torch.Tensor  # (B, L) block of every open position, counted from the left
     keys: torch.Tensor  # (B,) of the noise
     index: torch.Tensor  # (B,) place in the batch as given
@@ -83,6 +84,7 @@ def _start(
         ids=ids.clone(),
         attention_mask=attention_mask,
         open=is_open,
+        certainty=torch.zeros(ids.shape, device=ids.device),
         block=(place // settings.block_length).clamp(min=0),
         keys=row_keys(ids, attention_mask),
         index=index,
@@ -130,7 +132,7 @@ def fill_masks(
     rows = _start(input_ids, attention_mask, settings, first, from_start=record.get("attention") == "block")
     canvas, was_open = rows.ids.clone(), rows.open
     nfe, history, sureness = torch.zeros_like(rows.index), [], []
-    certainty = torch.zeros(canvas.shape, device=canvas.device)
+    certainty = rows.certainty.clone()
     cache = (
         CanvasCache(settings.approximate_cache, settings.cache_refresh_steps) if settings.approximate_cache else None
     )
@@ -143,10 +145,11 @@ def fill_masks(
         while rows.index.numel():
             working, chosen, tokens, probability = _step(model, rows, first, settings, processors, cache)
             rows.ids = torch.where(chosen, tokens, rows.ids)
+            rows.certainty = torch.where(chosen, probability, rows.certainty)
             nfe[rows.index] += passes_of(settings) * working
             finished, rows.ids = finish(rows.ids, rows.open, eos, settings, rows.busy)
             canvas[rows.index] = rows.ids
-            certainty[rows.index] = torch.where(chosen, probability, certainty[rows.index])
+            certainty[rows.index] = rows.certainty
             stay = (~finished).nonzero().squeeze(-1)
             if len(stay) < len(finished):
                 rows = rows.select(stay)
@@ -199,6 +202,7 @@ def _step(
         masked=eligible & pending.gather(-1, positions),
         canvas=rows.ids,
         visible=rows.attention_mask.bool() & ~pending,
+        certainty=rows.certainty.gather(-1, positions),
         keys=rows.keys,
         places=(rows.attention_mask.cumsum(-1) - 1).gather(-1, positions),
         step=rows.steps_done,

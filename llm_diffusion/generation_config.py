@@ -34,6 +34,7 @@ HONOURED = {
     *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
     *("_from_model_config", "_commit_hash", "cache_implementation", "disable_compile"),
 }
+REVISIONS = ("p2", "remdm", "remdm-rescale", "remdm-conf", "remdm-loop")
 NEUTRAL = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
@@ -62,8 +63,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         threshold: commit every token at or above this confidence, in (0, 1]; at least one a step.
         factor: commit the n surest tokens while (n + 1) (1 - confidence) <= factor (Fast-dLLM).
         entropy_bound: commit the surest tokens while their entropies, the largest left out, sum to at most this, in nats (EB-Sampler).
-        revision: whether committed tokens may become masks again: "p2", or "remdm" with probability `eta` a step. Both take all `steps`.
-        eta: of "remdm", in [0, 1].
+        revision: whether committed tokens may become masks again: "p2", or by chance "remdm" (ReMDM-cap), "remdm-rescale", "remdm-conf" or
+            "remdm-loop". All take all `steps`.
+        eta: of ReMDM, in [0, 1]: the highest probability a step, or (rescale, conf) a factor of the highest possible one.
+        remdm_loop: of "remdm-loop", [t_on, t_off, alpha_on], 0 < t_off < t_on < 1: while time falls from t_on to t_off the share of
+            committed tokens stays alpha_on, and they are revised (default [0.55, 0.05, 0.9]).
         editing_threshold: replace a committed token of the active block when another has more than this probability (LLaDA2.1).
         max_post_steps: of editing, steps over a block after its last mask (default 16).
         temperature: 0.0 is greedy; above, tokens are sampled (with `top_p`, `top_k`).
@@ -93,6 +97,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.entropy_bound = kwargs.pop("entropy_bound", None)
         self.revision = kwargs.pop("revision", None)
         self.eta = kwargs.pop("eta", None)
+        self.remdm_loop = kwargs.pop("remdm_loop", None)
         self.editing_threshold = kwargs.pop("editing_threshold", None)
         self.max_post_steps = kwargs.pop("max_post_steps", 16)
         if (cfg_scale := kwargs.pop("cfg_scale", None)) is not None:
@@ -166,8 +171,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
         if self.remasking not in unmasking.CONFIDENCES:
             raise ValueError(f"`remasking` must be one of {unmasking.CONFIDENCES}, got {self.remasking!r}.")
-        if self.revision not in (None, "p2", "remdm"):
-            raise ValueError(f"`revision` must be 'p2', 'remdm' or None, got {self.revision!r}.")
+        if self.revision not in (None, *REVISIONS):
+            raise ValueError(f"`revision` must be one of {REVISIONS} or None, got {self.revision!r}.")
 
     def _check_more_ranges(self) -> None:
         ranges = {"alg_temp": None, "entropy_bound": None, "guidance_scale": None, "eta": 1, "editing_threshold": 1}
@@ -204,13 +209,29 @@ class DiffusionGenerationConfig(GenerationConfig):
             raise ValueError(f"{chosen} needs `steps`, over which it is spread.")
         if self.revision and self.editing_threshold is not None:
             raise ValueError(f"{chosen} and `editing_threshold`={self.editing_threshold}: give one of them.")
-        if (self.revision == "remdm") != (self.eta is not None):
-            raise ValueError(f"`eta`={self.eta!r} belongs to `revision`='remdm', got {self.revision!r}.")
         if self.revision == "p2" and self.remasking in ("random", "left_to_right"):
             raise ValueError(f"`revision`='p2' plans by confidence, which `remasking`={self.remasking!r} has not.")
-        if self.revision == "remdm" and self.remasking != "random":
+        self._check_remdm()
+
+    def _check_remdm(self) -> None:
+        by_chance = self.revision not in (None, "p2")
+        if by_chance != (self.eta is not None):
+            raise ValueError(f"`eta`={self.eta!r} belongs to `revision`='remdm' and its kin, got {self.revision!r}.")
+        if by_chance and self.remasking != "random":
             raise ValueError(
-                f"`revision`='remdm' goes by chance: it needs `remasking`='random', got {self.remasking!r}."
+                f"`revision`={self.revision!r} goes by chance: it needs `remasking`='random', got {self.remasking!r}."
+            )
+        if self.remdm_loop is None:
+            return
+        if self.revision != "remdm-loop":
+            raise ValueError(
+                f"`remdm_loop`={self.remdm_loop!r} belongs to `revision`='remdm-loop', got {self.revision!r}."
+            )
+        times = self.remdm_loop if isinstance(self.remdm_loop, list | tuple) else []
+        numbers = [value for value in times if isinstance(value, int | float) and 0 < value < 1]
+        if len(times) != 3 or len(numbers) != 3 or numbers[1] >= numbers[0]:
+            raise ValueError(
+                f"`remdm_loop` must be [t_on, t_off, alpha_on], each in (0, 1) and t_off below t_on, got {self.remdm_loop!r}."
             )
 
     def _check_cache(self) -> None:

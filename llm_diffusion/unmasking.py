@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+REMDM_LOOP = (0.55, 0.05, 0.9)  # t_on, t_off and alpha_on as published
 CONFIDENCES = ("low_confidence", "random", "entropy", "margin", "left_to_right")
 
 
@@ -124,30 +125,68 @@ def revise_p2(
     return masked & ~low, open_ & ~masked & low
 
 
-def revise_remdm(
-    steps_left: torch.Tensor, steps: int, eta: float, masked: torch.Tensor, open_: torch.Tensor, random: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remasking diffusion, capped: committed tokens are masked again with probability sigma = min(eta, sigma_max).
+def remdm_alpha(time: torch.Tensor, loop: tuple[float, float, float] | None = None) -> torch.Tensor:
+    """Share of committed tokens at a time in [0, 1], (B,) -> (B,): 1 - time, or with a `loop` in three parts.
 
-    From t = steps_left / steps to s = t - 1 / steps, with alpha = 1 - t: sigma_max = min(1, (1 - alpha_s) / alpha_t), and a mask is
-    committed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The share of masks at every s is that of no
-    remasking, eta = 0, which is the ancestral sampler of MDLM.
+    `loop` is (t_on, t_off, alpha_on): up to alpha_on while time falls to t_on, then constant, and from t_off on up to 1.
+
+    References: ReMDM (arXiv 2503.00307, section 4.2).
+    """
+    if loop is None:
+        return 1 - time
+    t_on, t_off, alpha_on = loop
+    ending = 1 - time * (1 - alpha_on) / t_off
+    return torch.where(time > t_on, (1 - time) * alpha_on / (1 - t_on), ending.clamp(min=alpha_on))
+
+
+def revise_remdm(
+    steps_left: torch.Tensor,
+    steps: int,
+    eta: float,
+    masked: torch.Tensor,
+    open_: torch.Tensor,
+    random: torch.Tensor,
+    kind: str = "cap",
+    certainty: torch.Tensor | None = None,
+    loop: tuple[float, float, float] = REMDM_LOOP,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Remasking diffusion: committed tokens are masked again with probability sigma.
+
+    From t = steps_left / steps to s = t - 1 / steps, with alpha as in `remdm_alpha`: sigma is at most sigma_max = min(1, (1 - alpha_s) /
+    alpha_t), and a mask is committed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The share of masks at every s
+    is then that of no remasking, sigma = 0, which is the ancestral sampler of MDLM.
 
     Args:
         steps_left: (B,) this one included.
+        eta: in [0, 1].
         masked, open_: (B, L) bool.
         random: (B, L) uniform numbers in (0, 1).
+        kind: "cap", sigma = min(eta, sigma_max); "rescale", sigma = eta sigma_max; "conf", the rescaled one dealt out among the
+            committed tokens by softmax(-certainty), and masks committed as under sigma = 0, so their share is kept but roughly; "loop",
+            capped, while t is in (t_off, t_on], and no remasking before and after.
+        certainty: (B, L) probability that every token had when it was committed, for "conf".
+        loop: of "loop", see `remdm_alpha`.
 
     Returns:
         `(commit, remask)`, both (B, L) bool.
 
-    References: ReMDM (arXiv 2503.00307, eq. 6 and section 4.1).
+    References: ReMDM (arXiv 2503.00307, eq. 6, sections 4.1 and 4.2).
     """
-    t = steps_left.clamp(min=1) / steps
-    s = (steps_left.clamp(min=1) - 1) / steps
-    sigma = torch.where(s > 0, (s / (1 - t).clamp(min=1e-9)).clamp(max=eta), 0.0)
-    commit = torch.where(s > 0, (1 - s - (1 - sigma) * (1 - t)) / t, 1.0)
-    return masked & (random < commit[:, None]), open_ & ~masked & (random < sigma[:, None])
+    t, s = steps_left.clamp(min=1) / steps, (steps_left.clamp(min=1) - 1) / steps
+    alpha_t, alpha_s = (remdm_alpha(time, loop if kind == "loop" else None) for time in (t, s))
+    highest = ((1 - alpha_s) / alpha_t.clamp(min=1e-9)).clamp(max=1)
+    sigma = highest * eta if kind in ("rescale", "conf") else highest.clamp(max=eta)
+    if kind == "loop":
+        sigma = torch.where((loop[1] < t) & (t <= loop[0]), sigma, 0.0)
+    again = torch.where(s > 0, sigma, 0.0)[:, None]  # the last step leaves no mask
+    sigma = torch.zeros_like(sigma) if kind == "conf" else again.squeeze(-1)
+    if kind == "conf":
+        share = (
+            certainty.neg().masked_fill(masked | ~open_, -torch.inf).softmax(-1)
+        )  # no number where nothing is committed
+        again = again * share
+    commit = torch.where(s > 0, (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t), 1.0)
+    return masked & (random < commit[:, None]), open_ & ~masked & (random < again)
 
 
 def edits(

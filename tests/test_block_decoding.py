@@ -75,6 +75,7 @@ def test_cached_equals_full_forwards(clean, shift, implementation, settings):
         {"threshold": 0.05, "editing_threshold": 0.1, "max_post_steps": 3},
         {"revision": "p2", "steps": 15},
         {"revision": "remdm", "remasking": "random", "eta": 0.4, "steps": 12},
+        {"revision": "remdm-conf", "remasking": "random", "eta": 1.0, "steps": 20},
     ],
     ids=str,
 )

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import llm_diffusion as ld
+from llm_diffusion import masking
+from llm_diffusion.denoising import row_keys
 
 MASK, LENGTH = 31, 8
+LOOPED = {"revision": "remdm-loop", "steps": 8, "remasking": "random", "eta": 0.1}
 
 
 def probabilities(model, canvas, guidance=1.0, start=0, penalty=1.0):
@@ -228,14 +231,73 @@ def test_the_rules_of_the_table_do_something(random_diffuser):
     assert changed > 3 and taken_back > 3
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_remdm_fills_the_canvas_in_its_steps(random_diffuser, eta):
+def remdm(model, prompt, *, revision, steps, eta, block_length=LENGTH, seed=0):
+    """ReMDM's programs with greedy tokens and our noise: cap and conf by the published code, a loop at its constant alpha."""
+    start, canvases, done = len(prompt), [], 0
+    canvas, sure = [*prompt, *[MASK] * LENGTH], {}
+    text = torch.tensor([canvas])
+    key = row_keys(text, torch.ones_like(text))
+    lefts = range(start, start + LENGTH, block_length)
+    n = max(1, steps // len(lefts))
+    for left in lefts:
+        block = range(left, left + block_length)
+        for step in range(n):
+            t, s = (n - step) / n, (n - step - 1) / n
+            probs = probabilities(model, canvas)
+            noise = masking.uniform(seed, done, key, torch.arange(len(canvas)), masking.ORDER_STREAM).tolist()
+            total = sum(math.exp(-sure[i]) for i in block if canvas[i] != MASK)
+            highest = min(1.0, s / (1 - t)) if t < 1 else 1.0
+            after = list(canvas)
+            for i in block:
+                sigma = eta * highest if revision != "remdm" else min(eta, highest)
+                if revision == "remdm-conf":
+                    sigma *= 0.0 if canvas[i] == MASK else math.exp(-sure[i]) / total
+                if canvas[i] != MASK and noise[i] < sigma:
+                    after[i] = MASK
+                elif canvas[i] == MASK and (s == 0 or noise[i] < (1 - s - (1 - sigma) * (1 - t)) / t):
+                    after[i] = probs[i].index(max(probs[i]))
+                    sure[i] = probs[i][after[i]]
+            canvas, done = after, done + 1
+            canvases.append(canvas)
+    return canvases
+
+
+@pytest.mark.parametrize("right_shift", [True, False])
+@pytest.mark.parametrize("revision", ["remdm", "remdm-rescale", "remdm-conf"])
+@pytest.mark.parametrize("settings", [{"steps": 12, "eta": 0.7}, {"steps": 14, "eta": 1.0, "block_length": 4}], ids=str)
+def test_remdm_is_the_published_program_forward_for_forward(random_diffuser, right_shift, revision, settings):
+    model, rows = random_diffuser(right_shift), prompts(5)
+    output = run(model, rows, revision=revision, remasking="random", **settings)
+    taken_back = 0
+    for i, row in enumerate(rows):
+        want = remdm(model, row, revision=revision, **settings)
+        assert seen_by(output, i, len(row)) == want
+        taken_back += sum(
+            a != MASK == b for x, y in zip(want, want[1:], strict=False) for a, b in zip(x, y, strict=True)
+        )
+    assert taken_back > 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"revision": "remdm", "eta": 0.0},
+        {"revision": "remdm", "eta": 0.6},
+        {"revision": "remdm-loop", "eta": 0.2},
+        {"revision": "remdm-loop", "eta": 0.2, "remdm_loop": [0.8, 0.3, 0.5]},
+    ],
+    ids=str,
+)
+def test_remdm_fills_the_canvas_in_its_steps(random_diffuser, settings):
     model, rows = random_diffuser(True), prompts(12)
-    output = run(model, rows, revision="remdm", remasking="random", steps=12, eta=eta)
-    assert output.nfe.tolist() == [12] * 12
+    output = run(model, rows, remasking="random", steps=20, **settings)
+    assert output.nfe.tolist() == [20] * 12
     assert not (output.sequences[:, -LENGTH:] == MASK).any()
-    back = sum(int(((a != MASK) & (b == MASK)).sum()) for a, b in zip(output.history, output.history[1:], strict=False))
-    assert (back > 0) == (eta > 0)
+    back = [int(((a != MASK) & (b == MASK)).sum()) for a, b in zip(output.history, output.history[1:], strict=False)]
+    assert (sum(back) > 0) == (settings["eta"] > 0)
+    if settings["revision"] == "remdm-loop":  # nothing is taken back but in the loop
+        t_on, t_off, _ = settings.get("remdm_loop", (0.55, 0.05, 0.9))
+        assert not any(n for i, n in enumerate(back, start=1) if not t_off < (20 - i) / 20 <= t_on)
 
 
 def test_revised_rows_end_only_when_nothing_can_change(random_diffuser):
@@ -304,6 +366,11 @@ def test_quotas_are_dreams_where_they_come_out_even(random_diffuser, remasking, 
         ({"revision": "p2", "steps": 8, "remasking": "random"}, "`revision`='p2'.*'random'"),
         ({"revision": "remdm", "steps": 8, "eta": 0.1}, "`revision`='remdm'.*`remasking`='random'"),
         ({"revision": "remdm", "steps": 8, "remasking": "random"}, "`eta`=None"),
+        ({"revision": "remdm-conf", "steps": 8, "eta": 0.1}, "`revision`='remdm-conf'.*`remasking`='random'"),
+        ({"remdm_loop": [0.5, 0.1, 0.9]}, "`remdm_loop`.*belongs to `revision`='remdm-loop', got None"),
+        ({**LOOPED, "remdm_loop": [0.1, 0.5, 0.9]}, "`remdm_loop` must be .*t_off below t_on, got .0.1, 0.5"),
+        ({**LOOPED, "remdm_loop": 0.5}, "`remdm_loop` must be .*got 0.5"),
+        ({**LOOPED, "remdm_loop": [0.5, 0.1, 1.0]}, "`remdm_loop` must be"),
         ({"eta": 0.1}, "`eta`=0.1"),
         ({"revision": "remdm", "steps": 8, "remasking": "random", "eta": 1.5}, "`eta`.*1.5"),
         ({"revision": "p2", "steps": 8, "editing_threshold": 0.5}, "`editing_threshold`=0.5"),

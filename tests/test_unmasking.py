@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -290,34 +292,84 @@ def test_p2_leaves_the_least_sure_masked(seed: int, ties: bool) -> None:
     assert not ((commit | remask) & ~open_).any()
 
 
+LOOP = (0.55, 0.2, 0.8)
+
+
+def share_of_masks(time: float, kind: str) -> float:
+    """1 - alpha, in plain numbers."""
+    t_on, t_off, alpha_on = LOOP
+    if kind != "loop":
+        return time
+    if time > t_on:
+        return 1 - (1 - time) / (1 - t_on) * alpha_on
+    return 1 - alpha_on if time > t_off else time / t_off * (1 - alpha_on)
+
+
+@pytest.mark.parametrize("kind", ["cap", "rescale", "loop"])
 @pytest.mark.parametrize("eta", [0.0, 0.1, 0.5, 1.0])
-def test_remdm_keeps_the_share_of_masks(eta: float) -> None:
-    """The paper's theorem: whatever is masked again, at every s a position is a mask with probability s = 1 - alpha_s."""
-    n, steps = 40_000, 8
+def test_remdm_keeps_the_share_of_masks(eta: float, kind: str) -> None:
+    """The paper's theorem: whatever is masked again, at every s a position is a mask with probability 1 - alpha_s."""
+    n, steps = 40_000, 16
     open_ = torch.ones(1, n, dtype=torch.bool)
     masked, again = open_.clone(), 0
     for left in range(steps, 0, -1):
         noise = masking.uniform(left, torch.arange(n)[None])
-        commit, remask = unmasking.revise_remdm(torch.tensor([left]), steps, eta, masked, open_, noise)
+        left_ = torch.tensor([left])
+        commit, remask = unmasking.revise_remdm(left_, steps, eta, masked, open_, noise, kind, loop=LOOP)
         assert not (commit & ~masked).any() and not (remask & masked).any()
         masked = masked & ~commit | remask
         again += int(remask.sum())
-        assert masked.float().mean().item() == pytest.approx((left - 1) / steps, abs=0.012)
+        assert not remask.any() or kind != "loop" or LOOP[1] < left / steps <= LOOP[0]
+        assert masked.float().mean().item() == pytest.approx(share_of_masks((left - 1) / steps, kind), abs=0.012)
     assert not masked.any()
     assert (again > 0) == (eta > 0)
 
 
-def test_remdm_rates_are_the_papers() -> None:
-    """sigma_max and the probability to commit from alpha_t and alpha_s, by the formula, as shares of many draws."""
-    n, steps, left, eta = 400_000, 10, 4, 0.9
-    alpha_t, alpha_s = 0.6, 0.7
-    sigma = min(eta, 1, (1 - alpha_s) / alpha_t)
-    want = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
-    noise, open_ = masking.uniform(3, torch.arange(n)[None]), torch.ones(1, n, dtype=torch.bool)
-    masked = torch.arange(n)[None] % 2 == 0
-    commit, remask = unmasking.revise_remdm(torch.tensor([left]), steps, eta, masked, open_, noise)
-    assert commit.sum().item() / (n / 2) == pytest.approx(want, abs=0.005)
-    assert remask.sum().item() / (n / 2) == pytest.approx(sigma, abs=0.005)
+def remdm(left, steps, eta, masked, kind, certainty):
+    """Of one row: how likely every position changes, by the formulas of the paper, position by position."""
+    t, s = left / steps, (left - 1) / steps
+    alpha_t, alpha_s = 1 - share_of_masks(t, kind), 1 - share_of_masks(s, kind)
+    highest = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
+    total = sum(math.exp(-p) for p, m in zip(certainty, masked, strict=True) if not m)
+    rates = []
+    for p, m in zip(certainty, masked, strict=True):
+        if kind == "conf":  # of masks the paper's psi is infinite, their share nothing
+            sigma = 0.0 if m else math.exp(-p) / total * eta * highest
+        elif kind == "loop" and not LOOP[1] < t <= LOOP[0]:
+            sigma = 0.0
+        else:
+            sigma = eta * highest if kind == "rescale" else min(eta, highest)
+        rates.append((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) if m else sigma)
+    return rates
+
+
+@few
+@given(
+    seed=seeds,
+    kind=st.sampled_from(["cap", "rescale", "conf", "loop"]),
+    left=st.integers(1, 10),
+    eta=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
+)
+def test_remdm_rates_are_the_papers(seed: int, kind: str, left: int, eta: float) -> None:
+    """A number just below the rate of a position changes it, one just above does not."""
+    generator = torch.Generator().manual_seed(seed)
+    certainty = torch.rand(3, 7, generator=generator)
+    masked = torch.rand(3, 7, generator=generator) < 0.5
+    open_ = torch.ones(3, 8, dtype=torch.bool)
+    open_[:, 7] = False
+    pad = torch.nn.functional.pad
+    want = torch.tensor(
+        [remdm(left, 10, eta, m, kind, c) for m, c in zip(masked.tolist(), certainty.tolist(), strict=True)]
+    )
+    for offset, changes in ((-1e-5, True), (1e-5, False)):
+        noise = (want + offset).clamp(0, 1)
+        rules = torch.full((3,), left), 10, eta, pad(masked, (0, 1)), open_, pad(noise, (0, 1))
+        commit, remask = unmasking.revise_remdm(*rules, kind, pad(certainty, (0, 1)), LOOP)
+        sure = (want > 1e-4) & (want < 1 - 1e-4) if not changes else want > 1e-4
+        assert torch.equal((commit | remask)[:, :7][sure], torch.full_like(masked[sure], changes))
+        assert not (commit & ~pad(masked, (0, 1))).any() and not (remask & pad(masked, (0, 1))).any()
+        assert not (commit | remask)[:, 7].any()
+    assert not (remask[:, :7] & (want == 0)).any()
 
 
 def test_edits_need_another_token_and_enough_probability() -> None:
@@ -346,6 +398,8 @@ def test_no_rule_waits_for_the_device() -> None:
         unmasking.perturb(score, 0.5, score),
         *unmasking.revise_p2(score, eligible, eligible, count),
         *unmasking.revise_remdm(count, 8, 0.1, eligible, eligible, score),
+        *unmasking.revise_remdm(count, 8, 0.1, eligible, eligible, score, "conf", score),
+        *unmasking.revise_remdm(count, 8, 0.1, eligible, eligible, score, "loop"),
         unmasking.edits(score, tokens, tokens, eligible, 0.5),
     ):
         assert chosen.shape == (3, 7) and chosen.is_meta
