@@ -26,10 +26,9 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from . import logit_rules
 from .attention_masks import additive, block_causal
-from .commit_rules import still_busy
+from .commit_rules import commit, still_busy
 from .denoising import (
     OnStep,
-    commit,
     eos_ids,
     finish,
     mask_share,
@@ -116,13 +115,13 @@ class BlockDecoder:
             self._prefill(rows)
         for start in range(self.prefix, self.ids.shape[1], self.block_length):
             self._denoise(rows, start, after_step)
-            finished, ids = finish(self.ids[rows], self.open[rows], self.eos, self.settings)
-            self.ids[rows] = ids
-            if finished.any():
-                stay = (~finished).nonzero().squeeze(-1)
+            finished, self.ids[rows] = finish(self.ids[rows], self.open[rows], self.eos, self.settings)
+            stay = [row for row, done in enumerate(finished.tolist()) if not done]
+            if not stay:
+                break
+            if len(stay) < len(finished):
+                stay = torch.tensor(stay, device=rows.device)
                 rows = rows[stay]
-                if not rows.numel():
-                    break
                 self.cache.batch_select_indices(with_guided(stay, len(finished), self.settings))
                 self.last_logits = None if self.last_logits is None else self.last_logits[stay]
         was_open = torch.zeros_like(self.sequences(), dtype=torch.bool)
@@ -146,8 +145,8 @@ class BlockDecoder:
         per_block = steps_per_block(settings, settings.max_new_tokens) if settings.steps else 0
         steps_left, post_steps = torch.full_like(rows, per_block), torch.zeros_like(rows)
         pending = self._pending(rows, start, end)
-        working = pending.any(-1)
-        while working.any():
+        working, go_on = pending.any(-1), True  # rows that are done have left: some row has masks in its next block
+        while go_on:
             columns = torch.arange(start, end, device=rows.device).expand(len(rows), -1)
             window = logit_rules.Window(
                 columns=columns,
@@ -177,6 +176,7 @@ class BlockDecoder:
             steps_left = (steps_left - 1).clamp(min=1)
             pending = self._pending(rows, start, end)
             working = pending.any(-1) | busy
+            go_on = bool(working.any())
             after_step()
 
     def _pending(self, rows: torch.Tensor, start: int, end: int) -> torch.Tensor:

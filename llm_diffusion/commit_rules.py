@@ -1,4 +1,4 @@
-"""From the settings to the rule: which positions of a window change in this step.
+"""From the settings to the rule: what is proposed for the positions of a window, and which of them change in this step.
 
 Trade-off: one function with a branch for each rule, over the pure rules of `unmasking`. Alternative: an object for each rule, which
 would have to be built, named and saved with the settings.
@@ -7,10 +7,12 @@ would have to be built, named and saved with the settings.
 from __future__ import annotations
 
 import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from . import unmasking
+from . import logit_rules, masking, unmasking
 from .generation_config import DiffusionGenerationConfig
-from .logit_rules import Window
+from .logit_rules import BANNED, Window
+from .speculation import sample
 
 
 def by_rule(
@@ -76,3 +78,75 @@ def still_busy(
     more = (had_masks | changed.any(-1)) & (post < settings.max_post_steps)
     busy = masks_left | more
     return busy, torch.where(busy, post, 0)
+
+
+def ban(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
+    """Puts the mask token and `suppress_tokens` out of reach: (..., V) -> (..., V)."""
+    banned = torch.tensor([settings.mask_token_id, *(settings.suppress_tokens or [])], device=logits.device)
+    return logits.index_fill(-1, banned, BANNED)
+
+
+def commit(
+    logits: torch.Tensor,
+    window: Window,
+    settings: DiffusionGenerationConfig,
+    processors: LogitsProcessorList | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Proposes a token for every position of a window and picks those to commit, replace or take back.
+
+    Args:
+        logits: (B, k, V) fp32, as the model gave them.
+
+    Returns:
+        `(changed, tokens, probability)`, all (B, k): the last is that of the tokens, before temperature.
+    """
+    if settings.repetition_penalty not in (None, 1.0):
+        logits = logit_rules.penalise_repetition(logits, window, settings.repetition_penalty)
+    if processors:
+        logits = logit_rules.apply_processors(logits, window, processors)
+    words = settings.bad_words_ids or []
+    logits = logit_rules.ban_words(ban(logits, settings), window, words)
+    tokens = _propose(logits, window.keys, window.places, window.step, settings)
+    noise = masking.uniform(
+        settings.seed, window.step[:, None], window.keys[:, None], window.places, masking.ORDER_STREAM
+    )
+    probability = unmasking.confidence(logits, tokens, "low_confidence")
+    if settings.revision is not None:
+        return revise(logits, tokens, probability, noise, window, settings)
+    score = probability
+    if settings.remasking != "low_confidence":
+        score = unmasking.confidence(logits, tokens, settings.remasking, noise)
+    if settings.alg_temp:
+        score = unmasking.perturb(score, settings.alg_temp, noise)
+    chosen = by_rule(logits, score, window, settings)
+    if len(words):
+        chosen = logit_rules.without_bad_words(chosen, tokens, score, window, words)
+    if settings.editing_threshold is not None:
+        editable = window.open & ~window.masked
+        chosen = chosen | unmasking.edits(probability, tokens, window.ids, editable, settings.editing_threshold)
+    return chosen, tokens, probability
+
+
+def warped(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
+    """Logits (..., V) under temperature (above 0), top-k and top-p, as the host's own sampling has them."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
+    if settings.top_k:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return warpers(None, logits.flatten(0, -2)).view_as(logits)
+
+
+def _propose(
+    logits: torch.Tensor,
+    keys: torch.Tensor,
+    places: torch.Tensor,
+    step: torch.Tensor,
+    settings: DiffusionGenerationConfig,
+) -> torch.Tensor:
+    """(B, k, V) logits -> (B, k) proposed tokens: the best ones, or a sample."""
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    # One uniform number a place; the Gumbel rule would need one for every word of the vocabulary.
+    noise = masking.uniform(settings.seed, step[:, None], keys[:, None], places, masking.TOKEN_STREAM)
+    return sample(warped(logits, settings).softmax(-1), noise)

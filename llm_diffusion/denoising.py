@@ -16,16 +16,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList
 
-from . import logit_rules, masking, unmasking
+from . import logit_rules, masking
 from .approximate_cache import CanvasCache, check_canvas_cache, refuse
 from .attention_masks import additive, block_decoding
-from .commit_rules import by_rule, revise, still_busy
+from .commit_rules import commit, still_busy
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
-from .logit_rules import BANNED, Window
+from .logit_rules import Window
 from .patching import base_of
-from .speculation import sample
 
 OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # gets the canvas (B, L) and how sure each token was, (B, L)
 
@@ -133,28 +132,23 @@ def fill_masks(
     canvas, was_open = rows.ids.clone(), rows.open
     nfe, history, sureness = torch.zeros_like(rows.index), [], []
     certainty = rows.certainty.clone()
-    cache = (
-        CanvasCache(settings.approximate_cache, settings.cache_refresh_steps) if settings.approximate_cache else None
-    )
+    cache = None
+    if settings.approximate_cache:
+        cache = CanvasCache(settings.approximate_cache, settings.cache_refresh_steps)
+    call = _Call(model, settings, first, processors, cache, padded=not bool(attention_mask.all()))
     training = model.training
     model.eval()
     try:
         if cache is not None:
             check_canvas_cache(model)
-        rows = rows.select(rows.open.any(-1))
-        while rows.index.numel():
-            working, chosen, tokens, probability = _step(model, rows, first, settings, processors, cache)
+        while (step := _begin(call, rows)) is not None:
+            rows, working = step.rows, step.working
+            chosen, tokens, probability = _fill(call, step)
             rows.ids = torch.where(chosen, tokens, rows.ids)
             rows.certainty = torch.where(chosen, probability, rows.certainty)
             nfe[rows.index] += passes_of(settings) * working
-            finished, rows.ids = finish(rows.ids, rows.open, eos, settings, rows.busy)
-            canvas[rows.index] = rows.ids
-            certainty[rows.index] = rows.certainty
-            stay = (~finished).nonzero().squeeze(-1)
-            if len(stay) < len(finished):
-                rows = rows.select(stay)
-                if cache is not None:
-                    cache.batch_select_indices(with_guided(stay, len(finished), settings))
+            _, rows.ids = finish(rows.ids, rows.open, eos, settings, rows.busy)
+            canvas[rows.index], certainty[rows.index] = rows.ids, rows.certainty
             if settings.output_history:
                 history.append(canvas.clone())
                 sureness.append(certainty.clone())
@@ -167,35 +161,67 @@ def fill_masks(
     return output
 
 
-def _step(
-    model: torch.nn.Module,
-    rows: _Rows,
-    first: int,
-    settings: DiffusionGenerationConfig,
-    processors: LogitsProcessorList | None,
-    cache: CanvasCache | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One forward pass.
+@dataclass
+class _Call:
+    """What stays as it is from step to step."""
 
-    Returns:
-        `(working, changed, tokens, probability)`: (B,) bool, the rows that took part; (B, L) bool, which positions change, (B, L), to
-        which tokens, and (B, L), how probable those are.
+    model: torch.nn.Module
+    settings: DiffusionGenerationConfig
+    first: int  # column at which the canvas starts
+    processors: LogitsProcessorList | None
+    cache: CanvasCache | None
+    padded: bool
+
+
+@dataclass
+class _Step:
+    """One pass over the rows that are not done."""
+
+    rows: _Rows
+    working: torch.Tensor  # (B,) bool, rows that take part; the others wait
+    pending: torch.Tensor  # (B, L) bool, the masks
+    eligible: torch.Tensor  # (B, L) bool, what may change now
+    most: int  # eligible positions of the row that has most
+    block: int  # the furthest one being filled
+
+
+def _begin(call: _Call, rows: _Rows) -> _Step | None:
+    """Lets the rows that are done leave and says what the next pass is over; None: nothing is left.
+
+    The only place where a step waits for the device: its answer decides whether there is another one, and how wide.
     """
+    settings, length = call.settings, rows.ids.shape[1]
     pending = (rows.ids == settings.mask_token_id) & rows.open
-    active = rows.block.masked_fill(~pending, rows.ids.shape[1]).amin(-1)
+    active = rows.block.masked_fill(~pending, length).amin(-1)
     active = torch.where(rows.busy, rows.active, active)
     # With a cache rows begin their blocks together, those that are ahead wait.
-    working = torch.ones_like(rows.busy) if cache is None else active == active.amin()
+    working = torch.ones_like(rows.busy) if call.cache is None else active == active.amin()
     eligible = (rows.open if settings.revises else pending) & (rows.block == active[:, None]) & working[:, None]
-    per_block = steps_per_block(settings, rows.ids.shape[1] - first) if settings.steps else 0
     if settings.steps:
+        per_block = steps_per_block(settings, length - call.first)
         steps_left = torch.where(active == rows.active, rows.steps_left - 1, per_block)
         rows.steps_left = torch.where(working, steps_left, rows.steps_left)
     rows.active = torch.where(working, active, rows.active)
+    alive = pending.any(-1) | rows.busy
+    counts, blocks, alive = torch.stack([eligible.sum(-1), rows.active, alive.long()]).tolist()
+    stay = [row for row, goes_on in enumerate(alive) if goes_on]
+    if not stay:
+        return None
+    most, block = max(counts[row] for row in stay), max(blocks[row] for row in stay)
+    if len(stay) < len(alive):
+        n_rows, stay = len(alive), torch.tensor(stay, device=rows.ids.device)
+        rows, working, pending, eligible = rows.select(stay), working[stay], pending[stay], eligible[stay]
+        if call.cache is not None:
+            call.cache.batch_select_indices(with_guided(stay, n_rows, settings))
+    return _Step(rows, working, pending, eligible, most, block)
+
+
+def _fill(call: _Call, step: _Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One forward pass: (B, L) bool, which positions change, (B, L), to which tokens, and (B, L), how probable those are."""
+    rows, settings, pending = step.rows, call.settings, step.pending
     # The eligible positions of every row side by side, (B, k); shorter rows are filled up with ineligible ones.
-    most = int(eligible.sum(-1).max())
-    positions = eligible.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    eligible = eligible.gather(-1, positions)
+    positions = step.eligible.long().argsort(dim=-1, descending=True, stable=True)[:, : step.most]
+    eligible = step.eligible.gather(-1, positions)
     window = Window(
         columns=positions,
         open=eligible,
@@ -208,30 +234,22 @@ def _step(
         step=rows.steps_done,
         steps_left=rows.steps_left,
         post_steps=rows.post_steps,
-        block_steps=per_block,
+        block_steps=steps_per_block(settings, rows.ids.shape[1] - call.first) if settings.steps else 0,
     )
-    logits = _logits(model, rows, positions, first, settings, cache)
-    chosen, tokens, probability = commit(logits, window, settings, processors)
+    chosen, tokens, probability = commit(_logits(call, step, positions), window, settings, call.processors)
     busy, rows.post_steps = still_busy(window, chosen, tokens, settings)
-    rows.busy = busy & working
-    rows.steps_done = rows.steps_done + working.long()
+    rows.busy = busy & step.working
+    rows.steps_done = rows.steps_done + step.working.long()
     return (
-        working,
         torch.zeros_like(pending).scatter(-1, positions, chosen),
         rows.ids.scatter(-1, positions, tokens),
         torch.zeros(pending.shape, device=pending.device).scatter(-1, positions, probability),
     )
 
 
-def _logits(
-    model: torch.nn.Module,
-    rows: _Rows,
-    positions: torch.Tensor,
-    first: int,
-    settings: DiffusionGenerationConfig,
-    cache: CanvasCache | None,
-) -> torch.Tensor:
+def _logits(call: _Call, step: _Step, positions: torch.Tensor) -> torch.Tensor:
     """(B, k, V) fp32 logits of the tokens at `positions`."""
+    model, rows, settings, cache = call.model, step.rows, call.settings, call.cache
     record, width, attention_mask = record_of(model), rows.ids.shape[1], rows.attention_mask
     places = attention_mask.cumsum(-1) - 1
     if record.get("attention") == "block":
@@ -239,7 +257,7 @@ def _logits(
         model_mask = additive(allowed, base_of(model).dtype)
     else:
         if settings.grow_canvas:
-            width = min(width, first + settings.block_length * (int(rows.active.max()) + 1))
+            width = min(width, call.first + settings.block_length * (step.block + 1))
             # Rows that are behind do not see the canvas that others have reached.
             attention_mask = attention_mask * (rows.block <= rows.active.clamp(min=0)[:, None])
         model_mask = attention_mask[:, :width]
@@ -264,9 +282,10 @@ def _logits(
         given = rows.attention_mask.bool() & ~rows.open
         inputs["input_ids"][len(rows.ids) :].masked_fill_(given[:, :width], settings.mask_token_id)
     if cache is not None:
-        block = int(rows.active.amax())
-        in_block = (rows.open & (rows.block == block))[:, :width].repeat(passes_of(settings), 1)
-        inputs = cache.inputs(inputs, block, in_block, shift)
+        in_block = (rows.open & (rows.block == step.block))[:, :width].repeat(passes_of(settings), 1)
+        inputs = cache.inputs(inputs, step.block, in_block, shift)
+    if not call.padded and not settings.grow_canvas and inputs["attention_mask"].dim() == 2:
+        inputs["attention_mask"] = None  # hosts would read all of it, in every pass, to find that nothing is masked
     logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits.float()
     return logit_rules.guide(logits, settings.guidance_scale) if settings.guided else logits
 
@@ -289,78 +308,6 @@ def mask_share(ids: torch.Tensor, canvas: torch.Tensor, settings: DiffusionGener
 def steps_per_block(settings: DiffusionGenerationConfig, span: int) -> int:
     """Denoising steps of a block when `settings.steps` are dealt out over a canvas of `span` tokens."""
     return max(1, settings.steps // -(-span // settings.block_length))
-
-
-def ban(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
-    """Puts the mask token and `suppress_tokens` out of reach: (..., V) -> (..., V)."""
-    banned = torch.tensor([settings.mask_token_id, *(settings.suppress_tokens or [])], device=logits.device)
-    return logits.index_fill(-1, banned, BANNED)
-
-
-def commit(
-    logits: torch.Tensor,
-    window: Window,
-    settings: DiffusionGenerationConfig,
-    processors: LogitsProcessorList | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Proposes a token for every position of a window and picks those to commit, replace or take back.
-
-    Args:
-        logits: (B, k, V) fp32, as the model gave them.
-
-    Returns:
-        `(changed, tokens, probability)`, all (B, k): the last is that of the tokens, before temperature.
-    """
-    if settings.repetition_penalty not in (None, 1.0):
-        logits = logit_rules.penalise_repetition(logits, window, settings.repetition_penalty)
-    if processors:
-        logits = logit_rules.apply_processors(logits, window, processors)
-    words = settings.bad_words_ids or []
-    logits = logit_rules.ban_words(ban(logits, settings), window, words)
-    tokens = _propose(logits, window.keys, window.places, window.step, settings)
-    noise = masking.uniform(
-        settings.seed, window.step[:, None], window.keys[:, None], window.places, masking.ORDER_STREAM
-    )
-    probability = unmasking.confidence(logits, tokens, "low_confidence")
-    if settings.revision is not None:
-        return revise(logits, tokens, probability, noise, window, settings)
-    score = probability
-    if settings.remasking != "low_confidence":
-        score = unmasking.confidence(logits, tokens, settings.remasking, noise)
-    if settings.alg_temp:
-        score = unmasking.perturb(score, settings.alg_temp, noise)
-    chosen = by_rule(logits, score, window, settings)
-    if len(words):
-        chosen = logit_rules.without_bad_words(chosen, tokens, score, window, words)
-    if settings.editing_threshold is not None:
-        editable = window.open & ~window.masked
-        chosen = chosen | unmasking.edits(probability, tokens, window.ids, editable, settings.editing_threshold)
-    return chosen, tokens, probability
-
-
-def warped(logits: torch.Tensor, settings: DiffusionGenerationConfig) -> torch.Tensor:
-    """Logits (..., V) under temperature (above 0), top-k and top-p, as the host's own sampling has them."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
-    if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None and settings.top_p < 1:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers(None, logits.flatten(0, -2)).view_as(logits)
-
-
-def _propose(
-    logits: torch.Tensor,
-    keys: torch.Tensor,
-    places: torch.Tensor,
-    step: torch.Tensor,
-    settings: DiffusionGenerationConfig,
-) -> torch.Tensor:
-    """(B, k, V) logits -> (B, k) proposed tokens: the best ones, or a sample."""
-    if settings.temperature == 0:
-        return logits.argmax(-1)
-    # One uniform number a place; the Gumbel rule would need one for every word of the vocabulary.
-    noise = masking.uniform(settings.seed, step[:, None], keys[:, None], places, masking.TOKEN_STREAM)
-    return sample(warped(logits, settings).softmax(-1), noise)
 
 
 def finish(

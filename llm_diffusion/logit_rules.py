@@ -1,6 +1,6 @@
 """What changes logits before a token is proposed: guidance, repetition penalty, the host's processors, forbidden words.
 
-In this order; then the bans of `denoising.ban`, then temperature and filters. A position may be filled before those on its left, so
+In this order; then the bans of `commit_rules.ban`, then temperature and filters. A position may be filled before those on its left, so
 "the text so far" is what is committed anywhere: masks and padding say nothing.
 Trade-off: a processor of the host is called once for every column of the window, with the text on its left, because it was written
 for text that ends where it predicts. Alternative: one call with the whole canvas for all columns, whose end means nothing.

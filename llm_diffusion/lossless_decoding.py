@@ -31,7 +31,8 @@ from transformers import DynamicCache
 from . import masking
 from .adapter_switch import AdapterSwitch
 from .attention_masks import additive, block_causal
-from .denoising import ban, eos_ids, output_of, record_of, row_keys, warped
+from .commit_rules import ban, warped
+from .denoising import eos_ids, output_of, record_of, row_keys
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .patching import base_of
 from .speculation import accept_greedy, accept_sampled, sample
