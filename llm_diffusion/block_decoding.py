@@ -40,7 +40,7 @@ from .denoising import (
     with_guided,
 )
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
-from .patching import base_of
+from .patching import base_of, is_compiled
 
 
 class BlockDecoder:
@@ -111,6 +111,7 @@ class BlockDecoder:
                     on_step(history[-1], sureness[-1])
 
         rows = self.index  # still being decoded
+        static = is_compiled(self.model)  # rows that are done stay then, and do nothing: another batch is another graph
         if self.prefix:
             self._prefill(rows)
         for start in range(self.prefix, self.ids.shape[1], self.block_length):
@@ -119,7 +120,7 @@ class BlockDecoder:
             stay = [row for row, done in enumerate(finished.tolist()) if not done]
             if not stay:
                 break
-            if len(stay) < len(finished):
+            if len(stay) < len(finished) and not static:
                 stay = torch.tensor(stay, device=rows.device)
                 rows = rows[stay]
                 self.cache.batch_select_indices(with_guided(stay, len(finished), self.settings))

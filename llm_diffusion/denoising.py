@@ -24,7 +24,7 @@ from .attention_masks import additive, block_decoding
 from .commit_rules import commit, still_busy
 from .generation_config import DiffusionGenerationConfig, DiffusionOutput
 from .logit_rules import Window
-from .patching import base_of
+from .patching import base_of, is_compiled
 
 OnStep = Callable[[torch.Tensor, torch.Tensor], None]  # gets the canvas (B, L) and how sure each token was, (B, L)
 
@@ -135,7 +135,7 @@ def fill_masks(
     cache = None
     if settings.approximate_cache:
         cache = CanvasCache(settings.approximate_cache, settings.cache_refresh_steps)
-    call = _Call(model, settings, first, processors, cache, padded=not bool(attention_mask.all()))
+    call = _Call(model, settings, first, processors, cache, not bool(attention_mask.all()), is_compiled(model))
     training = model.training
     model.eval()
     try:
@@ -171,6 +171,9 @@ class _Call:
     processors: LogitsProcessorList | None
     cache: CanvasCache | None
     padded: bool
+    static: (
+        bool  # every pass has the shape of the first one, for a compiled model: rows that are done stay, and do nothing
+    )
 
 
 @dataclass
@@ -202,13 +205,15 @@ def _begin(call: _Call, rows: _Rows) -> _Step | None:
         steps_left = torch.where(active == rows.active, rows.steps_left - 1, per_block)
         rows.steps_left = torch.where(working, steps_left, rows.steps_left)
     rows.active = torch.where(working, active, rows.active)
-    alive = pending.any(-1) | rows.busy
-    counts, blocks, alive = torch.stack([eligible.sum(-1), rows.active, alive.long()]).tolist()
+    unfinished = pending.any(-1) | rows.busy
+    counts, blocks, alive = torch.stack([eligible.sum(-1), rows.active, unfinished.long()]).tolist()
     stay = [row for row, goes_on in enumerate(alive) if goes_on]
     if not stay:
         return None
     most, block = max(counts[row] for row in stay), max(blocks[row] for row in stay)
-    if len(stay) < len(alive):
+    if call.static:
+        most, working = settings.block_length, working & unfinished
+    elif len(stay) < len(alive):
         n_rows, stay = len(alive), torch.tensor(stay, device=rows.ids.device)
         rows, working, pending, eligible = rows.select(stay), working[stay], pending[stay], eligible[stay]
         if call.cache is not None:

@@ -33,6 +33,16 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
             return model
 
 
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether `torch.compile` stands anywhere in a model: around it, in it, or on its forward."""
+    return any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+
+
 class Patch:
     """Attributes that were changed; `undo()`, or the end of a `with` block, puts them back.
 

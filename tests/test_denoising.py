@@ -4,9 +4,12 @@ import pytest
 import torch
 from test_block_decoding import block_model, left_padded
 from test_engine import Waits
+from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
+from transformers import AutoTokenizer
 
-from llm_diffusion import generate
+from llm_diffusion import convert_to_diffusion, generate
+from llm_diffusion.tiny import TINY_MODEL_PATH
 
 MASK = 31
 
@@ -89,3 +92,51 @@ def test_no_pass_is_made_for_rows_that_are_done(random_diffuser):
     _, passes, output = waits_of(random_diffuser(True), batch, eos_token_id=ends, threshold=0.3)
     assert len(set(output.nfe.tolist())) > 1
     assert passes == output.nfe.max()
+
+
+def one_layer(random_diffuser, random_llama, attention):
+    if attention == "bidirectional":
+        return random_diffuser(True, num_hidden_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    return convert_to_diffusion(random_llama(num_hidden_layers=1), tokenizer, attention="block", block_length=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("attention", "how", "graphs", "settings"),
+    [
+        ("bidirectional", "forward", 1, {"threshold": 0.3, "block_length": 5}),
+        # The whole canvas, a block, the last block.
+        ("bidirectional", "in place", 3, {"threshold": 0.3, "block_length": 4, "approximate_cache": "dual"}),
+        ("bidirectional", "wrapped", 1, {"revision": "p2", "steps": 8}),
+        # The prompt, a first block, and blocks behind a finished one; the cache's length once as a number, then as a variable.
+        ("block", "forward", 6, {"threshold": 0.3}),
+    ],
+)
+def test_a_compiled_model_says_the_same_from_few_graphs(
+    random_diffuser, random_llama, attention, how, graphs, settings
+):
+    """Rows end at different times, and a second batch of that shape comes: no graph of its own for either."""
+    torch._dynamo.reset()
+    model = one_layer(random_diffuser, random_llama, attention)
+    batches = [left_padded([7, 1, 4, 5], seed) for seed in range(3)]
+    for batch in batches:
+        batch["input_ids"] %= MASK - 1
+    settings = {**settings, "max_new_tokens": 18, "pad_token_id": 0, "return_dict_in_generate": True}
+    settings["eos_token_id"] = [*range(2, 8), *range(31, 200)]
+    want = [generate(model, **batch, **settings) for batch in batches]
+    assert len({n for output in want for n in output.nfe.tolist()}) > 1 or "revision" in settings
+    options = {"backend": "eager", "dynamic": True}
+    if how == "forward":
+        model.forward = torch.compile(model.forward, **options)
+    elif how == "in place":
+        model.compile(**options)
+    else:
+        model = torch.compile(model, **options)
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=False, fail_on_recompile_limit_hit=True):
+        found = [generate(model, **batch, **settings) for batch in batches]
+    for ours, theirs in zip(found, want, strict=True):
+        assert torch.equal(ours.sequences, theirs.sequences) and torch.equal(ours.nfe, theirs.nfe)
+    assert 1 <= counters["stats"]["unique_graphs"] <= graphs
+    assert not counters["graph_break"]
