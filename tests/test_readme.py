@@ -51,7 +51,7 @@ def test_python_blocks_of_the_decoding_page_run(tiny):
 @pytest.mark.parametrize("line", shell_lines())
 def test_command_lines_are_real(line):
     """Training commands are resolved, not run: CI runs the first two, the others need a hub."""
-    words = shlex.split(re.sub(r"\s*>.*", "", line))
+    words = shlex.split(re.sub(r"\s+>.*", "", line))
     words = [word for word in words if word != "nohup"]
     if words[0] == "source":
         return

@@ -2,13 +2,17 @@
 
 import io
 import re
+import shlex
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 
 import llm_diffusion as ld
+from llm_diffusion.main import cli
 from llm_diffusion.watching import HIDDEN, Watch, shaded
 
 SPACE = "{http://www.w3.org/2000/svg}"
@@ -117,3 +121,22 @@ def test_one_text_at_a_time(tiny):
     view = Watch(tiny[1], tiny[1].mask_token_id)
     with pytest.raises(ValueError, match="one text.*got 2"):
         view.put(torch.zeros(2, 3))
+
+
+def test_the_picture_of_the_docs_is_made_by_the_command_beside_it(tmp_path):
+    """On the embedded model; the recorded one is a trained model's."""
+    docs = Path(__file__).parent.parent / "docs"
+    page = (docs / "decoding.md").read_text()
+    (line,) = re.findall(r"^llm-diffusion generate .*--svg docs/forming\.svg$", page, flags=re.MULTILINE)
+    words = shlex.split(line)[1:]
+    made = tmp_path / "forming.svg"
+    words[1], words[-1] = "tiny", str(made)
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    assert "![" in page and "](forming.svg)" in page
+    recorded = docs / "forming.svg"
+    for picture in (made, recorded):
+        root, text = ElementTree.parse(picture).getroot(), picture.read_text()
+        assert root.tag == SPACE + "svg" and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+        assert text.count("@keyframes") > 3 and root.find(f".//{SPACE}rect[@class='m']") is not None
+    assert recorded.stat().st_size < 60_000
