@@ -1,9 +1,7 @@
-"""The model behind lm-evaluation-harness, and the harness's own tasks on local files.
+"""The model behind lm-evaluation-harness, and running the harness's tasks, on local files too (`local_tasks`).
 
 `llm_diffusion` is a model of the harness: `loglikelihood` by a bound with stratified exact counts, `generate_until` by the model's
 own decoding. A model that was not trained to fill masks is evaluated as the AR model it is; of a drafter for its base the likelihood is the base's.
-Tasks whose files are in a `--data` folder run without a hub: the harness's own definition of the task with the local file in place
-of the hub's.
 Trade-off: the harness counts a bound as a likelihood, so perplexities are upper bounds and choices are ranked by bounds. Alternative: own
 loops over every benchmark, with own prompts, whose figures compare with nobody's.
 
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from lm_eval import simple_evaluate, tasks
+from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
@@ -32,38 +30,13 @@ from .denoising import record_of
 from .generation import generate, generate_autoregressive
 from .generation_config import DiffusionGenerationConfig
 from .likelihood import autoregressive_rows, bound_rows, is_diffusion
+from .local_tasks import LOCAL_TASKS, local_tasks, names_of
 from .modeling import load_diffusion_model
 from .patching import base_of
 from .windows import Row, window_length, windows
 
 logger = logging.getLogger(__name__)
 
-# Of a local task: the harness's definition and the file of every split.
-LOCAL_TASKS: dict[str, tuple[str, dict[str, str]]] = {
-    "lambada_openai": ("lambada/lambada_openai.yaml", {"test": "lambada_test.jsonl"}),
-    "gsm8k": ("gsm8k/gsm8k.yaml", {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}),
-    "hendrycks_math500": ("hendrycks_math/hendrycks_math500.yaml", {"test": "math500_test.jsonl"}),
-    "hotpotqa": ("", {"test": "hotpot_dev_v1_simplified.json"}),
-}
-# The harness has no closed-book HotpotQA.
-HOTPOTQA = {
-    "output_type": "generate_until",
-    "test_split": "test",
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n", "Question:"], "do_sample": False, "max_gen_toks": 32},
-    "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
-    "metric_list": [
-        {
-            "metric": "exact_match",
-            "aggregation": "mean",
-            "higher_is_better": True,
-            "ignore_case": True,
-            "ignore_punctuation": True,
-        }
-    ],
-    "metadata": {"version": 1.0},
-}
 RENAMED = {
     "max_gen_toks",
     "max_new_tokens",
@@ -270,34 +243,6 @@ def _cut(text: str, until: Sequence[str]) -> str:
 # -- running tasks
 
 
-def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
-    """Definitions of the tasks whose files are in a folder or its sub-folders.
-
-    Raises:
-        FileNotFoundError: it is no folder, or has no file of a task.
-    """
-    if not data.is_dir():
-        raise FileNotFoundError(f"`data`: {str(data)!r} is not a folder.")
-    found = {}
-    for name, (definition, files) in LOCAL_TASKS.items():
-        paths = {split: _find(data, file) for split, file in files.items()}
-        if all(paths.values()):
-            own = {"include": str(Path(tasks.__file__).parent / definition)} if definition else HOTPOTQA
-            source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": paths}}
-            found[name] = {"task": name, **own, **source}
-    if not found:
-        wanted = sorted({file for _, files in LOCAL_TASKS.values() for file in files.values()})
-        raise FileNotFoundError(
-            f"`data`: {str(data)!r} holds none of the files that tasks are made of: {', '.join(wanted)}."
-        )
-    return found
-
-
-def _find(folder: Path, file: str) -> str | None:
-    paths = sorted(path for path in folder.rglob(Path(file).name) if path.as_posix().endswith("/" + file))
-    return str(paths[0].resolve()) if paths else None
-
-
 def run_tasks(
     lm: DiffusionLM,
     names: Sequence[str],
@@ -319,11 +264,12 @@ def run_tasks(
     with tempfile.TemporaryDirectory() as folder:
         for name, definition in local.items():
             (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(definition))
-        manager = TaskManager(include_path=folder, include_defaults=not set(names) <= set(local))
+        manager = TaskManager(include_path=folder, include_defaults=not set(names) <= names_of(local))
         unknown = [name for name in names if not manager.match_tasks([name])]
         if unknown or not names:
             raise ValueError(
-                f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: {sorted(local) or 'none'}."
+                f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: {sorted(names_of(local)) or 'none'} "
+                f"(it can hold {', '.join(LOCAL_TASKS)})."
             )
         for name in names:
             try:
