@@ -21,6 +21,7 @@ from loguru import logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from .answer_tables import Judge, answer_tables, as_example, as_problem
 from .config import read_mapping
 from .data import PLAIN_CHAT_TEMPLATE, load_examples
 from .denoising import record_of
@@ -34,6 +35,7 @@ from .inference import default_decoding
 from .likelihood import is_diffusion, likelihood
 from .modeling import load_diffusion_model
 from .patching import base_of
+from .problems import load_records
 from .throughput import default_grid, grid, sweep
 from .windows import window_length
 
@@ -100,17 +102,20 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int | None = None,
+    judge: Judge | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures a converted model and, beside it, an AR model.
 
     Args:
         texts: for likelihood.
-        examples: prompts with references of a trainable shape: exact match, overlap, calibration, ends, a trace, samples.
+        examples: prompts with references, of a trainable shape or of any form that `problems` reads: exact match, overlap, calibration,
+            ends, a trace, samples.
         tasks: names of lm-evaluation-harness, on files in `data` where it has them; `limit`, `num_fewshot`, `chat_template` as there.
         decoding: settings of `generate`; tasks say how long their answers may be, where `max_new_tokens` is not among them.
         axes: decoding settings to sweep, `{}` for a default; None: no sweep.
         base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
+        judge: asked of every worked answer, beside its re-evaluation; see `llm_judge`.
         estimator, n_samples, max_length: of the likelihood; the blocks of "per_block" are those of `decoding`.
 
     Returns:
@@ -121,7 +126,9 @@ def evaluate(
     """
     if not (texts or examples or tasks):
         raise ValueError("nothing to measure: give tasks, texts, or prompts with references.")
+    records, examples = examples, [as_example(record) for record in examples]
     check_references([prompt_and_reference(example)[1] for example in examples])  # before hours of answering
+    problems = [as_problem(record) for record in records]
     harness = load_harness() if tasks else None
     given = decoding or {}
     decoding = {"max_new_tokens": 128, "seed": seed, **given}
@@ -154,7 +161,7 @@ def evaluate(
         _note(
             results, "The model is not trained as a diffusion model: it is evaluated as the autoregressive model it is."
         )
-    reports = {}
+    reports, samples = {}, {}
     for name, (mine, its_tokenizer, is_ar) in ways.items():
         figures: dict[str, Any] = {}
         if texts:
@@ -177,6 +184,7 @@ def evaluate(
             found = harness.run_tasks(
                 lm, tasks, data=data, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template
             )
+            samples[name] = found["samples"]
             figures["tasks"] = task_figures(found["results"])
             figures["harness"] = {
                 "model": lm.get_model_info(),
@@ -184,6 +192,8 @@ def evaluate(
                 "n-shot": found["n-shot"],
             }
         results["models"][name] = figures
+    answers = {name: report.answers for name, report in reports.items()}
+    results |= answer_tables(problems, answers, samples, judge, seed)
     if examples:
         results["samples"] = _samples(examples, reports)
     if examples and trained:
@@ -279,6 +289,16 @@ def read_texts(name: str, limit: int | None) -> list[str]:
     return [example["text"] for example in examples]
 
 
+def read_prompts(name: str, limit: int | None) -> list[dict]:
+    """Examples of a trainable shape, or records of any form that `problems` reads (GSM8K, countdown …).
+
+    Raises:
+        ValueError, OSError: nothing there, or nothing in it that can be asked.
+    """
+    first = load_records(name, 1, "test")[0]
+    return load_examples(name, limit) if as_example(first) is first else load_records(name, limit, "test")
+
+
 def run(
     name: str,
     folder: Path,
@@ -304,7 +324,7 @@ def run(
         DiffusionGenerationConfig(**chosen | point)
     check_estimator(options["estimator"], samples, REPLICATES)
     texts = read_texts(text, limit) if text else []
-    examples = load_examples(prompts, limit) if prompts else []
+    examples = read_prompts(prompts, limit) if prompts else []
     if not (names or texts or examples):
         raise ValueError("nothing to measure: give `--tasks`, `--text` or `--prompts`.")
     if names:
