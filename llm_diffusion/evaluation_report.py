@@ -33,6 +33,7 @@ from .generation_metrics import check_references, overlap, variety
 from .html_report import render
 from .inference import default_decoding
 from .likelihood import is_diffusion, likelihood
+from .llm_judge import LLMJudge
 from .modeling import load_diffusion_model
 from .patching import base_of
 from .problems import load_records
@@ -311,6 +312,8 @@ def run(
     sweep: str | None = None,
     settings: str = "{}",
     base: str | None = None,
+    judge: str | None = None,
+    judge_model: str | None = None,
     samples: int = 128,
     trust_remote_code: bool = False,
     **options: Any,
@@ -331,6 +334,9 @@ def run(
         harness = load_harness()  # before the model is
         if data:
             harness.local_tasks(Path(data).expanduser())
+    asked = LLMJudge(judge, judge_model or "") if judge else None
+    if asked is not None:
+        asked("What is 1 + 1?", "1+1=2.\n#### 2", "#### 2")  # nobody there is found out now, not after the answers
     model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
     beside = load_diffusion_model(base, trust_remote_code=trust_remote_code) if base else None
     for each in (tokenizer, beside[1] if beside else None):
@@ -351,10 +357,12 @@ def run(
         axes=axes,
         base=beside,
         n_samples=samples,
+        judge=asked,
         progress=True,
         **options,
     )
-    results["settings"] = {"model": name, "base": base, "text": text, "prompts": prompts, **results["settings"]}
+    given = {"model": name, "base": base, "text": text, "prompts": prompts, "judge": judge, "judge_model": judge_model}
+    results["settings"] = given | results["settings"]
     write_report(results, folder)
     for title, figures in results["models"].items():
         for kind in ("likelihood", "answers", "tasks"):
