@@ -37,6 +37,7 @@ from .llm_judge import LLMJudge
 from .modeling import load_diffusion_model
 from .patching import base_of
 from .problems import load_records
+from .processes import place
 from .throughput import default_grid, grid, sweep
 from .windows import window_length
 
@@ -104,6 +105,7 @@ def evaluate(
     batch_size: int = 16,
     max_length: int | None = None,
     judge: Judge | None = None,
+    split: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures a converted model and, beside it, an AR model.
@@ -116,6 +118,8 @@ def evaluate(
         decoding: settings of `generate`; tasks say how long their answers may be, where `max_new_tokens` is not among them.
         axes: decoding settings to sweep, `{}` for a default; None: no sweep.
         base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
+        split: deal texts, prompts and tasks out to all processes, each of which must call this; the first one alone draws traces,
+            calibrates, sweeps and asks the judge, so its results are the whole ones.
         judge: asked of every worked answer, beside its re-evaluation; see `llm_judge`.
         estimator, n_samples, max_length: of the likelihood; the blocks of "per_block" are those of `decoding`.
 
@@ -140,6 +144,7 @@ def evaluate(
         "settings": {
             **bound,
             "batch_size": batch_size,
+            "processes": place()[1] if split else 1,
             "window": window_length(model, max_length, None)[0],
             "decoding": decoding,
             "sweep": axes,
@@ -167,7 +172,7 @@ def evaluate(
         figures: dict[str, Any] = {}
         if texts:
             exact = is_ar or not is_diffusion(mine)
-            options = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+            options = {"max_length": max_length, "batch_size": batch_size, "split": split, "progress": progress}
             found = likelihood(
                 mine, its_tokenizer, texts, autoregressive=exact, **options, **({} if exact else bound | blocks)
             )
@@ -177,23 +182,19 @@ def evaluate(
                 _note(results, "A drafter's text is its base's own: its likelihood is the base's, exact.")
         if examples:
             settings = {"max_new_tokens": decoding["max_new_tokens"]} if is_ar else decoding
-            reports[name] = evaluate_answers(mine, its_tokenizer, examples, autoregressive=is_ar, **settings)
+            reports[name] = evaluate_answers(
+                mine, its_tokenizer, examples, autoregressive=is_ar, split=split, **settings
+            )
             figures["answers"] = _answer_figures(results, examples, reports[name])
         if tasks:
-            own = {"batch_size": batch_size, "max_length": max_length, "progress": progress, **bound}
+            own = {"batch_size": batch_size, "max_length": max_length, "split": split, "progress": progress, **bound}
             lm = harness.DiffusionLM(mine, its_tokenizer, autoregressive=is_ar, **{**given, **own})
-            found = harness.run_tasks(
-                lm, tasks, data=data, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template
-            )
-            samples[name] = found["samples"]
-            figures["tasks"] = task_figures(found["results"])
-            figures["harness"] = {
-                "model": lm.get_model_info(),
-                "versions": found["versions"],
-                "n-shot": found["n-shot"],
-            }
+            asked = {"data": data, "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
+            samples[name] = _run_tasks(harness, lm, tasks, asked, figures)
         results["models"][name] = figures
     answers = {name: report.answers for name, report in reports.items()}
+    if split and place()[0] > 0:
+        return results
     results |= answer_tables(problems, answers, samples, judge, seed)
     if examples:
         results["samples"] = _samples(examples, reports)
@@ -203,6 +204,18 @@ def evaluate(
             points = grid(axes) if axes else default_grid(model)
             results["frontier"] = [asdict(p) for p in sweep(model, tokenizer, examples, decoding, points, base)]
     return results
+
+
+def _run_tasks(
+    harness: ModuleType, lm: Any, tasks: Sequence[str], asked: dict[str, Any], figures: dict[str, Any]
+) -> dict[str, list[dict]]:
+    """Adds the figures of tasks, and returns their samples; both are the first process's alone."""
+    found = harness.run_tasks(lm, tasks, **asked)
+    if found is None:
+        return {}
+    figures["tasks"] = task_figures(found["results"])
+    figures["harness"] = {"model": lm.get_model_info(), "versions": found["versions"], "n-shot": found["n-shot"]}
+    return found["samples"]
 
 
 def _note(results: dict[str, Any], text: str) -> None:
@@ -300,6 +313,20 @@ def read_prompts(name: str, limit: int | None) -> list[dict]:
     return load_examples(name, limit) if as_example(first) is first else load_records(name, limit, "test")
 
 
+def _judge(url: str, model: str | None, first: bool) -> LLMJudge:
+    judge = LLMJudge(url, model or "")
+    if first:
+        judge("What is 1 + 1?", "1+1=2.\n#### 2", "#### 2")  # nobody there is found out now, not after the answers
+    return judge
+
+
+def _loaded(name: str, trust_remote_code: bool) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return model, tokenizer
+
+
 def run(
     name: str,
     folder: Path,
@@ -317,8 +344,12 @@ def run(
     samples: int = 128,
     trust_remote_code: bool = False,
     **options: Any,
-) -> None:
-    """The command: loads what is named, measures, writes the report. Arguments as on the command line."""
+) -> bool:
+    """The command: loads what is named, measures, writes the report. Arguments as on the command line.
+
+    Returns:
+        Whether this is the process that wrote it, the first one.
+    """
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     chosen = read_mapping(settings, "--settings")
     DiffusionGenerationConfig(**chosen)
@@ -334,14 +365,12 @@ def run(
         harness = load_harness()  # before the model is
         if data:
             harness.local_tasks(Path(data).expanduser())
-    asked = LLMJudge(judge, judge_model or "") if judge else None
-    if asked is not None:
-        asked("What is 1 + 1?", "1+1=2.\n#### 2", "#### 2")  # nobody there is found out now, not after the answers
-    model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
-    beside = load_diffusion_model(base, trust_remote_code=trust_remote_code) if base else None
-    for each in (tokenizer, beside[1] if beside else None):
-        if each is not None and each.chat_template is None:
-            each.chat_template = PLAIN_CHAT_TEMPLATE
+    first = place()[0] == 0
+    if not first:
+        logger.remove()
+    asked = _judge(judge, judge_model, first) if judge else None
+    model, tokenizer = _loaded(name, trust_remote_code)
+    beside = _loaded(base, trust_remote_code) if base else None
     decoding = default_decoding(model, chosen)
     if "max_new_tokens" not in chosen:
         del decoding["max_new_tokens"]  # tasks have their own
@@ -358,9 +387,12 @@ def run(
         base=beside,
         n_samples=samples,
         judge=asked,
-        progress=True,
+        split=True,
+        progress=first,
         **options,
     )
+    if not first:
+        return False
     given = {"model": name, "base": base, "text": text, "prompts": prompts, "judge": judge, "judge_model": judge_model}
     results["settings"] = given | results["settings"]
     write_report(results, folder)
@@ -368,3 +400,4 @@ def run(
         for kind in ("likelihood", "answers", "tasks"):
             for metric, value in figures.get(kind, {}).items():
                 logger.info(f"{title:>16}  {metric}: {value if isinstance(value, str) else format(value, '.4g')}")
+    return True

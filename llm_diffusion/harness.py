@@ -33,6 +33,7 @@ from .likelihood import autoregressive_rows, bound_rows, is_diffusion
 from .local_tasks import LOCAL_TASKS, local_tasks, names_of
 from .modeling import load_diffusion_model
 from .patching import base_of
+from .processes import over_processes
 from .windows import Row, window_length, windows
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class DiffusionLM(TemplateLM):
         autoregressive: score and decode as the AR model of the same weights; None: where it was not trained to be anything else.
         estimator, n_samples, seed: of the bound, see `likelihood.bound_rows`.
         max_gen_toks: longest answer where neither the task nor `settings` say it.
+        split: deal the requests out to the processes that `accelerate launch` started; each runs the tasks and has all results.
         settings: decoding settings, which win over the task's.
     """
 
@@ -72,6 +74,7 @@ class DiffusionLM(TemplateLM):
         max_gen_toks: int = 256,
         device: str | None = None,
         trust_remote_code: bool = False,
+        split: bool = True,
         progress: bool = True,
         **settings: Any,
     ) -> None:
@@ -94,6 +97,7 @@ class DiffusionLM(TemplateLM):
         positions = getattr(base_of(pretrained).config.get_text_config(), "max_position_embeddings", None)
         self.max_length, self.stride = window_length(pretrained, max_length or positions, None)
         self.max_gen_toks, self.settings, self.progress = max_gen_toks, {"seed": seed, **settings}, progress
+        self.split = split
 
     # -- what the harness asks of every model
 
@@ -138,9 +142,10 @@ class DiffusionLM(TemplateLM):
     # -- likelihood
 
     def _nats(self, rows: list[Row]) -> list[float]:
+        shared = {"split": self.split, "progress": self.progress}
         if self.exact:
-            return autoregressive_rows(self.model, rows, batch_size=self.batch_size, progress=self.progress).nats
-        return bound_rows(self.model, rows, progress=self.progress, **self.bound).nats
+            return autoregressive_rows(self.model, rows, batch_size=self.batch_size, **shared).nats
+        return bound_rows(self.model, rows, **shared, **self.bound).nats
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple]:
         rows = []
@@ -150,7 +155,8 @@ class DiffusionLM(TemplateLM):
                 ids = ids[-self.max_length :]
             rows.append(Row(ids, max(len(ids) - len(completion), 1), number))
         parts = [part for row in rows for part in windows(row, self.max_length, self.stride)]
-        return [(-nats, same) for nats, same in zip(self._nats(parts), self._greedy(rows), strict=True)]
+        same = over_processes(self._greedy, rows) if self.split else self._greedy(rows)
+        return [(-nats, each) for nats, each in zip(self._nats(parts), same, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         rows = [
@@ -159,20 +165,20 @@ class DiffusionLM(TemplateLM):
         ]
         return [-nats for nats in self._nats([p for row in rows for p in windows(row, self.max_length, self.stride)])]
 
-    def _greedy(self, rows: list[Row]) -> list[bool]:
+    def _greedy(self, rows: Sequence[Row]) -> list[bool]:
         """Whether greedy decoding, one token a step, writes exactly the completion."""
         groups, same = defaultdict(list), [False] * len(rows)
-        for row in rows:
+        for number, row in enumerate(rows):
             if len(row.ids) <= self.max_length:
-                groups[len(row.ids) - row.first].append(row)
+                groups[len(row.ids) - row.first].append((number, row))
         for length, group in groups.items():
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
                 written = self._decode(
-                    [list(row.ids[: row.first]) for row in batch], {"max_new_tokens": length, "seed": 0}
+                    [list(row.ids[: row.first]) for _, row in batch], {"max_new_tokens": length, "seed": 0}
                 )
-                for row, answer in zip(batch, written, strict=True):
-                    same[row.text] = answer[:length] == list(row.ids[row.first :])
+                for (number, row), answer in zip(batch, written, strict=True):
+                    same[number] = answer[:length] == list(row.ids[row.first :])
         return same
 
     # -- generation
@@ -205,6 +211,9 @@ class DiffusionLM(TemplateLM):
         return settings, [until] if isinstance(until, str) else list(until)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return over_processes(self._answers, requests) if self.split else self._answers(requests)
+
+    def _answers(self, requests: Sequence[Any]) -> list[str]:
         answers, groups = [""] * len(requests), defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append((number, self.tok_encode(request.args[0]), request.args[1]))
@@ -251,11 +260,11 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Runs tasks of the harness; those that the `data` folder has files for on these, the others on the hub's.
 
     Returns:
-        What the harness returns: `results`, `configs`, `samples`, … by task.
+        What the harness returns: `results`, `configs`, `samples`, … by task; None in all but the first of several processes.
 
     Raises:
         ValueError, OSError: unknown task, or one whose data is neither here nor to be had.

@@ -485,8 +485,8 @@ def evaluate(model: str, output: str, **options: Any) -> None:
         quiet_hosts()
         folder = Path(output).expanduser()
         check_writable(folder, "--output")
-        run(model, folder, **options)
-        click.echo(f"report: {folder / 'report.html'}")
+        if run(model, folder, **options):
+            click.echo(f"report: {folder / 'report.html'}")
 
 
 def load_inference(model: str, settings: str) -> Any:
