@@ -33,7 +33,7 @@ from .likelihood import autoregressive_rows, bound_rows, is_diffusion
 from .local_tasks import LOCAL_TASKS, local_tasks, names_of
 from .modeling import load_diffusion_model
 from .patching import base_of
-from .processes import over_processes
+from .processes import over_processes, place
 from .windows import Row, window_length, windows
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ class DiffusionLM(TemplateLM):
         super().__init__()
         DiffusionGenerationConfig(**settings)  # a wrong setting fails here, not after an hour
         if isinstance(pretrained, str):
-            pretrained, tokenizer = load_diffusion_model(pretrained, device=device, trust_remote_code=trust_remote_code)
+            pretrained, tokenizer = load_diffusion_model(
+                pretrained, device=_device(device), trust_remote_code=trust_remote_code
+            )
         self.model, self.tokenizer = pretrained.eval(), tokenizer
         self.batch_size = _whole_number("batch_size", batch_size)
         self.bound = {"estimator": estimator, "n_samples": n_samples, "seed": seed, "batch_size": self.batch_size}
@@ -237,6 +239,18 @@ class DiffusionLM(TemplateLM):
         return answers
 
 
+def _device(asked: str | None) -> str | None:
+    """Of what the harness asks for, which is "cuda:0" wherever nobody says anything."""
+    kind, _, number = (asked or "").partition(":")
+    if kind != "cuda":
+        return asked
+    if not torch.cuda.is_available():
+        return None
+    if number and place()[1] == 1:  # of several processes each has its own
+        torch.cuda.set_device(int(number))
+    return "cuda"
+
+
 def _whole_number(name: str, value: int | str) -> int:
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
@@ -302,3 +316,11 @@ def run_tasks(
             torch_random_seed=lm.settings["seed"],
             fewshot_random_seed=lm.settings["seed"],
         )
+
+
+if (
+    __name__ == "__main__"
+):  # its own command line, which then knows the model: `python -m llm_diffusion.harness --model llm_diffusion …`
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

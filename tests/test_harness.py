@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from lm_eval.api.instance import Instance
@@ -208,6 +211,33 @@ def test_unknown_tasks_and_tasks_of_the_hub(lm, data, monkeypatch) -> None:
         run_tasks(lm, ["lambda"], data=str(data))
     with pytest.raises(OSError, match="`tasks`: 'arc_easy' cannot be loaded"):
         run_tasks(lm, ["arc_easy"])
+
+
+@pytest.mark.slow  # a process of its own
+def test_the_harness_own_command_line_knows_the_model(tmp_path) -> None:
+    """With a task of the user's own, as its page says; the figures are in its own results file."""
+    (tmp_path / "a.jsonl").write_text('{"q": "Sort the letters: k d e a"}\n' * 2)
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "a.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "a d e k",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    asked = ["--model", "llm_diffusion", "--model_args", "pretrained=tiny,threshold=0.9", "--tasks", "mine"]
+    own = ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--limit", "2"]
+    command = [sys.executable, "-m", "llm_diffusion.harness", *asked, *own]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(written.read_text())
+    assert found["results"]["mine"]["exact_match,none"] in (0, 1) and found["n-samples"]["mine"]["effective"] == 2
+    assert found["config"]["model"] == "llm_diffusion" and found["config"]["decoding"]["threshold"] == 0.9
 
 
 def test_bad_input(tmp_path, tiny) -> None:

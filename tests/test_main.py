@@ -409,6 +409,33 @@ def test_tasks_need_the_harness_and_their_files(tmp_path):
     assert ("`data`" if installed else "pip install 'llm-diffusion[eval]'") in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow  # the harness reads the definitions of all its tasks
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("lambda,countdown", "`tasks`: lambda, countdown unknown to lm-evaluation-harness; with files in `data`: none"),
+        ("arc_easy", "`tasks`: 'arc_easy' cannot be loaded"),
+    ],
+)
+def test_unknown_tasks_and_tasks_of_the_hub_are_one_line(tasks, expected, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    result = invoke("evaluate", "tiny", "--tasks", tasks, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert result.stderr.splitlines()[-1].startswith(f"error: {expected}")
+
+
+def test_an_unconverted_model_is_measured_as_what_it_is_and_said_so(tmp_path):
+    output = tmp_path / "out"
+    small = ("--limit", "1", "--settings", '{"max_new_tokens": 4}', "--output", str(output))
+    result = invoke("evaluate", "tiny", "--prompts", "tiny", *small)
+    assert result.exit_code == 0, result.output
+    found = json.loads((output / "results.json").read_text())
+    assert list(found["models"]) == ["AR base"] and "autoregressive model it is" in found["notes"][0]
+    assert "autoregressive model it is" in (output / "report.html").read_text()
+
+
 def test_evaluate_writes_one_report(trained, tmp_path):
     text = write(tmp_path / "a.txt", "Tom has 23 apples. Tom gets 45 more.")
     output = tmp_path / "out"
