@@ -479,7 +479,7 @@ def progress_bar(what: str) -> Any:
 def evaluate(model: str, output: str, **options: Any) -> None:
     """Measure a converted MODEL beside its AR base: likelihood, tasks, answers, speed; one report."""
     with one_line_errors():
-        from .evaluation_report import run
+        from .evaluation_command import run
         from .job import check_writable
 
         quiet_hosts()

@@ -14,8 +14,6 @@ from llm_diffusion.evaluation_report import (
     CONVERTED,
     SAME_WEIGHTS,
     provenance,
-    read_prompts,
-    read_texts,
     task_figures,
     write_report,
 )
@@ -126,29 +124,6 @@ def test_tasks_are_in_the_results(trained, tmp_path) -> None:
     for name, (share, *_) in row["shares"].items():
         assert share == pytest.approx(100 * found["models"][name]["tasks"]["lambada_openai, acc"])
     json.dumps(found)
-
-
-def test_texts(tmp_path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "completion": "x"}\n')
-    assert read_texts(str(tmp_path / "a.txt"), 1) == ["one\n\ntwo"]
-    assert read_texts(str(tmp_path / "a.jsonl"), 1) == ["one"]
-    with pytest.raises(ValueError, match="`--text`.*no `text`"):
-        read_texts(str(tmp_path / "b.jsonl"), None)
-    with pytest.raises(FileNotFoundError, match="`--text`"):
-        read_texts(str(tmp_path / "none"), None)
-
-
-def test_prompts(tmp_path) -> None:
-    assert read_prompts("tiny", 3) == list(tiny_dataset(3, split="test"))
-    (tmp_path / "a.jsonl").write_text('{"input": "1,2,3", "output": "1+2=3"}\n' * 3)
-    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "completion": "x"}\n' * 3)
-    assert read_prompts(str(tmp_path / "a.jsonl"), 2) == [{"input": "1,2,3", "output": "1+2=3"}] * 2
-    assert read_prompts(str(tmp_path / "b.jsonl"), 2) == [{"prompt": "one", "completion": "x"}] * 2
-    (tmp_path / "c.jsonl").write_text('{"odd": 1}\n')
-    with pytest.raises(ValueError, match="columns .'odd'."):
-        read_prompts(str(tmp_path / "c.jsonl"), None)
 
 
 def test_bad_input(trained) -> None:
