@@ -28,10 +28,12 @@ def reaches_countdown(numbers: str, answer: str) -> bool:
 
     Args:
         numbers: separated by commas, the target last.
-        answer: equations separated by commas, semicolons or line ends, or one expression; all of it, or what it marks as its answer.
+        answer: equations separated by commas, semicolons or line ends, or one expression: what it marks as its answer, or else its first
+            paragraph.
     """
     marked = final_answer(answer)
-    text = (answer if marked is None else marked).translate(_SIGNS).strip().rstrip(".")
+    text = answer.strip().split("\n\n")[0] if marked is None else marked
+    text = text.translate(_SIGNS).strip().rstrip(".")
     *pool, target = [number(n) for n in numbers.split(",")]
     for equation in re.split(r"[,;\n]", text):
         left, _, stated = equation.partition("=")

@@ -51,6 +51,8 @@ def test_countdown(answer, right):
         ("44-15=29\n79-29=50", True),
         ("15-44=-29,79+-29=50", True),  # a result below zero is a number too
         ("15-44=-29, 79 - -29 = 108", False),
+        (" 44-15=29,79-29=50\n\nAnd so on.", True),
+        ("79-44=35\n\n35+15=50", False),
         ("First I subtract.\n#### 44-15=29,79-29=50", True),
         ("The answer is $\\boxed{79-(44-15)}$.", True),
         ("79-44+15+0", False),  # a number that is not there
