@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .diagnostics import eos_positions
@@ -118,24 +117,20 @@ class AnswersCallback(TrainerCallback):
         metrics: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        tokenizer, accelerator = self.trainer.processing_class, self.trainer.accelerator
-        rows: list[dict] = []
-        with accelerator.split_between_processes(self.examples) as mine:
-            if mine:
-                report = evaluate_answers(self.trainer.model, tokenizer, mine, **self.settings)
-                pairs = eos_positions(tokenizer, mine, report)["pairs"]
-                for example, answer, (wanted, found) in zip(mine, report.answers, pairs, strict=True):
-                    prompt, reference = prompt_and_reference(example)
-                    rows.append(
-                        {
-                            "kind": example.get("kind", "all"),
-                            "right": answer.strip() == reference.strip(),
-                            "ends": wanted == found,
-                            "rate": report.tokens_per_forward,
-                            "text": f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} -> {answer} (reference: {reference})",
-                        }
-                    )
-        rows = gather_object(rows)
+        tokenizer, rows = self.trainer.processing_class, []
+        report = evaluate_answers(self.trainer.model, tokenizer, self.examples, split=True, **self.settings)
+        pairs = eos_positions(tokenizer, self.examples, report)["pairs"]
+        for example, answer, (wanted, found) in zip(self.examples, report.answers, pairs, strict=True):
+            prompt, reference = prompt_and_reference(example)
+            rows.append(
+                {
+                    "kind": example.get("kind", "all"),
+                    "right": answer.strip() == reference.strip(),
+                    "ends": wanted == found,
+                    "rate": report.tokens_per_forward,
+                    "text": f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} -> {answer} (reference: {reference})",
+                }
+            )
         values = _answer_metrics(rows)
         if metrics is not None:
             metrics.update(values)

@@ -71,6 +71,22 @@ class Difference:
 
 
 @dataclass
+class Paired:
+    """Models that were right or wrong on the same documents.
+
+    Args:
+        what: of a task and metric, or of a kind of problem.
+        shares: percent that is right and its Wilson interval, by model.
+        differences: of every two models.
+    """
+
+    what: str
+    n: int
+    shares: dict[str, tuple[float, float, float]]
+    differences: list[Difference]
+
+
+@dataclass
 class Comparison:
     scores: dict[str, dict[str, Score]] = field(default_factory=dict)  # by model, then by kind
     differences: list[Difference] = field(default_factory=list)
@@ -128,6 +144,19 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
+def paired(what: str, right: dict[str, Sequence[bool]], seed: int = 0) -> Paired:
+    """Shares of every model and differences of every two; `right` by model, the documents in the same order."""
+    n = len(next(iter(right.values())))
+    shares = {name: _share(sum(hits), n) for name, hits in right.items()}
+    pairs = itertools.combinations(right, 2)
+    return Paired(what, n, shares, [_difference(a, b, right[a], right[b], seed) for a, b in pairs])
+
+
+def _share(right: int, n: int) -> tuple[float, float, float]:
+    low, high = wilson_interval(right, n)
+    return 100 * right / n, 100 * low, 100 * high
+
+
 def answer_problems(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -165,19 +194,18 @@ def compare(problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed
         found.scores[name] = {
             kind: _score([(problems[i], texts[i], right[name][i]) for i in rows], seed) for kind, rows in groups.items()
         }
-    for first, second in itertools.combinations(answers, 2):
-        found.differences.append(_difference(first, second, right[first], right[second], seed))
+    found.differences = paired("all", right, seed).differences
     return found
 
 
 def _score(rows: Sequence[tuple[Problem, str, bool]], seed: int) -> Score:
-    n, hits = len(rows), sum(hit for _, _, hit in rows)
+    n, (share, *interval) = len(rows), _share(sum(hit for _, _, hit in rows), len(rows))
     judgements = [judge(answer) for _, answer, _ in rows]
     overlaps = [100 * f1(problem, answer) for problem, answer, _ in rows if problem.form == "hotpotqa"]
     return Score(
         n,
-        100 * hits / n,
-        tuple(100 * bound for bound in wilson_interval(hits, n)),
+        share,
+        tuple(interval),
         fmean(overlaps) if overlaps else None,
         bootstrap_interval(overlaps, seed=seed) if overlaps else None,
         100 * fmean(bool(j.false_steps) for j in judgements),
@@ -185,7 +213,7 @@ def _score(rows: Sequence[tuple[Problem, str, bool]], seed: int) -> Score:
     )
 
 
-def _difference(first: str, second: str, a: list[bool], b: list[bool], seed: int) -> Difference:
+def _difference(first: str, second: str, a: Sequence[bool], b: Sequence[bool], seed: int) -> Difference:
     points = [100.0 * (y - x) for x, y in zip(a, b, strict=True)]
     only_first, only_second = points.count(-100.0), points.count(100.0)
     interval = bootstrap_interval(points, seed=seed)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .generation import generate, generate_autoregressive
 from .patching import base_of
+from .processes import dealt, gathered, in_order
 
 logger = logging.getLogger(__name__)
 Decode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
@@ -120,6 +121,7 @@ def evaluate_answers(
     examples: Sequence[dict],
     *,
     autoregressive: bool = False,
+    split: bool = False,
     **settings: object,
 ) -> AnswerReport:
     """Answers the prompts of `examples` and compares with their references, blanks around them ignored.
@@ -127,15 +129,16 @@ def evaluate_answers(
     Args:
         examples: dicts of a trainable shape, with an optional `kind`.
         autoregressive: decode greedily as the AR base (adapter off, causal) instead of by unmasking.
+        split: deal the examples out to all processes, each of which must call this and gets the whole report.
         settings: decoding settings.
     """
-    device, report, right, forwards = base_of(model).device, AnswerReport(), defaultdict(list), 0.0
+    device, right, forwards = base_of(model).device, defaultdict(list), 0.0
     accepted: Counter[int] = Counter()
+    mine, rows = dealt(examples, split), []  # of every answer its text, its tokens and whether it ended
     started = time.perf_counter()
-    for start in range(0, len(examples), BATCH_SIZE):
-        batch = encode_prompts(
-            tokenizer, [prompt_and_reference(e)[0] for e in examples[start : start + BATCH_SIZE]]
-        ).to(device)
+    for start in range(0, len(mine), BATCH_SIZE):
+        batch = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in mine[start : start + BATCH_SIZE]])
+        batch = batch.to(device)
         if autoregressive:
             limit = settings.get("max_new_tokens", 128)
             ids = generate_autoregressive(model, **batch, max_new_tokens=limit, do_sample=False)
@@ -148,13 +151,19 @@ def evaluate_answers(
                 accepted.update(output.accepted[output.accepted > 0].tolist())
         written = ids[:, batch["input_ids"].shape[1] :]
         ends = (written == tokenizer.eos_token_id).long()
-        report.ended += ends.any(-1).tolist()
-        report.tokens += (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
-        report.answers += tokenizer.batch_decode(written, skip_special_tokens=True)
-    report.accepted = dict(sorted(accepted.items()))
-    report.seconds = time.perf_counter() - started
-    report.tokens_per_forward = forwards / len(examples)
-    for example, answer in zip(examples, report.answers, strict=True):
+        tokens = (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
+        answers = tokenizer.batch_decode(written, skip_special_tokens=True)
+        rows += zip(answers, tokens, ends.any(-1).tolist(), strict=True)
+    parts = gathered((rows, forwards, accepted, time.perf_counter() - started), split)
+    rows = in_order([part[0] for part in parts])
+    for example, (answer, _, _) in zip(examples, rows, strict=True):
         right[example.get("kind", "all")].append(answer.strip() == prompt_and_reference(example)[1].strip())
-    report.exact_match = {kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()}
-    return report
+    return AnswerReport(
+        answers=[answer for answer, _, _ in rows],
+        exact_match={kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()},
+        tokens_per_forward=sum(part[1] for part in parts) / len(examples),
+        ended=[ended for _, _, ended in rows],
+        accepted=dict(sorted(sum((part[2] for part in parts), Counter()).items())),
+        seconds=max(part[3] for part in parts),
+        tokens=[tokens for _, tokens, _ in rows],
+    )

@@ -21,19 +21,15 @@ from loguru import logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from .config import read_mapping
-from .data import PLAIN_CHAT_TEMPLATE, load_examples
+from .answer_tables import Judge, answer_tables, as_example, as_problem
 from .denoising import record_of
 from .diagnostics import calibration, denoising_trace, eos_positions, reference_rows
-from .estimators import REPLICATES, check_estimator
 from .evaluation import AnswerReport, evaluate_answers, prompt_and_reference
-from .generation_config import DiffusionGenerationConfig
 from .generation_metrics import check_references, overlap, variety
 from .html_report import render
-from .inference import default_decoding
 from .likelihood import is_diffusion, likelihood
-from .modeling import load_diffusion_model
 from .patching import base_of
+from .processes import place
 from .throughput import default_grid, grid, sweep
 from .windows import window_length
 
@@ -100,17 +96,23 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 16,
     max_length: int | None = None,
+    judge: Judge | None = None,
+    split: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measures a converted model and, beside it, an AR model.
 
     Args:
         texts: for likelihood.
-        examples: prompts with references of a trainable shape: exact match, overlap, calibration, ends, a trace, samples.
+        examples: prompts with references, of a trainable shape or of any form that `problems` reads: exact match, overlap, calibration,
+            ends, a trace, samples.
         tasks: names of lm-evaluation-harness, on files in `data` where it has them; `limit`, `num_fewshot`, `chat_template` as there.
         decoding: settings of `generate`; tasks say how long their answers may be, where `max_new_tokens` is not among them.
         axes: decoding settings to sweep, `{}` for a default; None: no sweep.
         base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
+        split: deal texts, prompts and tasks out to all processes, each of which must call this; the first one alone draws traces,
+            calibrates, sweeps and asks the judge, so its results are the whole ones.
+        judge: asked of every worked answer, beside its re-evaluation; see `llm_judge`.
         estimator, n_samples, max_length: of the likelihood; the blocks of "per_block" are those of `decoding`.
 
     Returns:
@@ -121,7 +123,9 @@ def evaluate(
     """
     if not (texts or examples or tasks):
         raise ValueError("nothing to measure: give tasks, texts, or prompts with references.")
+    records, examples = examples, [as_example(record) for record in examples]
     check_references([prompt_and_reference(example)[1] for example in examples])  # before hours of answering
+    problems = [as_problem(record) for record in records]
     harness = load_harness() if tasks else None
     given = decoding or {}
     decoding = {"max_new_tokens": 128, "seed": seed, **given}
@@ -132,6 +136,7 @@ def evaluate(
         "settings": {
             **bound,
             "batch_size": batch_size,
+            "processes": place()[1] if split else 1,
             "window": window_length(model, max_length, None)[0],
             "decoding": decoding,
             "sweep": axes,
@@ -154,12 +159,12 @@ def evaluate(
         _note(
             results, "The model is not trained as a diffusion model: it is evaluated as the autoregressive model it is."
         )
-    reports = {}
+    reports, samples = {}, {}
     for name, (mine, its_tokenizer, is_ar) in ways.items():
         figures: dict[str, Any] = {}
         if texts:
             exact = is_ar or not is_diffusion(mine)
-            options = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+            options = {"max_length": max_length, "batch_size": batch_size, "split": split, "progress": progress}
             found = likelihood(
                 mine, its_tokenizer, texts, autoregressive=exact, **options, **({} if exact else bound | blocks)
             )
@@ -169,21 +174,20 @@ def evaluate(
                 _note(results, "A drafter's text is its base's own: its likelihood is the base's, exact.")
         if examples:
             settings = {"max_new_tokens": decoding["max_new_tokens"]} if is_ar else decoding
-            reports[name] = evaluate_answers(mine, its_tokenizer, examples, autoregressive=is_ar, **settings)
+            reports[name] = evaluate_answers(
+                mine, its_tokenizer, examples, autoregressive=is_ar, split=split, **settings
+            )
             figures["answers"] = _answer_figures(results, examples, reports[name])
         if tasks:
-            own = {"batch_size": batch_size, "max_length": max_length, "progress": progress, **bound}
+            own = {"batch_size": batch_size, "max_length": max_length, "split": split, "progress": progress, **bound}
             lm = harness.DiffusionLM(mine, its_tokenizer, autoregressive=is_ar, **{**given, **own})
-            found = harness.run_tasks(
-                lm, tasks, data=data, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template
-            )
-            figures["tasks"] = task_figures(found["results"])
-            figures["harness"] = {
-                "model": lm.get_model_info(),
-                "versions": found["versions"],
-                "n-shot": found["n-shot"],
-            }
+            asked = {"data": data, "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
+            samples[name] = _run_tasks(harness, lm, tasks, asked, figures)
         results["models"][name] = figures
+    answers = {name: report.answers for name, report in reports.items()}
+    if split and place()[0] > 0:
+        return results
+    results |= answer_tables(problems, answers, samples, judge, seed)
     if examples:
         results["samples"] = _samples(examples, reports)
     if examples and trained:
@@ -192,6 +196,18 @@ def evaluate(
             points = grid(axes) if axes else default_grid(model)
             results["frontier"] = [asdict(p) for p in sweep(model, tokenizer, examples, decoding, points, base)]
     return results
+
+
+def _run_tasks(
+    harness: ModuleType, lm: Any, tasks: Sequence[str], asked: dict[str, Any], figures: dict[str, Any]
+) -> dict[str, list[dict]]:
+    """Adds the figures of tasks, and returns their samples; both are the first process's alone."""
+    found = harness.run_tasks(lm, tasks, **asked)
+    if found is None:
+        return {}
+    figures["tasks"] = task_figures(found["results"])
+    figures["harness"] = {"model": lm.get_model_info(), "versions": found["versions"], "n-shot": found["n-shot"]}
+    return found["samples"]
 
 
 def _note(results: dict[str, Any], text: str) -> None:
@@ -260,83 +276,3 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(text)
     (folder / "report.html").write_text(page)
-
-
-def read_texts(name: str, limit: int | None) -> list[str]:
-    """A text file as one text, or the `text` of every line of a JSONL file.
-
-    Raises:
-        ValueError, OSError: no such file, or nothing in it.
-    """
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"`--text`: {name!r} is not a file.")
-    if path.suffix != ".jsonl":
-        return [path.read_text()]
-    examples = load_examples(name, limit)
-    if "text" not in examples[0]:
-        raise ValueError(f"`--text`: {name!r} has no `text` in its lines, but {sorted(examples[0])}.")
-    return [example["text"] for example in examples]
-
-
-def run(
-    name: str,
-    folder: Path,
-    *,
-    tasks: str = "",
-    data: str | None = None,
-    limit: int | None = None,
-    text: str | None = None,
-    prompts: str | None = None,
-    sweep: str | None = None,
-    settings: str = "{}",
-    base: str | None = None,
-    samples: int = 128,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> None:
-    """The command: loads what is named, measures, writes the report. Arguments as on the command line."""
-    names = [task.strip() for task in tasks.split(",") if task.strip()]
-    chosen = read_mapping(settings, "--settings")
-    DiffusionGenerationConfig(**chosen)
-    axes = None if sweep is None else read_mapping(sweep, "--sweep")
-    for point in grid(axes or {}):
-        DiffusionGenerationConfig(**chosen | point)
-    check_estimator(options["estimator"], samples, REPLICATES)
-    texts = read_texts(text, limit) if text else []
-    examples = load_examples(prompts, limit) if prompts else []
-    if not (names or texts or examples):
-        raise ValueError("nothing to measure: give `--tasks`, `--text` or `--prompts`.")
-    if names:
-        harness = load_harness()  # before the model is
-        if data:
-            harness.local_tasks(Path(data).expanduser())
-    model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
-    beside = load_diffusion_model(base, trust_remote_code=trust_remote_code) if base else None
-    for each in (tokenizer, beside[1] if beside else None):
-        if each is not None and each.chat_template is None:
-            each.chat_template = PLAIN_CHAT_TEMPLATE
-    decoding = default_decoding(model, chosen)
-    if "max_new_tokens" not in chosen:
-        del decoding["max_new_tokens"]  # tasks have their own
-    results = evaluate(
-        model,
-        tokenizer,
-        texts=texts,
-        examples=examples,
-        tasks=names,
-        data=data,
-        limit=limit,
-        decoding=decoding,
-        axes=axes,
-        base=beside,
-        n_samples=samples,
-        progress=True,
-        **options,
-    )
-    results["settings"] = {"model": name, "base": base, "text": text, "prompts": prompts, **results["settings"]}
-    write_report(results, folder)
-    for title, figures in results["models"].items():
-        for kind in ("likelihood", "answers", "tasks"):
-            for metric, value in figures.get(kind, {}).items():
-                logger.info(f"{title:>16}  {metric}: {value if isinstance(value, str) else format(value, '.4g')}")

@@ -1,9 +1,7 @@
-"""The model behind lm-evaluation-harness, and the harness's own tasks on local files.
+"""The model behind lm-evaluation-harness, and running the harness's tasks, on local files too (`local_tasks`).
 
 `llm_diffusion` is a model of the harness: `loglikelihood` by a bound with stratified exact counts, `generate_until` by the model's
 own decoding. A model that was not trained to fill masks is evaluated as the AR model it is; of a drafter for its base the likelihood is the base's.
-Tasks whose files are in a `--data` folder run without a hub: the harness's own definition of the task with the local file in place
-of the hub's.
 Trade-off: the harness counts a bound as a likelihood, so perplexities are upper bounds and choices are ranked by bounds. Alternative: own
 loops over every benchmark, with own prompts, whose figures compare with nobody's.
 
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from lm_eval import simple_evaluate, tasks
+from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.tasks import TaskManager
@@ -32,38 +30,14 @@ from .denoising import record_of
 from .generation import generate, generate_autoregressive
 from .generation_config import DiffusionGenerationConfig
 from .likelihood import autoregressive_rows, bound_rows, is_diffusion
+from .local_tasks import LOCAL_TASKS, local_tasks, names_of
 from .modeling import load_diffusion_model
 from .patching import base_of
+from .processes import over_processes, place
 from .windows import Row, window_length, windows
 
 logger = logging.getLogger(__name__)
 
-# Of a local task: the harness's definition and the file of every split.
-LOCAL_TASKS: dict[str, tuple[str, dict[str, str]]] = {
-    "lambada_openai": ("lambada/lambada_openai.yaml", {"test": "lambada_test.jsonl"}),
-    "gsm8k": ("gsm8k/gsm8k.yaml", {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"}),
-    "hendrycks_math500": ("hendrycks_math/hendrycks_math500.yaml", {"test": "math500_test.jsonl"}),
-    "hotpotqa": ("", {"test": "hotpot_dev_v1_simplified.json"}),
-}
-# The harness has no closed-book HotpotQA.
-HOTPOTQA = {
-    "output_type": "generate_until",
-    "test_split": "test",
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_target": "{{answer}}",
-    "generation_kwargs": {"until": ["\n", "Question:"], "do_sample": False, "max_gen_toks": 32},
-    "filter_list": [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}],
-    "metric_list": [
-        {
-            "metric": "exact_match",
-            "aggregation": "mean",
-            "higher_is_better": True,
-            "ignore_case": True,
-            "ignore_punctuation": True,
-        }
-    ],
-    "metadata": {"version": 1.0},
-}
 RENAMED = {
     "max_gen_toks",
     "max_new_tokens",
@@ -81,6 +55,7 @@ class DiffusionLM(TemplateLM):
         autoregressive: score and decode as the AR model of the same weights; None: where it was not trained to be anything else.
         estimator, n_samples, seed: of the bound, see `likelihood.bound_rows`.
         max_gen_toks: longest answer where neither the task nor `settings` say it.
+        split: deal the requests out to the processes that `accelerate launch` started; each runs the tasks and has all results.
         settings: decoding settings, which win over the task's.
     """
 
@@ -99,13 +74,16 @@ class DiffusionLM(TemplateLM):
         max_gen_toks: int = 256,
         device: str | None = None,
         trust_remote_code: bool = False,
+        split: bool = True,
         progress: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__()
         DiffusionGenerationConfig(**settings)  # a wrong setting fails here, not after an hour
         if isinstance(pretrained, str):
-            pretrained, tokenizer = load_diffusion_model(pretrained, device=device, trust_remote_code=trust_remote_code)
+            pretrained, tokenizer = load_diffusion_model(
+                pretrained, device=_device(device), trust_remote_code=trust_remote_code
+            )
         self.model, self.tokenizer = pretrained.eval(), tokenizer
         self.batch_size = _whole_number("batch_size", batch_size)
         self.bound = {"estimator": estimator, "n_samples": n_samples, "seed": seed, "batch_size": self.batch_size}
@@ -121,6 +99,7 @@ class DiffusionLM(TemplateLM):
         positions = getattr(base_of(pretrained).config.get_text_config(), "max_position_embeddings", None)
         self.max_length, self.stride = window_length(pretrained, max_length or positions, None)
         self.max_gen_toks, self.settings, self.progress = max_gen_toks, {"seed": seed, **settings}, progress
+        self.split = split
 
     # -- what the harness asks of every model
 
@@ -165,9 +144,10 @@ class DiffusionLM(TemplateLM):
     # -- likelihood
 
     def _nats(self, rows: list[Row]) -> list[float]:
+        shared = {"split": self.split, "progress": self.progress}
         if self.exact:
-            return autoregressive_rows(self.model, rows, batch_size=self.batch_size, progress=self.progress).nats
-        return bound_rows(self.model, rows, progress=self.progress, **self.bound).nats
+            return autoregressive_rows(self.model, rows, batch_size=self.batch_size, **shared).nats
+        return bound_rows(self.model, rows, **shared, **self.bound).nats
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple]:
         rows = []
@@ -177,7 +157,8 @@ class DiffusionLM(TemplateLM):
                 ids = ids[-self.max_length :]
             rows.append(Row(ids, max(len(ids) - len(completion), 1), number))
         parts = [part for row in rows for part in windows(row, self.max_length, self.stride)]
-        return [(-nats, same) for nats, same in zip(self._nats(parts), self._greedy(rows), strict=True)]
+        same = over_processes(self._greedy, rows) if self.split else self._greedy(rows)
+        return [(-nats, each) for nats, each in zip(self._nats(parts), same, strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         rows = [
@@ -186,20 +167,20 @@ class DiffusionLM(TemplateLM):
         ]
         return [-nats for nats in self._nats([p for row in rows for p in windows(row, self.max_length, self.stride)])]
 
-    def _greedy(self, rows: list[Row]) -> list[bool]:
+    def _greedy(self, rows: Sequence[Row]) -> list[bool]:
         """Whether greedy decoding, one token a step, writes exactly the completion."""
         groups, same = defaultdict(list), [False] * len(rows)
-        for row in rows:
+        for number, row in enumerate(rows):
             if len(row.ids) <= self.max_length:
-                groups[len(row.ids) - row.first].append(row)
+                groups[len(row.ids) - row.first].append((number, row))
         for length, group in groups.items():
             for start in range(0, len(group), self.batch_size):
                 batch = group[start : start + self.batch_size]
                 written = self._decode(
-                    [list(row.ids[: row.first]) for row in batch], {"max_new_tokens": length, "seed": 0}
+                    [list(row.ids[: row.first]) for _, row in batch], {"max_new_tokens": length, "seed": 0}
                 )
-                for row, answer in zip(batch, written, strict=True):
-                    same[row.text] = answer[:length] == list(row.ids[row.first :])
+                for (number, row), answer in zip(batch, written, strict=True):
+                    same[number] = answer[:length] == list(row.ids[row.first :])
         return same
 
     # -- generation
@@ -232,6 +213,9 @@ class DiffusionLM(TemplateLM):
         return settings, [until] if isinstance(until, str) else list(until)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return over_processes(self._answers, requests) if self.split else self._answers(requests)
+
+    def _answers(self, requests: Sequence[Any]) -> list[str]:
         answers, groups = [""] * len(requests), defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append((number, self.tok_encode(request.args[0]), request.args[1]))
@@ -255,6 +239,18 @@ class DiffusionLM(TemplateLM):
         return answers
 
 
+def _device(asked: str | None) -> str | None:
+    """Of what the harness asks for, which is "cuda:0" wherever nobody says anything."""
+    kind, _, number = (asked or "").partition(":")
+    if kind != "cuda":
+        return asked
+    if not torch.cuda.is_available():
+        return None
+    if number and place()[1] == 1:  # of several processes each has its own
+        torch.cuda.set_device(int(number))
+    return "cuda"
+
+
 def _whole_number(name: str, value: int | str) -> int:
     if not str(value).isdecimal() or int(value) < 1:
         raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
@@ -270,34 +266,6 @@ def _cut(text: str, until: Sequence[str]) -> str:
 # -- running tasks
 
 
-def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
-    """Definitions of the tasks whose files are in a folder or its sub-folders.
-
-    Raises:
-        FileNotFoundError: it is no folder, or has no file of a task.
-    """
-    if not data.is_dir():
-        raise FileNotFoundError(f"`data`: {str(data)!r} is not a folder.")
-    found = {}
-    for name, (definition, files) in LOCAL_TASKS.items():
-        paths = {split: _find(data, file) for split, file in files.items()}
-        if all(paths.values()):
-            own = {"include": str(Path(tasks.__file__).parent / definition)} if definition else HOTPOTQA
-            source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": paths}}
-            found[name] = {"task": name, **own, **source}
-    if not found:
-        wanted = sorted({file for _, files in LOCAL_TASKS.values() for file in files.values()})
-        raise FileNotFoundError(
-            f"`data`: {str(data)!r} holds none of the files that tasks are made of: {', '.join(wanted)}."
-        )
-    return found
-
-
-def _find(folder: Path, file: str) -> str | None:
-    paths = sorted(path for path in folder.rglob(Path(file).name) if path.as_posix().endswith("/" + file))
-    return str(paths[0].resolve()) if paths else None
-
-
 def run_tasks(
     lm: DiffusionLM,
     names: Sequence[str],
@@ -306,11 +274,11 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     chat_template: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Runs tasks of the harness; those that the `data` folder has files for on these, the others on the hub's.
 
     Returns:
-        What the harness returns: `results`, `configs`, `samples`, … by task.
+        What the harness returns: `results`, `configs`, `samples`, … by task; None in all but the first of several processes.
 
     Raises:
         ValueError, OSError: unknown task, or one whose data is neither here nor to be had.
@@ -319,11 +287,12 @@ def run_tasks(
     with tempfile.TemporaryDirectory() as folder:
         for name, definition in local.items():
             (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(definition))
-        manager = TaskManager(include_path=folder, include_defaults=not set(names) <= set(local))
+        manager = TaskManager(include_path=folder, include_defaults=not set(names) <= names_of(local))
         unknown = [name for name in names if not manager.match_tasks([name])]
         if unknown or not names:
             raise ValueError(
-                f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: {sorted(local) or 'none'}."
+                f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: {sorted(names_of(local)) or 'none'} "
+                f"(it can hold {', '.join(LOCAL_TASKS)})."
             )
         for name in names:
             try:
@@ -347,3 +316,11 @@ def run_tasks(
             torch_random_seed=lm.settings["seed"],
             fewshot_random_seed=lm.settings["seed"],
         )
+
+
+if (
+    __name__ == "__main__"
+):  # its own command line, which then knows the model: `python -m llm_diffusion.harness --model llm_diffusion …`
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

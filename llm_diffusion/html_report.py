@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
+SHOWN = 12  # worked answers on the page; all are in results.json
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.5rem; border-bottom: 1px solid #ddd }
@@ -30,6 +31,8 @@ def render(results: dict[str, Any]) -> str:
         ("Loss by noise level", _levels),
         ("Tasks", _tasks),
         ("Answers", _answers),
+        ("Right on the same documents", _paired),
+        ("Worked answers, step by step", _worked),
         ("Speed and quality", _frontier),
         ("Calibration of confidence", _calibration),
         ("Where answers end", _eos),
@@ -118,6 +121,52 @@ def _tasks(results: dict[str, Any]) -> str:
 
 def _answers(results: dict[str, Any]) -> str:
     return _side_by_side(results, "answers")
+
+
+def _paired(results: dict[str, Any]) -> str:
+    rows, models = results.get("paired"), list(results["models"])
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        line = [row["what"], row["n"], *(_with_interval(*row["shares"][name]) for name in models)]
+        for found in row["differences"]:
+            line += [_with_interval(found["points"], *found["interval"], sign="+"), found["only_first"]]
+            line += [found["only_second"], found["p_value"]]
+        lines.append(line)
+    head = ["right, %", "documents", *models]
+    if len(models) > 1:
+        head += ["difference, points", f"only {models[0]}", f"only {models[1]}", "p"]
+    note = "95 % intervals: of a share by Wilson, of a difference by paired bootstrap. p: McNemar, exact, two-sided, of one comparison."
+    return _table(head, lines) + f'<p class="note">{note}</p>'
+
+
+def _with_interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _worked(results: dict[str, Any]) -> str:
+    worked = results.get("worked")
+    if not worked:
+        return ""
+    names = list(dict.fromkeys(name for found in worked.values() for name in found["summary"]))
+    table = _table(["", *worked], [[name, *(w["summary"].get(name) for w in worked.values())] for name in names])
+    by_judge = any("judge" in row for found in worked.values() for row in found["answers"])
+    head = ["question", "model", "answer", "right", "first wrong step", "superfluous steps"]
+    lines = []
+    for rows in list(zip(*(found["answers"] for found in worked.values()), strict=False))[:SHOWN]:
+        for model, row in zip(worked, rows, strict=True):
+            line = [row["question"], model, row["answer"], *_labels(row)]
+            line.append(", ".join(str(step + 1) for step in row["superfluous"]) or "–")
+            lines.append(line + (_labels(row["judge"]) if by_judge else []))
+    note = "Every equation is evaluated again; what is said in words alone is not judged. Steps are counted from 1."
+    head += ["judge: right", "judge: first wrong step"] if by_judge else []
+    return table + f'<p class="note">{note}</p>' + _table(head, lines)
+
+
+def _labels(row: dict[str, Any]) -> list[Any]:
+    step = row["first_wrong_step"]
+    return ["yes" if row["right"] else "no", None if step is None else step + 1]
 
 
 def _frontier(results: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from .denoising import record_of
 from .estimators import REPLICATES, check_estimator, draw, share_masked
 from .losses import token_nll
 from .patching import adapters_off, base_of
+from .processes import dealt, gathered
 from .windows import Row, block_rows, pair_row, text_rows, window_length, windows
 
 logger = logging.getLogger(__name__)
@@ -100,10 +101,13 @@ class _Mask:
     n_samples: int  # of the row
 
 
-def _masks(rows: Sequence[Row], block_length: int | None, clean_first: bool, settings: dict) -> Iterator[_Mask]:
-    """The distinct masks of every row, longest rows first.
+def _masks(
+    rows: Sequence[Row], numbers: Sequence[int], block_length: int | None, clean_first: bool, settings: dict
+) -> Iterator[_Mask]:
+    """The distinct masks of some rows.
 
     Args:
+        numbers: of the rows, in the order wanted.
         clean_first: whether the first token of a block is read from the clean text before it, so that it comes first in every order
             and is never masked: this is the tightest of the model's bounds, as no other order tells it more.
     """
@@ -111,7 +115,7 @@ def _masks(rows: Sequence[Row], block_length: int | None, clean_first: bool, set
     for row in rows:  # the n-th row of the same content has noise of its own
         occurrence.append(seen[row.ids, row.first])
         seen[row.ids, row.first] += 1
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)):
+    for i in numbers:
         ids = torch.tensor(rows[i].ids)
         content = masking.content_keys(ids[None], torch.ones_like(ids)[None])
         key = int(masking.hash_keys(content, rows[i].first, occurrence[i]))
@@ -129,6 +133,10 @@ def _masks(rows: Sequence[Row], block_length: int | None, clean_first: bool, set
         by_mask = which.argsort().split(which.bincount().tolist())
         for mask, level, samples in zip(distinct, levels, by_mask, strict=True):
             yield _Mask(i, mask, level, weights[samples], samples, len(masked))
+
+
+def _longest_first(rows: Sequence[Row]) -> list[int]:
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
 
 
 def plain_collator(model: torch.nn.Module) -> DataCollatorForMaskedDiffusion:
@@ -204,6 +212,7 @@ def bound_rows(
     batch_size: int = 16,
     seed: int = 0,
     block_length: int | None = None,
+    split: bool = False,
     progress: bool = False,
 ) -> Likelihood:
     """NELBO of every text, from its rows.
@@ -215,6 +224,7 @@ def bound_rows(
         replicates: independent parts of the samples, at least 2.
         batch_size: forward rows at once; no figure depends on it.
         block_length: of "per_block" on a bidirectional model; block models have their own.
+        split: deal the rows out to all processes, each of which must call this and gets all figures.
         progress: a bar, where there is a terminal.
 
     Raises:
@@ -248,9 +258,10 @@ def bound_rows(
     totals = torch.zeros(2, LEVELS, dtype=torch.float64)  # NLL and number of masked tokens
     training = model.training
     model.eval()
-    bar = tqdm(total=len(rows), desc="likelihood", disable=None if progress else True)
+    mine = dealt(_longest_first(rows), split)
+    bar = tqdm(total=len(mine), desc="likelihood", disable=None if progress else True)
     try:
-        for batch in in_batches(_masks(rows, own, clean_first, draws), batch_size):
+        for batch in in_batches(_masks(rows, mine, own, clean_first, draws), batch_size):
             for item, (nll, level) in zip(batch, _terms(model, collator, rows, batch), strict=True):
                 if item.row not in estimates:
                     estimates[item.row] = torch.zeros(item.n_samples, dtype=torch.float64)
@@ -263,7 +274,11 @@ def bound_rows(
     finally:
         model.train(training)
         bar.close()
-    means = [estimates[i].view(replicates, -1).mean(-1) for i in range(len(rows))]
+    own_means = {i: estimate.view(replicates, -1).mean(-1) for i, estimate in estimates.items()}
+    parts = gathered((own_means, totals), split)
+    totals = sum(part[1] for part in parts)
+    by_row = {i: mean for part in parts for i, mean in part[0].items()}
+    means = [by_row[i] for i in range(len(rows))]
     found = _gathered(rows, [float(m.mean()) for m in means], [_variance(m) for m in means])
     found.estimator = estimator
     found.levels = [
@@ -288,11 +303,11 @@ def _gathered(rows: Sequence[Row], nats: Sequence[float], variances: Sequence[fl
 
 @torch.no_grad()
 def autoregressive_rows(
-    model: torch.nn.Module, rows: Sequence[Row], *, batch_size: int = 16, progress: bool = False
+    model: torch.nn.Module, rows: Sequence[Row], *, batch_size: int = 16, split: bool = False, progress: bool = False
 ) -> Likelihood:
     """Exact NLL under the AR model of the same weights: adapters off, causal attention. Under LoRA it is the untouched base."""
-    base, nats = base_of(model), [0.0] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+    base, found = base_of(model), {}
+    order = dealt(_longest_first(rows), split)
     collator = DataCollatorForMaskedDiffusion(pad_token_id=0, mask_token_id=-1)
     training = base.training
     base.eval()
@@ -307,10 +322,11 @@ def autoregressive_rows(
                 nll = torch.zeros(keep.shape, dtype=torch.float64).to(base.device, torch.float32)
                 nll[keep] = token_nll(logits, targets[keep])
                 for i, value in zip(numbers, nll.cpu().double().sum(-1).tolist(), strict=True):
-                    nats[i] = value
+                    found[i] = value
     finally:
         base.train(training)
-    return _gathered(rows, nats, [0.0] * len(rows))
+    nats = {i: value for part in gathered(found, split) for i, value in part.items()}
+    return _gathered(rows, [nats[i] for i in range(len(rows))], [0.0] * len(rows))
 
 
 # -- text in, figures out
@@ -331,6 +347,7 @@ def likelihood(
     max_length: int | None = None,
     stride: int | None = None,
     batch_size: int = 16,
+    split: bool = False,
     progress: bool = False,
     **settings: object,
 ) -> Likelihood:
@@ -340,6 +357,7 @@ def likelihood(
         autoregressive: exact, by the AR model of the same weights.
         max_length: tokens of a window; default 1024 or what the model can count.
         stride: tokens that a window behind the first scores; default half of `max_length`.
+        split: over all processes, see `bound_rows`.
         settings: of `bound_rows`.
 
     Returns:
@@ -347,7 +365,7 @@ def likelihood(
     """
     whole = text_rows(tokenizer, texts)
     rows = [part for row in whole for part in windows(row, *window_length(model, max_length, stride))]
-    shared = {"batch_size": batch_size, "progress": progress}
+    shared = {"batch_size": batch_size, "split": split, "progress": progress}
     found = (
         autoregressive_rows(model, rows, **shared) if autoregressive else bound_rows(model, rows, **shared, **settings)
     )

@@ -334,6 +334,10 @@ def chat(model: str, question: str | None, settings: str) -> None:
 @click.option("--samples", type=int, default=4, show_default=True, help="Answers to each problem, with --from-model.")
 @click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON, with --from-model.")
 @click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
+@click.option(
+    "--judge", metavar="URL", help="Of an OpenAI-style API: with --from-model, a model there labels the answers."
+)
+@click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
 def prefer(
     source: str,
     output: str,
@@ -344,6 +348,8 @@ def prefer(
     samples: int,
     settings: str,
     answers: bool,
+    judge: str | None,
+    judge_model: str | None,
 ) -> None:
     """Make preference pairs from SOURCE: worked answers, labelled answers, or pairs to be checked.
 
@@ -353,6 +359,7 @@ def prefer(
         from collections import Counter
 
         from .job import check_writable
+        from .llm_judge import LLMJudge
         from .preference_files import checked_pairs, pairs_from_answers, write_rows
         from .preferences import preference_pairs
         from .problems import load_records, read_problem
@@ -361,8 +368,10 @@ def prefer(
         check_writable(Path(output).expanduser().parent, "--output")
         if limit is not None and limit < 1:
             raise ValueError(f"`--limit` must be at least 1, got {limit}.")
-        if answers and from_model is None:
-            raise ValueError("`--answers` writes a model's answers; name the model with `--from-model`.")
+        if (answers or judge) and from_model is None:
+            named = "`--answers` writes" if answers else "`--judge` labels"
+            raise ValueError(f"{named} a model's answers; name the model with `--from-model`.")
+        asked = LLMJudge(judge, judge_model or "") if judge else None
         records = load_records(source, limit, seed=seed)
         if from_model is not None:
             from .answer_sampling import sample_answers
@@ -377,6 +386,9 @@ def prefer(
                 progress_bar("rounds"),
                 **inference.settings,
             )
+            if asked is not None:
+                for row in progress_bar("judged")(rows):
+                    row |= asked(row["prompt"][-1]["content"], row["answer"], row["reference"])
             click.echo(f"{sum(row['right'] for row in rows)} of {len(rows)} answers are right")
             if answers:
                 write_rows(output, rows)
@@ -444,11 +456,13 @@ def progress_bar(what: str) -> Any:
 )
 @click.option("--tasks", metavar="A,B", default="", help="Tasks of lm-evaluation-harness.")
 @click.option(
-    "--data", metavar="DIR", help="Local files of LAMBADA, GSM8K, HotpotQA and MATH, for tasks without a hub."
+    "--data", metavar="DIR", help="Local files of tasks, for tasks without a hub; docs/evaluation.md names them."
 )
 @click.option("--limit", type=click.IntRange(1), help="Documents of a task, texts or prompts to use at most.")
 @click.option("--text", metavar="FILE", help="Likelihood of a text file, or of the `text` of a JSONL file.")
-@click.option("--prompts", metavar="NAME|FILE", help="Prompts with references: answers, calibration, samples.")
+@click.option(
+    "--prompts", metavar="NAME|FILE", help="Prompts with references, or problems: answers, calibration, samples."
+)
 @click.option("--sweep", metavar="[JSON]", is_flag=False, flag_value="{}", help="Sweep decoding settings over lists.")
 @click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON.")
 @click.option("--base", metavar="MODEL", help="The AR model beside it; default: the same weights without adapters.")
@@ -459,18 +473,20 @@ def progress_bar(what: str) -> Any:
 @click.option("--max-length", type=int, help="Tokens of a window.")
 @click.option("--num-fewshot", type=int, help="Worked examples before a task's question.")
 @click.option("--chat-template", is_flag=True, help="Ask tasks through the chat template.")
+@click.option("--judge", metavar="URL", help="Of an OpenAI-style API: a model there reads worked answers too.")
+@click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
 def evaluate(model: str, output: str, **options: Any) -> None:
     """Measure a converted MODEL beside its AR base: likelihood, tasks, answers, speed; one report."""
     with one_line_errors():
-        from .evaluation_report import run
+        from .evaluation_command import run
         from .job import check_writable
 
         quiet_hosts()
         folder = Path(output).expanduser()
         check_writable(folder, "--output")
-        run(model, folder, **options)
-        click.echo(f"report: {folder / 'report.html'}")
+        if run(model, folder, **options):
+            click.echo(f"report: {folder / 'report.html'}")
 
 
 def load_inference(model: str, settings: str) -> Any:

@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .data import load_any
+from .planning import reaches_countdown, solves_sudoku
 from .tiny import tiny_dataset
-from .worked_answers import boxed_span, evaluate, final_answer, number, same_answer
+from .worked_answers import boxed_span, evaluate, final_answer, same_answer
 
 LETTERS = string.ascii_uppercase
 TINY_RECORDS = 1000
@@ -119,6 +120,7 @@ _BEGINNINGS = {
     "Fill the gap: ": "fill",
     "Solve the sudoku:\n": "sudoku",
 }
+_COUNTDOWN = re.compile(r"\d+(?:,\d+)+")
 
 
 def _told_by_text(prompt: tuple[dict, ...], answer: str) -> Problem:
@@ -126,6 +128,8 @@ def _told_by_text(prompt: tuple[dict, ...], answer: str) -> Problem:
     for beginning, form in _BEGINNINGS.items():
         if question.startswith(beginning) and _RULES[form](question, answer or ""):
             return Problem(prompt, answer, form, answer)
+    if _COUNTDOWN.fullmatch(question) and reaches_countdown(question, answer or ""):
+        return Problem(prompt, answer, "countdown", answer)
     return _worked(prompt, answer or "")
 
 
@@ -144,14 +148,28 @@ def _from_math(record: dict) -> Problem:
 
 
 def _from_logiqa(record: dict) -> Problem:
-    options, right = tuple(record["options"]), _first(record, "correct_option", "label", "answer")
-    index = LETTERS.find(right) if isinstance(right, str) and right in LETTERS else right
+    context, question, options, index = logiqa_parts(record)
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    final = f"The answer is {LETTERS[index]}."
+    asked = _ask("\n".join(filter(None, [context, question, listed])))
+    return Problem(asked, _explained(record, final), "logiqa", LETTERS[index], tuple(options))
+
+
+def logiqa_parts(record: dict) -> tuple[str, str, list[str], int]:
+    """Passage, question, options and index of the right one, under any of the names that copies of LogiQA give them.
+
+    Raises:
+        ValueError: the right option is not among the options.
+    """
+    options, right = list(record["options"]), _first(record, "correct_option", "label", "answer")
+    index = right
+    if isinstance(right, str):
+        letter = right.strip().upper()
+        index = LETTERS.index(letter) if len(letter) == 1 and letter in LETTERS else right
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise ValueError(f"the right option must be a letter or an index of {len(options)} options, got {right!r}.")
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    asked = [_first(record, "context", "text", "passage"), _first(record, "query", "question"), listed]
-    final = f"The answer is {LETTERS[index]}."
-    return Problem(_ask("\n".join(filter(None, asked))), _explained(record, final), "logiqa", LETTERS[index], options)
+    context, question = _first(record, "context", "text", "passage"), _first(record, "query", "question")
+    return context or "", question or "", options, index
 
 
 def _explained(record: dict, final: str) -> str:
@@ -311,39 +329,6 @@ def _fill_is_right(question: str, answer: str) -> bool:
     values = list(map(int, terms))
     progression = len({b - a for a, b in zip(values, values[1:], strict=False)}) <= 1
     return progression and all(g in ("_", t) for g, t in zip(given, terms, strict=True))
-
-
-def solves_sudoku(puzzle: str, solution: str) -> bool:
-    """Whether `solution` fills the blanks ("0") of an n² x n² `puzzle`, both digits row by row: rows, columns, boxes once each."""
-    given, filled = puzzle.split(), solution.split()
-    n = len(given)
-    side = round(n**0.5)
-    if side * side != n or [len(row) for row in filled] != [n] * n or any(len(row) != n for row in given):
-        return False
-    digits = set(string.digits[1 : n + 1])
-    cells = [
-        {filled[r + i][c + j] for i in range(side) for j in range(side)}
-        for r in range(0, n, side)
-        for c in range(0, n, side)
-    ]
-    kept = all(g in ("0", f) for a, b in zip(given, filled, strict=True) for g, f in zip(a, b, strict=True))
-    return kept and all(set(group) == digits for group in [*filled, *zip(*filled, strict=True), *cells])
-
-
-def reaches_countdown(numbers: str, answer: str) -> bool:
-    """Whether the equations of `answer` hold, use each number once (results too) and end at the last number of `numbers`."""
-    try:
-        *pool, target = [number(n) for n in numbers.split(",")]
-        for equation in answer.strip().split(","):
-            parts = re.fullmatch(r"\s*(\d+)\s*([-+*/])\s*(\d+)\s*=\s*(\d+)\s*", equation)
-            if parts is None or evaluate(parts[1] + parts[2] + parts[3]) != number(parts[4]):
-                return False
-            pool.remove(number(parts[1]))
-            pool.remove(number(parts[3]))
-            pool.append(number(parts[4]))
-    except ValueError:  # a number that is not there (any more)
-        return False
-    return pool == [target]
 
 
 _RULES: dict[str, Callable[[str, str], bool]] = {

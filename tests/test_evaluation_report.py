@@ -2,21 +2,23 @@
 
 import copy
 import json
+from dataclasses import asdict
 
 import pytest
 
 import llm_diffusion as ld
+from llm_diffusion.comparison import answer_problems, compare
 from llm_diffusion.evaluation import evaluate_answers
 from llm_diffusion.evaluation_report import (
     BASE,
     CONVERTED,
     SAME_WEIGHTS,
     provenance,
-    read_texts,
     task_figures,
     write_report,
 )
 from llm_diffusion.likelihood import likelihood
+from llm_diffusion.problems import read_problem
 from llm_diffusion.tiny import tiny_dataset
 
 TEXTS = ["Tom has 23 apples. Tom gets 45 more.", "Sort the letters: k d e a"]
@@ -52,6 +54,23 @@ def test_figures_are_those_of_the_parts(results, trained) -> None:
     assert [sample[CONVERTED] for sample in results["samples"]] == report.answers
     assert len(results["frontier"]) == 3 and results["frontier"][0]["settings"] is None
     assert results["calibration"]["bins"] and len(results["eos"]["pairs"]) == 6 and results["trace"]
+
+
+def test_models_are_compared_answer_by_answer(results, trained) -> None:
+    """Right as `compare` counts it, on the very answers that are scored."""
+    problems = [read_problem(example) for example in tiny_dataset(6, split="test")]
+    settings = {"max_new_tokens": 8, "threshold": 0.9, "block_length": 8, "seed": 3}
+    answers = {
+        SAME_WEIGHTS: answer_problems(*trained, problems, autoregressive=True, max_new_tokens=8),
+        CONVERTED: answer_problems(*trained, problems, **settings),
+    }
+    want, found = compare(problems, answers, seed=3), results["paired"][-1]
+    for name in answers:
+        score = want.scores[name]["all"]
+        assert found["shares"][name] == pytest.approx((score.exact_match, *score.interval))
+    assert found["differences"] == [asdict(want.differences[0])]
+    (arithmetic,) = results["worked"][CONVERTED]["answers"]
+    assert arithmetic["answer"] == answers[CONVERTED][0]
 
 
 def test_every_setting_is_written(results, tmp_path) -> None:
@@ -100,19 +119,11 @@ def test_tasks_are_in_the_results(trained, tmp_path) -> None:
         assert model["tasks"]["lambada_openai, perplexity"] > 1
         assert model["harness"]["model"]["autoregressive"] == (name != CONVERTED)
     assert found["models"][CONVERTED]["harness"]["model"]["likelihood"]["n_samples"] == 8
+    (row,) = found["paired"]
+    assert row["what"] == "lambada_openai, acc" and row["n"] == 2
+    for name, (share, *_) in row["shares"].items():
+        assert share == pytest.approx(100 * found["models"][name]["tasks"]["lambada_openai, acc"])
     json.dumps(found)
-
-
-def test_texts(tmp_path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    (tmp_path / "b.jsonl").write_text('{"prompt": "one", "completion": "x"}\n')
-    assert read_texts(str(tmp_path / "a.txt"), 1) == ["one\n\ntwo"]
-    assert read_texts(str(tmp_path / "a.jsonl"), 1) == ["one"]
-    with pytest.raises(ValueError, match="`--text`.*no `text`"):
-        read_texts(str(tmp_path / "b.jsonl"), None)
-    with pytest.raises(FileNotFoundError, match="`--text`"):
-        read_texts(str(tmp_path / "none"), None)
 
 
 def test_bad_input(trained) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from lm_eval.api.instance import Instance
 
 from llm_diffusion.generation import generate, generate_autoregressive
-from llm_diffusion.harness import DiffusionLM, local_tasks, run_tasks
+from llm_diffusion.harness import DiffusionLM, run_tasks
 from llm_diffusion.likelihood import likelihood, log_likelihood_bound
+from llm_diffusion.local_tasks import local_tasks
 from llm_diffusion.windows import DEFAULT_LENGTH
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the harness itself
@@ -99,6 +103,25 @@ def data(tmp_path_factory):
         "gsm8k/test.jsonl": [{"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}] * 2,
         "math/math500_test.jsonl": [{"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "answer": "2"}]
         * 2,
+        "cd3_test.jsonl": [
+            {"input": f"{i},2,3,{i + 5}", "output": f"{i}+2={i + 2},{i + 2}+3={i + 5}"} for i in range(10)
+        ],
+        "cd4_test.jsonl": [
+            {"input": f"{i},1,1,1,{i + 3}", "output": f"{i}+1={i + 1},1+1=2,{i + 1}+2={i + 3}"} for i in range(10)
+        ],
+        "sudoku_4x4_12.jsonl": [
+            {"input": f"{row}\n3412\n2143\n4321", "output": "1234\n3412\n2143\n4321"}
+            for row in ("1230", "1204", "1034", "0234", "1200", "1004", "0034", "0230", "0204")
+        ],
+        "logiqa_test.jsonl": [
+            {
+                "context": "Cats sleep.",
+                "query": "Then?",
+                "options": [f"No {n}.", "Tom, a cat, sleeps."],
+                "correct_option": 1,
+            }
+            for n in range(2)
+        ],
     }
     for name, lines in rows.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -109,8 +132,8 @@ def data(tmp_path_factory):
 
 
 def test_tasks_run_on_local_files(lm, data) -> None:
-    names = ["lambada_openai", "gsm8k", "hotpotqa", "hendrycks_math500"]
-    assert sorted(local_tasks(data)) == sorted(names)
+    names = ["lambada_openai", "gsm8k", "hotpotqa", "hendrycks_math500", "logiqa", "countdown3", "countdown4"]
+    assert sorted(local_tasks(data)) == sorted([*names, "sudoku_4x4_12"])
     found = run_tasks(lm, names, data=str(data), limit=2)
     assert found["results"]["lambada_openai"]["perplexity,none"] > 1
     assert found["results"]["gsm8k"]["exact_match,flexible-extract"] in (0.0, 0.5, 1.0)
@@ -130,6 +153,56 @@ def test_right_answers_are_counted(lm, data, monkeypatch) -> None:
     assert run_tasks(lm, ["hotpotqa"], data=str(data))["results"]["hotpotqa"]["exact_match,none"] == 1.0
 
 
+def test_puzzles_are_judged_by_their_rules(lm, data, monkeypatch) -> None:
+    """Right answers that no file holds count, wrong ones do not; the name of several tasks stands for all of them."""
+    asked = []
+
+    def answer(self, requests):
+        asked.extend(request.args[0] for request in requests)
+        return [solve(request.doc["input"]) for request in requests]
+
+    def solve(puzzle):
+        if "\n" in puzzle:
+            return " 1234\n3412\n2143\n4321" if puzzle.startswith("12") else puzzle
+        first, *_, target = map(int, puzzle.split(","))
+        if target == first + 3:  # of four numbers
+            return f" {first}+(1+1)+1={target}"
+        return f"3+2=5,{first}+5={target}" if first % 2 else f"{first}+2={target}"
+
+    monkeypatch.setattr(type(lm), "generate_until", answer)
+    found = run_tasks(lm, ["countdown", "sudoku"], data=str(data))
+    shares = {task: metrics["exact_match,none"] for task, metrics in found["results"].items()}
+    assert shares == {"countdown3": 0.5, "countdown4": 1.0, "sudoku_4x4_12": pytest.approx(3 / 9)}
+    question = next(
+        text for text in asked if text.endswith("Reach 5 from 0,2,3, each used once, by + - * / in equations.\nAnswer:")
+    )
+    assert question.count("Reach") == 9 and "in equations.\nAnswer: 1+2=3,3+3=6\n\n" in question
+    (grid,) = [text for text in asked if text.endswith("Solve the sudoku:\n1204\n3412\n2143\n4321")]
+    assert grid.count("sudoku") == 9 and "4321\n1234\n3412\n2143\n4321\n\n" in grid
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"context": "Cats sleep.", "query": "Then?", "options": ["No.", "Tom sleeps."], "correct_option": 1},
+        {"context": "Cats sleep.", "question": "Then?", "options": ["No.", "Tom sleeps."], "label": "b"},
+        {"id": 3, "text": "Cats sleep.", "question": "Then?", "options": ["No.", "Tom sleeps."], "answer": 1},
+    ],
+)
+def test_every_copy_of_logiqa_is_asked_alike(lm, tmp_path, monkeypatch, record) -> None:
+    (tmp_path / "logiqa_test.jsonl").write_text(json.dumps(record) + "\n")
+    asked = []
+
+    def score(self, requests, **kwargs):
+        asked.extend(request.args for request in requests)
+        return [(-1.0 if "Tom" in request.args[1] else -2.0, False) for request in requests]
+
+    monkeypatch.setattr(type(lm), "loglikelihood", score)
+    assert run_tasks(lm, ["logiqa"], data=str(tmp_path))["results"]["logiqa"]["acc,none"] == 1.0
+    question = "Passage: Cats sleep.\nQuestion: Then?\nChoices:\nA. No.\nB. Tom sleeps.\nAnswer:"
+    assert asked == [(question, " No."), (question, " Tom sleeps.")]
+
+
 @pytest.mark.slow  # the harness reads the definitions of all its tasks
 def test_unknown_tasks_and_tasks_of_the_hub(lm, data, monkeypatch) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -138,6 +211,33 @@ def test_unknown_tasks_and_tasks_of_the_hub(lm, data, monkeypatch) -> None:
         run_tasks(lm, ["lambda"], data=str(data))
     with pytest.raises(OSError, match="`tasks`: 'arc_easy' cannot be loaded"):
         run_tasks(lm, ["arc_easy"])
+
+
+@pytest.mark.slow  # a process of its own
+def test_the_harness_own_command_line_knows_the_model(tmp_path) -> None:
+    """With a task of the user's own, as its page says; the figures are in its own results file."""
+    (tmp_path / "a.jsonl").write_text('{"q": "Sort the letters: k d e a"}\n' * 2)
+    task = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "a.jsonl")}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "a d e k",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(task))
+    asked = ["--model", "llm_diffusion", "--model_args", "pretrained=tiny,threshold=0.9", "--tasks", "mine"]
+    own = ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--limit", "2"]
+    command = [sys.executable, "-m", "llm_diffusion.harness", *asked, *own]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(written.read_text())
+    assert found["results"]["mine"]["exact_match,none"] in (0, 1) and found["n-samples"]["mine"]["effective"] == 2
+    assert found["config"]["model"] == "llm_diffusion" and found["config"]["decoding"]["threshold"] == 0.9
 
 
 def test_bad_input(tmp_path, tiny) -> None:

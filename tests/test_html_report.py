@@ -48,6 +48,32 @@ RESULTS = {
     "calibration": {"bins": [(0.5, 0.45, 10), (0.95, 0.9, 30)], "error": 0.05},
     "eos": {"pairs": [(5, 5), (6, 4), (7, None)], "accuracy": 33.3, "ended": 66.7},
     "trace": [[("a", "new"), ("_", "mask")], [("a", "old"), ("<b>", "new")]],
+    "paired": [
+        {
+            "what": "prompts: all kinds",
+            "n": 77,
+            "shares": {"AR base": (50.0, 40.25, 60.0), "converted": (75.0, 61.5, 88.0)},
+            "differences": [
+                {"points": 25.0, "interval": (12.5, 37.5), "only_first": 3, "only_second": 22, "p_value": 0.00015}
+            ],
+        }
+    ],
+    "worked": {
+        name: {
+            "summary": {"worked answers": 1, "first wrong step, mean": None},
+            "answers": [
+                {
+                    "question": "How many?",
+                    "answer": f"{name} says",
+                    "right": name == "AR base",
+                    "first_wrong_step": None if name == "AR base" else 4,
+                    "superfluous": [0, 8],
+                    "judge": {"right": False, "first_wrong_step": 6},
+                }
+            ],
+        }
+        for name in ("AR base", "converted")
+    },
     "samples": [{"prompt": "Is 1 < 2?", "reference": "yes", "converted": "<script>alert(1)</script>"}],
 }
 
@@ -104,6 +130,12 @@ def test_every_figure_is_on_the_page(whole) -> None:
             "AR base",
             "<b>",
         ),
+        *(
+            "prompts: all kinds|77|50.0 [40.2, 60.0]|75.0 [61.5, 88.0]|+25.0 [+12.5, +37.5]|3|22|0.00015",
+            "only AR base|only converted|p",
+            "How many?|AR base|AR base says|yes|–|1, 9|no|7",
+            "How many?|converted|converted says|no|5|1, 9|no|7",
+        ),
     ):
         assert wanted in text, wanted
     assert "<script>alert(1)</script>" in page.texts and "script" not in page.tags  # shown, not run
@@ -130,10 +162,16 @@ def test_the_same_results_give_the_same_page(whole) -> None:
     assert render(RESULTS) == whole
 
 
-@pytest.mark.parametrize("section", ["levels", "frontier", "calibration", "eos", "trace", "samples"])
+@pytest.mark.parametrize("section", ["levels", "frontier", "calibration", "eos", "trace", "samples", "worked"])
 def test_sections_without_figures_are_left_out(section) -> None:
     empty = {"settings": {}, "provenance": {}, "models": {}}
     assert Page(render({**empty, section: RESULTS[section]})).tags.count("h2") == 2  # and the settings
+
+
+def test_one_model_alone_is_compared_with_nobody() -> None:
+    row = {**RESULTS["paired"][0], "shares": {"AR base": (50.0, 40.0, 60.0)}, "differences": []}
+    page = Page(render({"settings": {}, "provenance": {}, "models": {"AR base": {}}, "paired": [row]}))
+    assert "50.0 [40.0, 60.0]" in page.texts and "p" not in page.texts
 
 
 def test_an_almost_empty_evaluation_has_a_page() -> None:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -336,6 +338,10 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("evaluate", "tiny", "--prompts", "tiny", "--estimator", "exact"), "`estimator` must be one of"),
         (("evaluate", "tiny", "--prompts", "tiny", "--samples", "9"), "`n_samples` must be a multiple"),
         (("evaluate", "tiny", "--prompts", "{folder}/no.jsonl"), "`dataset`"),
+        (("evaluate", "tiny", "--prompts", "{odd}"), "the columns ['odd'] is no problem"),
+        (("evaluate", "tiny", "--prompts", "{empty}", "--settings", '{"max_new_tokens": 2}'), "number 0 is empty"),
+        (("evaluate", "tiny", "--prompts", "tiny", "--judge", "localhost"), "`judge`: 'localhost' is no URL"),
+        (("evaluate", "tiny", "--prompts", "tiny", "--judge", "http://localhost:1"), "`judge_model` is needed"),
         (("evaluate", "tiny", "--text", "{folder}/no.txt"), "`--text`"),
         (("evaluate", "tiny", "--text", "{path}", "--max-length", "1"), "`max_length` must be"),
         (("evaluate", "tiny", "--prompts", "tiny", "--output", "{path}/out"), "`--output`"),
@@ -355,6 +361,11 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit` must be"),
         (("prefer", "tiny", "--output", "{path}/o.jsonl"), "`--output`"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--judge", "http://localhost:1"), "`--from-model`"),
+        (
+            ("prefer", "tiny", "--output", "{folder}/o.jsonl", "--from-model", "tiny", "--judge", "localhost"),
+            "is no URL",
+        ),
         (("prefer", "{folder}/none.jsonl", "--output", "{folder}/o.jsonl"), "`dataset`"),
         (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "row 0: `chosen` and `rejected` are the same"),
         (("prefer", "{text}", "--output", "{folder}/o.jsonl"), "row 0: a record with the columns ['text']"),
@@ -373,10 +384,14 @@ def test_bad_command_line(arguments, expected, tmp_path):
         "path": write(tmp_path / "bad.yaml", "a: [1\n"),
         "same": write(tmp_path / "same.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n'),
         "text": write(tmp_path / "text.jsonl", '{"text": "once"}\n'),
+        "odd": write(tmp_path / "odd.jsonl", '{"odd": 1}\n'),
+        "empty": write(tmp_path / "empty.jsonl", '{"prompt": "q", "completion": " "}\n'),
         "folder": str(tmp_path),
         "scratch": write(tmp_path / "scratch.json", f'{{"pipeline": "arm", "init_from": "", {shape}\n}}'),
     }
-    result = invoke(*(re.sub(r"\{(path|same|text|folder|scratch)\}", lambda m: files[m[1]], a) for a in arguments))
+    result = invoke(
+        *(re.sub(r"\{(path|same|text|odd|empty|folder|scratch)\}", lambda m: files[m[1]], a) for a in arguments)
+    )
     assert result.exit_code == 2
     assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
     assert not (tmp_path / "o.jsonl").exists()
@@ -398,6 +413,33 @@ def test_tasks_need_the_harness_and_their_files(tmp_path):
     assert ("`data`" if installed else "pip install 'llm-diffusion[eval]'") in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow  # the harness reads the definitions of all its tasks
+@pytest.mark.parametrize(
+    ("tasks", "expected"),
+    [
+        ("lambda,countdown", "`tasks`: lambda, countdown unknown to lm-evaluation-harness; with files in `data`: none"),
+        ("arc_easy", "`tasks`: 'arc_easy' cannot be loaded"),
+    ],
+)
+def test_unknown_tasks_and_tasks_of_the_hub_are_one_line(tasks, expected, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    result = invoke("evaluate", "tiny", "--tasks", tasks, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert result.stderr.splitlines()[-1].startswith(f"error: {expected}")
+
+
+def test_an_unconverted_model_is_measured_as_what_it_is_and_said_so(tmp_path):
+    output = tmp_path / "out"
+    small = ("--limit", "1", "--settings", '{"max_new_tokens": 4}', "--output", str(output))
+    result = invoke("evaluate", "tiny", "--prompts", "tiny", *small)
+    assert result.exit_code == 0, result.output
+    found = json.loads((output / "results.json").read_text())
+    assert list(found["models"]) == ["AR base"] and "autoregressive model it is" in found["notes"][0]
+    assert "autoregressive model it is" in (output / "report.html").read_text()
+
+
 def test_evaluate_writes_one_report(trained, tmp_path):
     text = write(tmp_path / "a.txt", "Tom has 23 apples. Tom gets 45 more.")
     output = tmp_path / "out"
@@ -409,6 +451,48 @@ def test_evaluate_writes_one_report(trained, tmp_path):
     assert list(results["models"]) == ["AR base", "converted"]
     assert results["models"]["AR base"]["likelihood"]["standard_error"] == 0
     assert results["settings"]["model"].endswith("sft_model") and results["settings"]["decoding"]["block_length"] == 16
+
+
+@pytest.fixture
+def wise():
+    """A server that calls every answer wrong in its first step, and keeps what it is asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            content = '{"right": false, "first_wrong_step": 1}'
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"choices": [{"message": {"content": content}}]}).encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1", server.asked
+        server.shutdown()
+
+
+def test_a_judge_reads_worked_answers_and_sampled_ones(trained, tmp_path, wise):
+    url, asked = wise
+    model, judge = str(trained[0] / "sft_model"), ("--judge", url, "--judge-model", "wise")
+    small = ("--limit", "2", "--settings", '{"max_new_tokens": 8}')
+    gsm8k = write(tmp_path / "a.jsonl", '{"question": "What is 1+2?", "answer": "1+2=3.\\n#### 3"}\n' * 2)
+    result = invoke("evaluate", model, "--prompts", gsm8k, *judge, *small, "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(asked) == 1 + 2 * 2 and {body["model"] for body in asked} == {"wise"}  # one to see that it is there
+    for found in results["worked"].values():
+        assert found["summary"]["judge: right, %"] == 0 and found["answers"][0]["judge"]["first_wrong_step"] == 0
+    assert results["settings"]["judge"] == url and results["settings"]["judge_model"] == "wise"
+    assert "judge: first wrong step" in (tmp_path / "out" / "report.html").read_text()
+    answers = tmp_path / "answers.jsonl"
+    sampled = ("--from-model", model, "--samples", "2", "--answers", *judge, *small)
+    assert invoke("prefer", gsm8k, "--output", str(answers), *sampled).exit_code == 0
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(row["right"], row["first_wrong_step"]) for row in rows] == [(False, 0)] * 4 and len(asked) == 5 + 4
 
 
 def test_analyze_needs_no_weights(tmp_path, trained):
