@@ -203,16 +203,6 @@ def test_every_copy_of_logiqa_is_asked_alike(lm, tmp_path, monkeypatch, record) 
     assert asked == [(question, " No."), (question, " Tom sleeps.")]
 
 
-@pytest.mark.slow  # the harness reads the definitions of all its tasks
-def test_unknown_tasks_and_tasks_of_the_hub(lm, data, monkeypatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="`tasks`: lambda unknown"):
-        run_tasks(lm, ["lambda"], data=str(data))
-    with pytest.raises(OSError, match="`tasks`: 'arc_easy' cannot be loaded"):
-        run_tasks(lm, ["arc_easy"])
-
-
 @pytest.mark.slow  # a process of its own
 def test_the_harness_own_command_line_knows_the_model(tmp_path) -> None:
     """With a task of the user's own, as its page says; the figures are in its own results file."""

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+import llm_diffusion as ld
+from llm_diffusion.main import cli
 from llm_diffusion.processes import dealt, gathered, in_order, over_processes, place
 
 ROOT = Path(__file__).parent.parent
@@ -31,29 +34,6 @@ def test_one_process_does_everything():
     assert over_processes(lambda items: 1 / 0, []) == []
 
 
-TWO = """
-import copy, json, sys
-import llm_diffusion as ld
-from llm_diffusion.processes import place
-from llm_diffusion.tiny import tiny_dataset
-
-model, tokenizer = ld.load_diffusion_model("tiny", device="cpu")
-model.config.diffusion = {**model.config.diffusion, "conversion_steps": 1}
-texts = ["Tom has 23 apples.", "Sort the letters: k d e a", "Tom has 23 apples."]  # one twice, with noise of its own
-examples = list(tiny_dataset(5, split="test", kinds=("sort", "arithmetic")))
-options = {"decoding": {"max_new_tokens": 6, "threshold": 0.9}, "n_samples": 16, "batch_size": 2}
-tasks = ["countdown3", "lambada_openai"]
-for split in (True, False)[: 2 - place()[0]]:  # together, then the first process alone
-    found = ld.evaluate(
-        model, tokenizer, texts=texts, examples=examples, tasks=tasks, data=sys.argv[1], num_fewshot=0, split=split, **options
-    )
-    if place()[0] == 0:
-        timeless = {k: found[k] for k in ("models", "levels", "paired", "worked", "samples")}
-        print("FOUND", json.dumps(timeless))
-assert place()[1] == 2
-"""
-
-
 def differing(one, other, path=""):
     """Paths at which two results differ by more than rounding; speeds apart."""
     if isinstance(one, dict):
@@ -67,32 +47,39 @@ def differing(one, other, path=""):
     return [] if one == other else [f"{path}: {one} {other}"]
 
 
-def launched(*command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_say_what_one_says(tmp_path):
+@pytest.mark.slow  # processes of their own
+def test_two_processes_write_the_one_report_of_one(tmp_path):
     pytest.importorskip("lm_eval")
+    model, tokenizer = ld.load_diffusion_model("tiny", device="cpu")
+    model.config.diffusion = {**model.config.diffusion, "conversion_steps": 1}
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     puzzles = [{"input": f"{i},2,3,{i + 5}", "output": f"{i}+2={i + 2},{i + 2}+3={i + 5}"} for i in range(3)]
     for name, rows in {"cd3_test": puzzles, "lambada_test": [{"text": "Tom has 23 apples."}] * 3}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "run.py").write_text(TWO)
-    said = launched(*TORCHRUN, str(tmp_path / "run.py"), str(tmp_path))
-    both, alone = (json.loads(line[6:]) for line in said.splitlines() if line.startswith("FOUND"))
-    assert len(both["samples"]) == 5 and both["models"]["converted"]["tasks"]
-    assert differing(both, alone) == []
-
-
-@pytest.mark.slow
-def test_the_command_writes_one_report(tmp_path):
-    (tmp_path / "a.txt").write_text("Tom has 23 apples. Tom gets 45 more.")
-    command = ["-m", "llm_diffusion.main", "evaluate", "tiny", "--prompts", "tiny", "--limit", "3"]
-    said = launched(*TORCHRUN, *command, "--text", str(tmp_path / "a.txt"), "--output", str(tmp_path / "out"))
-    assert said.count("report:") == 1
-    found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["settings"]["processes"] == 2 and len(found["samples"]) == 3
-    assert found["models"]["AR base"]["likelihood"]["texts"] == 1
+    # A text twice, with noise of its own.
+    (tmp_path / "a.jsonl").write_text('{"text": "Tom has 23 apples."}\n' * 2 + '{"text": "Sort the letters"}\n')
+    command = [
+        "evaluate",
+        str(tmp_path / "model"),
+        "--prompts",
+        "tiny",
+        "--limit",
+        "3",
+        "--text",
+        str(tmp_path / "a.jsonl"),
+    ]
+    command += ["--tasks", "countdown3,lambada_openai", "--data", str(tmp_path), "--num-fewshot", "0"]
+    command += ["--settings", '{"max_new_tokens": 6, "threshold": 0.9}', "--samples", "16", "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    launch = [*TORCHRUN, "-m", "llm_diffusion.main", *command, "--output", str(tmp_path / "two")]
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("report:") == 1
+    alone = CliRunner().invoke(cli, [*command, "--output", str(tmp_path / "one")])
+    assert alone.exit_code == 0, alone.output
+    both, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    assert (both["settings"]["processes"], one["settings"]["processes"]) == (2, 1)
+    assert len(both["samples"]) == 3 and both["models"]["converted"]["tasks"]
+    figures = ("models", "levels", "paired", "worked", "samples")
+    assert differing(*({name: found[name] for name in figures} for found in (both, one))) == []
