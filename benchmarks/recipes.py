@@ -332,10 +332,8 @@ def picture(runs: list[dict[str, Any]], base: dict[str, Any], path: Path) -> Non
 def report(output: Path, examples: int) -> None:
     runs = [json.loads(line) for line in output.with_suffix(".jsonl").read_text().splitlines()]
     base = base_report(examples)
-    found = sorted({(run["steps"], run["tokens"]) for run in runs})
-    title = (
-        f"{runs[0]['steps']} steps, about {statistics.mean(tokens for _, tokens in found) / 1000:,.0f}k tokens a run"
-    )
+    steps = " to ".join(str(n) for n in sorted({run["steps"] for run in runs}))
+    title = f"{steps} steps, about {statistics.mean(run['tokens'] for run in runs) / 1000:,.0f}k tokens a run"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     text = (
         f"# Recipes at matched tokens\n\n`python benchmarks/recipes.py`: {title}; {device}. Exact match in percent on {examples} "
