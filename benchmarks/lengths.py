@@ -1,6 +1,7 @@
 """Where answers end: what training teaches a bidirectional model to foresee, and what sized canvases save.
 
     python benchmarks/lengths.py --output benchmarks/results/lengths-cpu
+    python benchmarks/lengths.py --canvas 256 --only "sized canvases, first steps"      # a fixed canvas of 256 that was trained
     python benchmarks/lengths.py --steps 60 --examples 60
 
 Three trainings of the embedded model on the same examples: canvases that end with the answer, tails of up to 16 end tokens and cut canvases
@@ -28,8 +29,8 @@ from llm_diffusion.evaluation import evaluate_answers
 TRAININGS: dict[str, dict[str, Any]] = {
     "canvas ends with the answer": {"eos_tail": 0, "random_canvas": 0.0},
     "tail up to 16, cut canvases": {},
-    "sized canvases": {"max_canvas": 64, "random_canvas": 0.5},
-    "sized canvases, first steps": {"max_canvas": 64, "random_canvas": 0.5, "first_step_share": 0.25},
+    "sized canvases": {"random_canvas": 0.5},
+    "sized canvases, first steps": {"random_canvas": 0.5, "first_step_share": 0.25},
 }
 STRATEGIES: dict[str, dict[str, Any]] = {
     "fixed canvas of 256": {"max_new_tokens": 256},
@@ -84,28 +85,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--examples", type=int, default=300, help="held-out prompts")
+    parser.add_argument("--canvas", type=int, default=64, help="longest canvas that the sized ones are trained on")
+    parser.add_argument("--only", choices=TRAININGS, help="one training; none of a block model")
     parser.add_argument("--output", type=Path, help="where .md and .png go")
     args = parser.parse_args()
     _, test = data(0, 1)
     examples = list(test)[: args.examples]
     foreseen = [["training", "canvas", "answer shown", *COLUMNS]]
     for name, settings in TRAININGS.items():
-        model, tokenizer = train(settings, args.steps)
+        if args.only not in (None, name):
+            continue
+        model, tokenizer = train(settings | ({"max_canvas": args.canvas} if "sized" in name else {}), args.steps)
         for canvas in (64, 256):
             report = foresee_ends(model, tokenizer, examples, canvas)
             for share, row in report.table.items():
                 foreseen.append([name, str(canvas), f"{share:.0%}", *(f"{row[column]:.3f}" for column in COLUMNS)])
-            if args.output and canvas == 64:
+            if args.output and canvas == args.canvas:
                 plot_ends(report, args.output.with_suffix(".png"))
         print(table(foreseen), flush=True)
     decoded = [["strategy", "exact match", "tokens computed", "tokens per forward", "ms a prompt"]]
     for name, settings in STRATEGIES.items():
         decoded.append([name, *decode(model, tokenizer, examples, settings)])
         print(decoded[-1], flush=True)
-    model, tokenizer = train(CO_LOSS, args.steps)
-    decoded.append(["block model, open length", *decode(model, tokenizer, examples, {"max_new_tokens": 256})])
+    if not args.only:
+        model, tokenizer = train(CO_LOSS, args.steps)
+        decoded.append(["block model, open length", *decode(model, tokenizer, examples, {"max_new_tokens": 256})])
     text = (
-        f"# Where answers end\n\n`python benchmarks/lengths.py --steps {args.steps}`: {args.steps} steps of 32 rows, LoRA r 64, "
+        f"# Where answers end\n\n`python benchmarks/lengths.py --steps {args.steps} --canvas {args.canvas}`: {args.steps} steps of 32 rows, LoRA r 64, "
         f"{len(examples)} held-out prompts, CPU.\n\n{table(foreseen)}\n\nThe same answers, threshold 0.9, one prompt at a time:\n\n"
         f"{table(decoded)}\n"
     )
