@@ -241,10 +241,10 @@ def one_seed(seed: int, sft_steps: int, dpo_steps: int, problems: int, others: i
             args=DiffusionDPOConfig(
                 folder,
                 max_steps=dpo_steps,
-                learning_rate=2e-4,
+                learning_rate=5e-4,
                 num_draws=4,
                 loss_type=["sigmoid", "sft"],
-                loss_weights=[1.0, 0.2],
+                loss_weights=[0.1, 1.0],
                 **common,
             ),
             train_dataset=pairs,
@@ -279,7 +279,7 @@ def main() -> None:
     two.set_defaults(run=memory)
     three = commands.add_parser("answers")
     three.add_argument("--seeds", type=int, nargs="+", default=[0])
-    three.add_argument("--sft-steps", type=int, default=240)
+    three.add_argument("--sft-steps", type=int, default=70)
     three.add_argument("--dpo-steps", type=int, default=100)
     three.add_argument("--quick", action="store_true")
     three.add_argument("--output")
