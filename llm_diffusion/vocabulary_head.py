@@ -30,7 +30,7 @@ from .masking import IGNORE_INDEX
 from .patching import Patch, base_of, wrap_forward
 from .token_rows import trained_rows
 
-PIECE, GPU_PIECE = 2**23, 2**26  # numbers of a piece of the logits on a CPU, 32 MiB of fp32, and elsewhere
+PIECE, GPU_PIECE = 2**22, 2**26  # numbers of a piece of the logits on a CPU, 16 MiB of fp32, and elsewhere
 
 
 @dataclass(frozen=True)
