@@ -119,7 +119,7 @@ def test_a_compiled_model_says_the_same_from_few_graphs(
     """Rows end at different times, and a second batch of that shape comes: no graph of its own for either."""
     torch._dynamo.reset()
     model = one_layer(random_diffuser, random_llama, attention)
-    batches = [left_padded([7, 1, 4, 5], seed) for seed in range(3)]
+    batches = [left_padded([7, 1, 4, 5], seed) for seed in range(2)]
     for batch in batches:
         batch["input_ids"] %= MASK - 1
     settings = {**settings, "max_new_tokens": 18, "pad_token_id": 0, "return_dict_in_generate": True}
