@@ -8,8 +8,8 @@
 
 Memory is measured as in `benchmarks/memory.py`: every case in a process of its own, growth of the resident set's high-water mark on
 a CPU, `torch.cuda.max_memory_allocated` on CUDA.
-Answers: the tiny model is converted and stopped early, at 60 to 85 % of the worked problems, then trained on injected errors; the same
-held-out problems are answered before and after, and McNemar's exact test looks at those on which the two differ.
+Answers: the tiny model is converted and stopped early, at 60 to 85 % of the worked problems, then trained on injected errors, or on their
+chosen answers alone; the same held-out problems are answered before and after, and McNemar's exact test looks at those on which they differ.
 Trade-off: a model of two million parameters. Alternative: real checkpoints, which need a hub and a GPU.
 """
 
@@ -19,12 +19,12 @@ import argparse
 import ctypes
 import gc
 import json
-import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from memory import ALLOCATOR, GIB, QUIET, build_model, config_of, resident
 
 KL = 0.05  # nats a token between policy and reference
 OTHER_KINDS = ("sort", "reverse", "compare", "fill", "sudoku")
+LOSSES = (([1.0, 0.2], 0.1), ([1.0, 1.0], 0.02), ([0.1, 1.0], 0.1))  # weights of sigmoid and sft, beta
 
 
 def noise(args: argparse.Namespace) -> None:
@@ -164,27 +165,38 @@ def memory(args: argparse.Namespace) -> None:
             print(f"| {name} | {draws} | {figures} |", flush=True)
 
 
-def mcnemar(only_before: int, only_after: int) -> float:
-    """Two-sided exact p-value: of problems that one model alone has right, each is either's with probability 1/2."""
-    n, k = only_before + only_after, min(only_before, only_after)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
 def answers(args: argparse.Namespace) -> None:
-    """Exact match before and after preferences, by seed."""
-    import torch
+    """Exact match before and after preferences, by loss: every one from the same fine-tuned model, on the same pairs."""
+    from llm_diffusion.comparison import mcnemar_exact
 
-    torch.set_num_threads(2)
-    steps, problems, others, pairs = (2, 20, 4, 40) if args.quick else (args.sft_steps, 2000, 400, 4000)
-    rows = []
+    if args.quick:
+        args.sft_steps, args.steps, args.problems = 2, 2, 20
+    head = ("seed", "training", "right, %", "p", "other kinds, %", "preferred, %")
+    lines = [
+        f"`python benchmarks/dpo.py answers`: {args.sft_steps} steps of fine-tuning, then {args.steps} of 8 pairs, 2 draws, learning rate "
+        f"5e-4; {args.problems} held-out worked problems, blocks of 4, threshold 0.98; CPU. p: McNemar, against before.\n",
+        f"| {' | '.join(head)} |\n|{'---|' * len(head)}",
+    ]
+    print("\n".join(lines), flush=True)
     for seed in args.seeds:
-        rows.append(one_seed(seed, steps, 2 if args.quick else args.dpo_steps, problems, others, pairs))
-        print(json.dumps(rows[-1]), flush=True)
+        before: list[bool] = []
+        for name, right, others, preferred in one_seed(seed, args.sft_steps, args.steps, args.problems):
+            before = before or right
+            only_before, only_after = (
+                sum(x and not y for x, y in zip(one, other, strict=True))
+                for one, other in ((before, right), (right, before))
+            )
+            p = mcnemar_exact(only_before, only_after)
+            figures = f"{100 * sum(right) / len(right):.1f} | {p:.2g} | {others:.1f} | {preferred}"
+            lines.append(f"| {seed} | {name} | {figures} |")
+            print(lines[-1], flush=True)
     if args.output:
-        Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(args.output).write_text("\n".join(lines) + "\n")
 
 
-def one_seed(seed: int, sft_steps: int, dpo_steps: int, problems: int, others: int, n_pairs: int) -> dict[str, Any]:
+def one_seed(seed: int, sft_steps: int, steps: int, problems: int) -> Iterator[tuple[str, list[bool], float, str]]:
+    """Name of a training, whether each worked problem is right after it, exact match of the other kinds, preferred pairs."""
+    from datasets import Dataset
     from peft import LoraConfig
 
     from llm_diffusion import (
@@ -199,72 +211,67 @@ def one_seed(seed: int, sft_steps: int, dpo_steps: int, problems: int, others: i
     from llm_diffusion.tiny import tiny_dataset
 
     held_out = list(tiny_dataset(problems, seed=99, split="test", kinds=("arithmetic",)))
-    rest = list(tiny_dataset(others * len(OTHER_KINDS), seed=99, split="test", kinds=OTHER_KINDS))
-    common = {
-        "per_device_train_batch_size": 32,
-        "gradient_checkpointing": False,
-        "seed": seed,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "max_length": 256,
-        "logging_steps": 20,
-        "use_cpu": True,
-        "lr_scheduler_type": "cosine",
-    }
+    rest = list(tiny_dataset(40 * len(OTHER_KINDS), seed=99, split="test", kinds=OTHER_KINDS))
+    pairs = preference_pairs(tiny_dataset(2000, seed=1000 + seed, kinds=("arithmetic",)), seed=seed)
+    chosen = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
     model, tokenizer = load_diffusion_model("tiny", attention="block", device="cpu")
 
-    def measure_answers() -> tuple[list[bool], float]:
+    def measured(name: str, preferred: str = "") -> tuple[str, list[bool], float, str]:
         model.eval()
-        settings = {"max_new_tokens": 80, "block_length": 4, "threshold": 0.98}
-        report = evaluate_answers(model, tokenizer, held_out, **settings)
-        right = [
-            answer.strip() == example["messages"][-1]["content"]
-            for answer, example in zip(report.answers, held_out, strict=True)
-        ]
-        return right, evaluate_answers(model, tokenizer, rest, **settings).mean
+        settings = {"max_new_tokens": 80, "threshold": 0.98}
+        said = evaluate_answers(model, tokenizer, held_out, **settings).answers
+        right = [a.strip() == e["messages"][-1]["content"] for a, e in zip(said, held_out, strict=True)]
+        return name, right, evaluate_answers(model, tokenizer, rest, **settings).mean, preferred
 
     with tempfile.TemporaryDirectory() as folder:
+        common = {
+            "output_dir": folder,
+            "gradient_checkpointing": False,
+            "seed": seed,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "max_length": 256,
+            "logging_steps": 20,
+            "use_cpu": True,
+            "lr_scheduler_type": "cosine",
+        }
+        short = {**common, "max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 5e-4}
+        first = {
+            "max_steps": sft_steps,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 2e-3,
+            "ar_loss_weight": 0.5,
+        }
         sft = DiffusionSFTTrainer(
             model,
-            DiffusionSFTConfig(folder, max_steps=sft_steps, learning_rate=2e-3, ar_loss_weight=0.5, **common),
+            DiffusionSFTConfig(**common, **first),
             train_dataset=tiny_dataset(32 * sft_steps, seed=seed),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
         sft.train()
         model = sft.model
-        before, rest_before = measure_answers()
-        pairs = preference_pairs(tiny_dataset(n_pairs, seed=1000 + seed, kinds=("arithmetic",)), seed=seed)
-        dpo = DiffusionDPOTrainer(
+        start = {name: weight.clone() for name, weight in model.state_dict().items()}
+        yield measured("before")
+        DiffusionSFTTrainer(
             model,
-            args=DiffusionDPOConfig(
-                folder,
-                max_steps=dpo_steps,
-                learning_rate=5e-4,
-                num_draws=4,
-                loss_type=["sigmoid", "sft"],
-                loss_weights=[0.1, 1.0],
-                **common,
-            ),
-            train_dataset=pairs,
+            DiffusionSFTConfig(**short, ar_loss_weight=0.5),
+            train_dataset=chosen,
             processing_class=tokenizer,
-        )
-        dpo.train()
-        model = dpo.model
-        after, rest_after = measure_answers()
-        last = [row for row in dpo.state.log_history if "rewards/accuracies" in row][-1:]
-    only_before = sum(a and not b for a, b in zip(before, after, strict=True))
-    only_after = sum(b and not a for a, b in zip(before, after, strict=True))
-    return {
-        "seed": seed,
-        "arithmetic before": 100 * sum(before) / len(before),
-        "arithmetic after": 100 * sum(after) / len(after),
-        "p": mcnemar(only_before, only_after),
-        "other kinds before": rest_before,
-        "other kinds after": rest_after,
-        "preferred in training": last[0]["rewards/accuracies"] if last else None,
-    }
+        ).train()
+        yield measured("fine-tuning on the chosen answers")
+        for weights, beta in LOSSES:
+            model.load_state_dict(start)
+            losses = {"beta": beta, "num_draws": 2, "loss_type": ["sigmoid", "sft"], "loss_weights": weights}
+            dpo = DiffusionDPOTrainer(
+                model, args=DiffusionDPOConfig(**short, **losses), train_dataset=pairs, processing_class=tokenizer
+            )
+            dpo.train()
+            seen = [row["rewards/accuracies"] for row in dpo.state.log_history if "rewards/accuracies" in row]
+            name = f"{weights[0]:g} sigmoid + {weights[1]:g} sft, beta {beta:g}"
+            yield measured(name, f"{100 * seen[-1]:.0f}" if seen else "")
+            model.delete_adapter("ref")
 
 
 def main() -> None:
@@ -280,7 +287,8 @@ def main() -> None:
     three = commands.add_parser("answers")
     three.add_argument("--seeds", type=int, nargs="+", default=[0])
     three.add_argument("--sft-steps", type=int, default=70)
-    three.add_argument("--dpo-steps", type=int, default=100)
+    three.add_argument("--steps", type=int, default=60, help="of pairs")
+    three.add_argument("--problems", type=int, default=2000)
     three.add_argument("--quick", action="store_true")
     three.add_argument("--output")
     three.set_defaults(run=answers)

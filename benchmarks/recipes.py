@@ -358,7 +358,11 @@ def main() -> None:
     parser.add_argument("--orders", action="store_true", help="decode one bidirectional model in many orders")
     args = parser.parse_args()
     if args.orders:
-        text = f"`python benchmarks/recipes.py --orders --steps {args.steps}`\n\n{orders(args.steps, args.examples)}\n"
+        text = (
+            f"# The order of commits of a bidirectional model\n\n`python benchmarks/recipes.py --orders --steps {args.steps} --examples "
+            f"{args.examples}`: one model, LoRA r 64, exact mask counts, {args.steps} steps of 32 rows. Exact match in percent. Blocks come "
+            f"into being one after the other; the whole canvas is one block of 80.\n\n{orders(args.steps, args.examples)}\n"
+        )
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.with_name("orders.md").write_text(text)
         print(text)

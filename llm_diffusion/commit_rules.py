@@ -44,7 +44,8 @@ def revise(
     """`commit` under a rule that also masks committed tokens again."""
     steps = window.block_steps
     if settings.revision != "p2":
-        kind, loop = settings.revision.removeprefix("remdm-"), settings.remdm_loop or unmasking.REMDM_LOOP
+        kind = settings.revision.removeprefix("remdm").removeprefix("-") or "cap"
+        loop = settings.remdm_loop or unmasking.REMDM_LOOP
         marks = window.masked, window.open, noise
         chosen, back = unmasking.revise_remdm(
             window.steps_left, steps, settings.eta, *marks, kind, window.certainty, loop

@@ -172,7 +172,7 @@ class _Call:
     cache: CanvasCache | None
     padded: bool
     static: (
-        bool  # every pass has the shape of the first one, for a compiled model: rows that are done stay, and do nothing
+        bool  # for a compiled model every pass has the shape of the first one: rows that are done stay, and do nothing
     )
 
 

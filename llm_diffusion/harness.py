@@ -318,9 +318,8 @@ def run_tasks(
         )
 
 
-if (
-    __name__ == "__main__"
-):  # its own command line, which then knows the model: `python -m llm_diffusion.harness --model llm_diffusion …`
+if __name__ == "__main__":
+    # The harness's own command line, which then knows the model: `python -m llm_diffusion.harness --model llm_diffusion …`
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

@@ -178,13 +178,12 @@ def revise_remdm(
     sigma = highest * eta if kind in ("rescale", "conf") else highest.clamp(max=eta)
     if kind == "loop":
         sigma = torch.where((loop[1] < t) & (t <= loop[0]), sigma, 0.0)
-    again = torch.where(s > 0, sigma, 0.0)[:, None]  # the last step leaves no mask
-    sigma = torch.zeros_like(sigma) if kind == "conf" else again.squeeze(-1)
+    sigma = torch.where(s > 0, sigma, 0.0)  # the last step leaves no mask
+    again = sigma[:, None]
     if kind == "conf":
-        share = (
-            certainty.neg().masked_fill(masked | ~open_, -torch.inf).softmax(-1)
-        )  # no number where nothing is committed
-        again = again * share
+        # Not a number where nothing is committed, which is below no noise.
+        again = again * certainty.neg().masked_fill(masked | ~open_, -torch.inf).softmax(-1)
+        sigma = torch.zeros_like(sigma)
     commit = torch.where(s > 0, (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t), 1.0)
     return masked & (random < commit[:, None]), open_ & ~masked & (random < again)
 

@@ -395,8 +395,8 @@ def test_samples_follow_the_tempered_filtered_distribution(random_diffuser, sett
     assert not counts[want == 0].any()
     assert distance(want) < 0.025
     # Neither the greedy nor a flat answer would pass for this.
-    assert distance(filtered(logits, 0.01)) > 0.06
-    assert distance(filtered(logits, 100.0)) > 0.06
+    assert distance(filtered(logits, 0.01)) > 0.09
+    assert distance(filtered(logits, 100.0)) > 0.1
 
 
 # -- settings

@@ -65,7 +65,6 @@ def compute_diffusion_score(
             along one denoising trajectory.
         inputs: makes the model's keywords of what the collator laid out.
     """
-    n_draws = 0
     sums: dict[str, Any] = {"log_probs": 0.0, "entropy": 0.0, "mean_logits": 0.0, "right": 0.0}
     n_draws = 0
     for noisy in draws:
