@@ -8,8 +8,8 @@
 
 Memory is measured as in `benchmarks/memory.py`: every case in a process of its own, growth of the resident set's high-water mark on
 a CPU, `torch.cuda.max_memory_allocated` on CUDA.
-Answers: the tiny model is converted and stopped early, at 60 to 85 % of the worked problems, then trained on injected errors, or on their
-chosen answers alone; the same held-out problems are answered before and after, and McNemar's exact test looks at those on which they differ.
+Answers: the tiny model is converted and stopped early, at 60 to 85 % of the worked problems, then trained on pairs whose wrong answers are
+injected errors or its own, or on their right answers alone; the same held-out problems are answered before and after.
 Trade-off: a model of two million parameters. Alternative: real checkpoints, which need a hub and a GPU.
 """
 
@@ -32,7 +32,8 @@ from memory import ALLOCATOR, GIB, QUIET, build_model, config_of, resident
 
 KL = 0.05  # nats a token between policy and reference
 OTHER_KINDS = ("sort", "reverse", "compare", "fill", "sudoku")
-LOSSES = (([1.0, 0.2], 0.1), ([1.0, 1.0], 0.02), ([0.1, 1.0], 0.1))  # weights of sigmoid and sft, beta
+BEFORE = ("", "before")
+WEIGHTS = (1.0, 0.1)  # of the preference beside the fine-tuning term
 
 
 def noise(args: argparse.Namespace) -> None:
@@ -166,36 +167,46 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def answers(args: argparse.Namespace) -> None:
-    """Exact match before and after preferences, by loss: every one from the same fine-tuned model, on the same pairs."""
-    from llm_diffusion.comparison import mcnemar_exact
-
+    """Exact match before and after preferences: every training from the same fine-tuned model, as many steps on as many answers."""
     if args.quick:
-        args.sft_steps, args.steps, args.problems = 2, 2, 20
-    head = ("seed", "training", "right, %", "p", "other kinds, %", "preferred, %")
+        args.sft_steps, args.steps, args.records, args.problems = 2, 2, 60, 20
+    head = ("seed", "answers", "loss", "worked problems, %", "over before", "over fine-tuning on them")
+    head = (*head, "other kinds, %", "over before", "preferred, %")
     lines = [
-        f"`python benchmarks/dpo.py answers`: {args.sft_steps} steps of fine-tuning, then {args.steps} of 8 pairs, 2 draws, learning rate "
-        f"5e-4; {args.problems} held-out worked problems, blocks of 4, threshold 0.98; CPU. p: McNemar, against before.\n",
+        f"`python benchmarks/dpo.py answers --seeds {' '.join(map(str, args.seeds))}`: {args.sft_steps} steps of fine-tuning, then "
+        f"{args.steps} of 8 answers or pairs, 2 draws, learning rate 5e-4; {args.problems} held-out worked problems and "
+        f"{args.problems // 2} of the other kinds, blocks of 4, threshold 0.98; CPU. Differences in points, with 95 % intervals (paired "
+        "bootstrap).\n",
         f"| {' | '.join(head)} |\n|{'---|' * len(head)}",
     ]
     print("\n".join(lines), flush=True)
     for seed in args.seeds:
-        before: list[bool] = []
-        for name, right, others, preferred in one_seed(seed, args.sft_steps, args.steps, args.problems):
-            before = before or right
-            only_before, only_after = (
-                sum(x and not y for x, y in zip(one, other, strict=True))
-                for one, other in ((before, right), (right, before))
-            )
-            p = mcnemar_exact(only_before, only_after)
-            figures = f"{100 * sum(right) / len(right):.1f} | {p:.2g} | {others:.1f} | {preferred}"
-            lines.append(f"| {seed} | {name} | {figures} |")
+        found: dict[tuple[str, str], tuple[list[bool], list[bool]]] = {}
+        for source, loss, *right, preferred in one_seed(seed, args):
+            found[source, loss] = right
+            share = [f"{100 * sum(part) / len(part):.1f}" for part in right]
+            before = [
+                gain(found[BEFORE][part], right[part], seed) if found[BEFORE] is not right else "" for part in (0, 1)
+            ]
+            tuned = found.get((source, "fine-tuning"), right)
+            over = gain(tuned[0], right[0], seed) if tuned is not right else ""
+            row = (seed, source, loss, share[0], before[0], over, share[1], before[1], preferred)
+            lines.append(f"| {' | '.join(map(str, row))} |")
             print(lines[-1], flush=True)
-    if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n")
+            if args.output:
+                Path(args.output).write_text("\n".join(lines) + "\n")
 
 
-def one_seed(seed: int, sft_steps: int, steps: int, problems: int) -> Iterator[tuple[str, list[bool], float, str]]:
-    """Name of a training, whether each worked problem is right after it, exact match of the other kinds, preferred pairs."""
+def gain(before: list[bool], after: list[bool], seed: int) -> str:
+    """Points of `after` over `before`, on the same problems."""
+    from llm_diffusion.comparison import paired
+
+    found = paired("", {"before": before, "after": after}, seed).differences[0]
+    return f"{found.points:+.1f} [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+
+
+def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, list[bool], list[bool], str]]:
+    """Whose answers and which loss, whether each worked problem and each other one is right after it, preferred pairs."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -206,22 +217,27 @@ def one_seed(seed: int, sft_steps: int, steps: int, problems: int) -> Iterator[t
         DiffusionSFTTrainer,
         load_diffusion_model,
     )
+    from llm_diffusion.answer_sampling import sample_answers
     from llm_diffusion.evaluation import evaluate_answers
+    from llm_diffusion.preference_files import pairs_from_answers
     from llm_diffusion.preferences import preference_pairs
+    from llm_diffusion.problems import read_problem
     from llm_diffusion.tiny import tiny_dataset
 
-    held_out = list(tiny_dataset(problems, seed=99, split="test", kinds=("arithmetic",)))
-    rest = list(tiny_dataset(40 * len(OTHER_KINDS), seed=99, split="test", kinds=OTHER_KINDS))
-    pairs = preference_pairs(tiny_dataset(2000, seed=1000 + seed, kinds=("arithmetic",)), seed=seed)
-    chosen = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
+    held_out = list(tiny_dataset(args.problems, seed=99, split="test", kinds=("arithmetic",)))
+    rest = list(tiny_dataset(args.problems // 2, seed=99, split="test", kinds=OTHER_KINDS))
+    kinds = (("arithmetic",), OTHER_KINDS)  # half of the records each
+    records = [
+        r
+        for i, own in enumerate(kinds)
+        for r in tiny_dataset(args.records // 2, seed=1000 * i + 1000 + seed, kinds=own)
+    ]
     model, tokenizer = load_diffusion_model("tiny", attention="block", device="cpu")
 
-    def measured(name: str, preferred: str = "") -> tuple[str, list[bool], float, str]:
+    def right(examples: list[dict]) -> list[bool]:
         model.eval()
-        settings = {"max_new_tokens": 80, "threshold": 0.98}
-        said = evaluate_answers(model, tokenizer, held_out, **settings).answers
-        right = [a.strip() == e["messages"][-1]["content"] for a, e in zip(said, held_out, strict=True)]
-        return name, right, evaluate_answers(model, tokenizer, rest, **settings).mean, preferred
+        said = evaluate_answers(model, tokenizer, examples, max_new_tokens=80, threshold=0.98).answers
+        return [a.strip() == e["messages"][-1]["content"] for a, e in zip(said, examples, strict=True)]
 
     with tempfile.TemporaryDirectory() as folder:
         common = {
@@ -236,42 +252,49 @@ def one_seed(seed: int, sft_steps: int, steps: int, problems: int) -> Iterator[t
             "use_cpu": True,
             "lr_scheduler_type": "cosine",
         }
-        short = {**common, "max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 5e-4}
-        first = {
-            "max_steps": sft_steps,
-            "per_device_train_batch_size": 32,
-            "learning_rate": 2e-3,
-            "ar_loss_weight": 0.5,
-        }
+        short = {**common, "max_steps": args.steps, "per_device_train_batch_size": 8, "learning_rate": 5e-4}
         sft = DiffusionSFTTrainer(
             model,
-            DiffusionSFTConfig(**common, **first),
-            train_dataset=tiny_dataset(32 * sft_steps, seed=seed),
+            DiffusionSFTConfig(
+                **common,
+                max_steps=args.sft_steps,
+                per_device_train_batch_size=32,
+                learning_rate=2e-3,
+                ar_loss_weight=0.5,
+            ),
+            train_dataset=tiny_dataset(32 * args.sft_steps, seed=seed),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
         sft.train()
         model = sft.model
+        yield *BEFORE, right(held_out), right(rest), ""
         start = {name: weight.clone() for name, weight in model.state_dict().items()}
-        yield measured("before")
-        DiffusionSFTTrainer(
-            model,
-            DiffusionSFTConfig(**short, ar_loss_weight=0.5),
-            train_dataset=chosen,
-            processing_class=tokenizer,
-        ).train()
-        yield measured("fine-tuning on the chosen answers")
-        for weights, beta in LOSSES:
+        asked = [read_problem(record) for record in records]
+        said = sample_answers(model, tokenizer, asked, 1, seed, temperature=0, threshold=0.9, max_new_tokens=80)
+        sources = {"injected errors": preference_pairs(records, seed), "its own errors": pairs_from_answers(said)}
+        for source, pairs in sources.items():
+            pairs = pairs.shuffle(seed=seed)
+            chosen = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
             model.load_state_dict(start)
-            losses = {"beta": beta, "num_draws": 2, "loss_type": ["sigmoid", "sft"], "loss_weights": weights}
-            dpo = DiffusionDPOTrainer(
-                model, args=DiffusionDPOConfig(**short, **losses), train_dataset=pairs, processing_class=tokenizer
-            )
-            dpo.train()
-            seen = [row["rewards/accuracies"] for row in dpo.state.log_history if "rewards/accuracies" in row]
-            name = f"{weights[0]:g} sigmoid + {weights[1]:g} sft, beta {beta:g}"
-            yield measured(name, f"{100 * seen[-1]:.0f}" if seen else "")
-            model.delete_adapter("ref")
+            DiffusionSFTTrainer(
+                model,
+                DiffusionSFTConfig(**short, ar_loss_weight=0.5),
+                train_dataset=chosen,
+                processing_class=tokenizer,
+            ).train()
+            yield source, "fine-tuning", right(held_out), right(rest), ""
+            for weight in WEIGHTS:
+                model.load_state_dict(start)
+                losses = {"num_draws": 2, "loss_type": ["sigmoid", "sft"], "loss_weights": [weight, 1.0]}
+                dpo = DiffusionDPOTrainer(
+                    model, args=DiffusionDPOConfig(**short, **losses), train_dataset=pairs, processing_class=tokenizer
+                )
+                dpo.train()
+                seen = [row["rewards/accuracies"] for row in dpo.state.log_history if "rewards/accuracies" in row]
+                preferred = f"{100 * seen[-1]:.0f}" if seen else ""
+                yield source, f"{weight:g} sigmoid + sft", right(held_out), right(rest), preferred
+                model.delete_adapter("ref")
 
 
 def main() -> None:
@@ -288,9 +311,10 @@ def main() -> None:
     three.add_argument("--seeds", type=int, nargs="+", default=[0])
     three.add_argument("--sft-steps", type=int, default=70)
     three.add_argument("--steps", type=int, default=60, help="of pairs")
+    three.add_argument("--records", type=int, default=3000, help="that errors are put in, or that the model answers")
     three.add_argument("--problems", type=int, default=2000)
     three.add_argument("--quick", action="store_true")
-    three.add_argument("--output")
+    three.add_argument("--output", help="file of the table")
     three.set_defaults(run=answers)
     args = parser.parse_args()
     args.run(args)
