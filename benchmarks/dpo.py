@@ -9,7 +9,8 @@
 Memory is measured as in `benchmarks/memory.py`: every case in a process of its own, growth of the resident set's high-water mark on
 a CPU, `torch.cuda.max_memory_allocated` on CUDA.
 Answers: the tiny model is converted and stopped early, at 60 to 85 % of the worked problems, then trained on pairs whose wrong answers are
-injected errors or its own, or on their right answers alone; the same held-out problems are answered before and after.
+injected errors or its own, or on their right answers alone, of all problems or of those that it failed; the same held-out problems are
+answered before and after.
 Trade-off: a model of two million parameters. Alternative: real checkpoints, which need a hub and a GPU.
 """
 
@@ -32,8 +33,6 @@ from memory import ALLOCATOR, GIB, QUIET, build_model, config_of, resident
 
 KL = 0.05  # nats a token between policy and reference
 OTHER_KINDS = ("sort", "reverse", "compare", "fill", "sudoku")
-BEFORE = ("", "before")
-WEIGHTS = (1.0, 0.1)  # of the preference beside the fine-tuning term
 
 
 def noise(args: argparse.Namespace) -> None:
@@ -170,8 +169,8 @@ def answers(args: argparse.Namespace) -> None:
     """Exact match before and after preferences: every training from the same fine-tuned model, as many steps on as many answers."""
     if args.quick:
         args.sft_steps, args.steps, args.records, args.problems = 2, 2, 60, 20
-    head = ("seed", "answers", "loss", "worked problems, %", "over before", "over fine-tuning on them")
-    head = (*head, "other kinds, %", "over before", "preferred, %")
+    head = ("seed", "problems", "trained by", "worked problems, %", "over before", "other kinds, %", "over before")
+    head = (*head, "preferred, %")
     lines = [
         f"`python benchmarks/dpo.py answers --seeds {' '.join(map(str, args.seeds))}`: {args.sft_steps} steps of fine-tuning, then "
         f"{args.steps} of 8 answers or pairs, 2 draws, learning rate 5e-4; {args.problems} held-out worked problems and "
@@ -181,16 +180,12 @@ def answers(args: argparse.Namespace) -> None:
     ]
     print("\n".join(lines), flush=True)
     for seed in args.seeds:
-        found: dict[tuple[str, str], tuple[list[bool], list[bool]]] = {}
-        for source, loss, *right, preferred in one_seed(seed, args):
-            found[source, loss] = right
-            share = [f"{100 * sum(part) / len(part):.1f}" for part in right]
-            before = [
-                gain(found[BEFORE][part], right[part], seed) if found[BEFORE] is not right else "" for part in (0, 1)
-            ]
-            tuned = found.get((source, "fine-tuning"), right)
-            over = gain(tuned[0], right[0], seed) if tuned is not right else ""
-            row = (seed, source, loss, share[0], before[0], over, share[1], before[1], preferred)
+        before = None
+        for source, training, *right, preferred in one_seed(seed, args):
+            worked, others = (f"{100 * sum(part) / len(part):.1f}" for part in right)
+            gains = ["", ""] if before is None else [gain(a, b, seed) for a, b in zip(before, right, strict=True)]
+            before = before or right
+            row = (seed, source, training, worked, gains[0], others, gains[1], preferred)
             lines.append(f"| {' | '.join(map(str, row))} |")
             print(lines[-1], flush=True)
             if args.output:
@@ -219,6 +214,7 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
     )
     from llm_diffusion.answer_sampling import sample_answers
     from llm_diffusion.evaluation import evaluate_answers
+    from llm_diffusion.patching import base_of
     from llm_diffusion.preference_files import pairs_from_answers
     from llm_diffusion.preferences import preference_pairs
     from llm_diffusion.problems import read_problem
@@ -268,32 +264,46 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
         )
         sft.train()
         model = sft.model
-        yield *BEFORE, right(held_out), right(rest), ""
+        yield "", "before", right(held_out), right(rest), ""
         start = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+        def restart() -> None:
+            model.load_state_dict(start)
+            base_of(model).config.diffusion["conversion_steps"] = args.sft_steps  # which masks are keyed by
+
         asked = [read_problem(record) for record in records]
         said = sample_answers(model, tokenizer, asked, 1, seed, temperature=0, threshold=0.9, max_new_tokens=80)
-        sources = {"injected errors": preference_pairs(records, seed), "its own errors": pairs_from_answers(said)}
-        for source, pairs in sources.items():
-            pairs = pairs.shuffle(seed=seed)
-            chosen = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
-            model.load_state_dict(start)
+        wrong = pairs_from_answers(said)
+        failed = {json.dumps(row["prompt"]) for row in wrong}
+        hard = [r for r, problem in zip(records, asked, strict=True) if json.dumps(problem.prompt) in failed]
+        for source, chosen, trainings in (
+            ("all", preference_pairs(records, seed), (("injected", None, 1.0), ("injected", None, 0.1))),
+            ("those it failed", wrong, (("its own", None, 1.0), ("injected", preference_pairs(hard, seed), 0.1))),
+        ):
+            chosen = chosen.shuffle(seed=seed)
+            restart()
             DiffusionSFTTrainer(
                 model,
                 DiffusionSFTConfig(**short, ar_loss_weight=0.5),
-                train_dataset=chosen,
+                train_dataset=Dataset.from_list(
+                    [{"prompt": row["prompt"], "completion": row["chosen"]} for row in chosen]
+                ),
                 processing_class=tokenizer,
             ).train()
             yield source, "fine-tuning", right(held_out), right(rest), ""
-            for weight in WEIGHTS:
-                model.load_state_dict(start)
+            for errors, pairs, weight in trainings:
+                restart()
                 losses = {"num_draws": 2, "loss_type": ["sigmoid", "sft"], "loss_weights": [weight, 1.0]}
                 dpo = DiffusionDPOTrainer(
-                    model, args=DiffusionDPOConfig(**short, **losses), train_dataset=pairs, processing_class=tokenizer
+                    model,
+                    args=DiffusionDPOConfig(**short, **losses),
+                    train_dataset=pairs.shuffle(seed=seed) if pairs else chosen,
+                    processing_class=tokenizer,
                 )
                 dpo.train()
                 seen = [row["rewards/accuracies"] for row in dpo.state.log_history if "rewards/accuracies" in row]
                 preferred = f"{100 * seen[-1]:.0f}" if seen else ""
-                yield source, f"{weight:g} sigmoid + sft", right(held_out), right(rest), preferred
+                yield source, f"{weight:g} sigmoid + sft, {errors} errors", right(held_out), right(rest), preferred
                 model.delete_adapter("ref")
 
 
