@@ -3,7 +3,8 @@
     python benchmarks/dpo.py noise                   # spread of the preference score on the exact Markov chain, a minute
     python benchmarks/dpo.py memory                  # peak of a step with 1 and with 8 draws, CPU, fp32, three minutes (Linux)
     python benchmarks/dpo.py memory --device cuda    # LLaDA-8B's shape, random weights, nf4, 512 tokens, batch 1: peak and tokens/s
-    python benchmarks/dpo.py answers --seeds 0 1 2   # exact match on worked problems before and after, an hour
+    python benchmarks/dpo.py estimate                # what that should take, from the config alone, a minute
+    python benchmarks/dpo.py answers --seeds 0 1 2   # exact match on worked problems before and after, hours
     python benchmarks/dpo.py answers --quick         # the same with few steps and problems: only that it runs
 
 Memory is measured as in `benchmarks/memory.py`: every case in a process of its own, growth of the resident set's high-water mark on
@@ -117,6 +118,21 @@ def train_pairs(model: Any, draws: int, length: int, rows: int, device: str, che
     return clock.took
 
 
+def llada_8b() -> Any:
+    from transformers import LlamaConfig
+
+    shape = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "vocab_size": 126464}
+    return LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=32, rope_theta=500000.0)
+
+
+def estimate(args: argparse.Namespace) -> None:
+    """GiB of a step of LLaDA-8B's shape under QLoRA with checkpointing, one pair of 512 tokens."""
+    from llm_diffusion.analysis import analyze
+
+    for part, size in analyze(llada_8b(), batch_size=2, length=512).training["qlora"].items():  # a pair is two rows
+        print(f"{part:12s}{size:6.2f}")
+
+
 def measure(case: str, device: str) -> dict[str, float]:
     """One case in this process -> peak bytes of training, weights included."""
     import torch
@@ -126,14 +142,10 @@ def measure(case: str, device: str) -> dict[str, float]:
     train_pairs(build_model(small, "lora", device), draws, 64, 1, device, checkpointing)
     gc.collect()
     if device == "cuda":
-        from transformers import LlamaConfig
-
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        shape = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "vocab_size": 126464}
-        config = LlamaConfig(**shape, num_attention_heads=32, num_key_value_heads=32, rope_theta=500000.0)
-        took = train_pairs(build_model(config, "qlora", device), draws, 512, 1, device, checkpointing)
+        took = train_pairs(build_model(llada_8b(), "qlora", device), draws, 512, 1, device, checkpointing)
         # Two rows of 512 tokens, each scored by policy and reference and once more with gradient.
         return {"peak": torch.cuda.max_memory_allocated() - before, "tokens_per_second": 1024 / took}
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -169,8 +181,8 @@ def answers(args: argparse.Namespace) -> None:
     """Exact match before and after preferences: every training from the same fine-tuned model, as many steps on as many answers."""
     if args.quick:
         args.sft_steps, args.steps, args.records, args.problems = 2, 2, 60, 20
-    head = ("seed", "problems", "trained by", "worked problems, %", "over before", "other kinds, %", "over before")
-    head = (*head, "preferred, %")
+    points = "over before"
+    head = ("seed", "problems", "trained by", "worked problems, %", points, "other kinds, %", points, "preferred, %")
     lines = [
         f"`python benchmarks/dpo.py answers --seeds {' '.join(map(str, args.seeds))}`: {args.sft_steps} steps of fine-tuning, then "
         f"{args.steps} of 8 answers or pairs, 2 draws, learning rate 5e-4; {args.problems} held-out worked problems and "
@@ -201,7 +213,7 @@ def gain(before: list[bool], after: list[bool], seed: int) -> str:
 
 
 def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, list[bool], list[bool], str]]:
-    """Whose answers and which loss, whether each worked problem and each other one is right after it, preferred pairs."""
+    """Problems and training, whether each worked problem and each other one is right after it, percent of pairs preferred."""
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -273,20 +285,19 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
 
         asked = [read_problem(record) for record in records]
         said = sample_answers(model, tokenizer, asked, 1, seed, temperature=0, threshold=0.9, max_new_tokens=80)
-        wrong = pairs_from_answers(said)
-        failed = {json.dumps(row["prompt"]) for row in wrong}
+        every, own = preference_pairs(records, seed), pairs_from_answers(said)
+        failed = {json.dumps(row["prompt"]) for row in own}
         hard = [r for r, problem in zip(records, asked, strict=True) if json.dumps(problem.prompt) in failed]
         for source, chosen, trainings in (
-            ("all", preference_pairs(records, seed), (("injected", None, 1.0), ("injected", None, 0.1))),
-            ("those it failed", wrong, (("its own", None, 1.0), ("injected", preference_pairs(hard, seed), 0.1))),
+            ("all", every, (("injected", every, 1.0), ("injected", every, 0.1))),
+            ("those it failed", own, (("its own", own, 1.0), ("injected", preference_pairs(hard, seed), 0.1))),
         ):
-            chosen = chosen.shuffle(seed=seed)
             restart()
             DiffusionSFTTrainer(
                 model,
                 DiffusionSFTConfig(**short, ar_loss_weight=0.5),
                 train_dataset=Dataset.from_list(
-                    [{"prompt": row["prompt"], "completion": row["chosen"]} for row in chosen]
+                    [{"prompt": row["prompt"], "completion": row["chosen"]} for row in chosen.shuffle(seed=seed)]
                 ),
                 processing_class=tokenizer,
             ).train()
@@ -297,7 +308,7 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
                 dpo = DiffusionDPOTrainer(
                     model,
                     args=DiffusionDPOConfig(**short, **losses),
-                    train_dataset=pairs.shuffle(seed=seed) if pairs else chosen,
+                    train_dataset=pairs.shuffle(seed=seed),
                     processing_class=tokenizer,
                 )
                 dpo.train()
@@ -317,10 +328,11 @@ def main() -> None:
     two.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     two.add_argument("--measure", help=argparse.SUPPRESS)
     two.set_defaults(run=memory)
+    commands.add_parser("estimate").set_defaults(run=estimate)
     three = commands.add_parser("answers")
     three.add_argument("--seeds", type=int, nargs="+", default=[0])
     three.add_argument("--sft-steps", type=int, default=70)
-    three.add_argument("--steps", type=int, default=60, help="of pairs")
+    three.add_argument("--steps", type=int, default=60, help="of the trainings that are compared")
     three.add_argument("--records", type=int, default=3000, help="that errors are put in, or that the model answers")
     three.add_argument("--problems", type=int, default=2000)
     three.add_argument("--quick", action="store_true")
