@@ -40,10 +40,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from llm_diffusion import attention
-from llm_diffusion.attention_masks import additive
-from llm_diffusion.modeling import convert_to_diffusion, load_diffusion_model
-from llm_diffusion.tiny import TINY_MODEL_PATH
+from llm_diffusion.models import attention
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
+from llm_diffusion.models.conversion import convert_to_diffusion
+from llm_diffusion.models.loading import load_diffusion_model
+from llm_diffusion.objective.attention_masks import additive
 
 KERNELS = ("sdpa", "eager")
 VOCAB, STD = 512, 0.2
@@ -732,7 +733,9 @@ def main() -> int:
     if options.list:
         print("\n".join(names))
         return 0
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["transformers", "peft", "llm_diffusion.modeling"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["transformers", "peft", "llm_diffusion.models.conversion"]
+    )
     with ThreadPoolExecutor(options.workers) as pool:
         all_found = list(pool.map(lambda name: isolated(name, options.timeout), names))
     text = summary(all_found)

@@ -19,8 +19,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llm_diffusion import load_diffusion_model, patch_causal_attention, probe_attention
-from llm_diffusion.attention import METHODS
-from llm_diffusion.attention_masks import annealed
+from llm_diffusion.models.attention import METHODS
+from llm_diffusion.objective.attention_masks import annealed
 
 SHAPES = {
     "cpu": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8},

@@ -28,8 +28,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from llm_diffusion import convert_to_diffusion, generate, load_diffusion_model
-from llm_diffusion.evaluation import encode_prompts, evaluate_answers
-from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
+from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.evaluation.answers import encode_prompts, evaluate_answers
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 # hidden size, layers, heads, heads of keys, intermediate size, tied
 SHAPES = {

@@ -72,7 +72,7 @@ def train_pairs(model: Any, draws: int, length: int, rows: int, device: str, che
     from transformers import AutoTokenizer, TrainerCallback
 
     from llm_diffusion import DiffusionDPOConfig, DiffusionDPOTrainer, convert_to_diffusion
-    from llm_diffusion.tiny import TINY_MODEL_PATH
+    from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -206,7 +206,7 @@ def answers(args: argparse.Namespace) -> None:
 
 def gain(before: list[bool], after: list[bool], seed: int) -> str:
     """Points of `after` over `before`, on the same problems."""
-    from llm_diffusion.comparison import paired
+    from llm_diffusion.evaluation.statistics import paired
 
     found = paired("", {"before": before, "after": after}, seed).differences[0]
     return f"{found.points:+.1f} [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
@@ -224,13 +224,13 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
         DiffusionSFTTrainer,
         load_diffusion_model,
     )
-    from llm_diffusion.answer_sampling import sample_answers
-    from llm_diffusion.evaluation import evaluate_answers
-    from llm_diffusion.patching import base_of
-    from llm_diffusion.preference_files import pairs_from_answers
-    from llm_diffusion.preferences import preference_pairs
-    from llm_diffusion.problems import read_problem
-    from llm_diffusion.tiny import tiny_dataset
+    from llm_diffusion.data.tiny import tiny_dataset
+    from llm_diffusion.evaluation.answer_sampling import sample_answers
+    from llm_diffusion.evaluation.answers import evaluate_answers
+    from llm_diffusion.models.patching import base_of
+    from llm_diffusion.reasoning.pairs import preference_pairs
+    from llm_diffusion.reasoning.preference_files import pairs_from_answers
+    from llm_diffusion.reasoning.problems import read_problem
 
     held_out = list(tiny_dataset(args.problems, seed=99, split="test", kinds=("arithmetic",)))
     rest = list(tiny_dataset(args.problems // 2, seed=99, split="test", kinds=OTHER_KINDS))

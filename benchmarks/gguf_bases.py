@@ -93,7 +93,7 @@ def write_model(path: Path, shape: dict[str, int], kind: str) -> int:
     import torch
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    from llm_diffusion.tiny import TINY_MODEL_PATH
+    from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
     torch.manual_seed(0)
     # The head size of 128 is Qwen3's default: GGUF metadata do not have it.

@@ -32,12 +32,14 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model, lossless_decoding
-from llm_diffusion.data import as_prompt_completion
-from llm_diffusion.denoising import record_of
-from llm_diffusion.evaluation import encode_prompts, evaluate_answers
-from llm_diffusion.generation import generate
-from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
+from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
+from llm_diffusion.data.datasets import as_prompt_completion
+from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.evaluation.answers import encode_prompts, evaluate_answers
+from llm_diffusion.generation.generate import generate
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
+from llm_diffusion.models.record import record_of
+from llm_diffusion.speculative import decoding as lossless_decoding
 
 NEW = 80
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Measures the peak memory of real training steps beside the estimates of `llm_diffusion.training_memory`.
+"""Measures the peak memory of real training steps beside the estimates of `llm_diffusion.models.memory`.
 
     python benchmarks/memory.py                  # CPU, fp32, random models of 80 to 90 million parameters, ten minutes (Linux)
     python benchmarks/memory.py --device cuda    # CUDA, bf16: Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes; 48 GB, 20 GB of disk
@@ -165,7 +165,7 @@ def build_model(config: Any, kind: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llm_diffusion.hub import quantization_config
+    from llm_diffusion.models.checkpoints import quantization_config
 
     torch.manual_seed(0)
     if device == "cpu":
@@ -204,7 +204,7 @@ def train(model: Any, case: Case, device: str) -> None:
     from transformers import AutoTokenizer
 
     from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
-    from llm_diffusion.tiny import TINY_MODEL_PATH
+    from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
     _, kind, rows, length, attention, checkpointing = case
     lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -269,7 +269,7 @@ def measure(name: str, device: str) -> dict[str, float]:
 
 def run_case(name: str, device: str) -> dict[str, Any]:
     """Measures a case in a fresh process and estimates it in this one."""
-    from llm_diffusion.training_memory import ModelMemory, TrainingSetup
+    from llm_diffusion.models.memory import ModelMemory, TrainingSetup
 
     shape, kind, rows, length, attention, checkpointing = CASES[device][name]
     setup = TrainingSetup(kind, rows, length, 16, attention, checkpointing)

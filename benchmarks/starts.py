@@ -27,10 +27,10 @@ from recipes import CO_LOSS, common_settings
 from trl import SFTConfig, SFTTrainer
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
-from llm_diffusion.end_report import COLUMNS, foresee_ends
-from llm_diffusion.evaluation import evaluate_answers
-from llm_diffusion.generation_metrics import distinct_n
-from llm_diffusion.modeling import convert_to_diffusion
+from llm_diffusion.evaluation.answers import evaluate_answers
+from llm_diffusion.evaluation.ends import COLUMNS, foresee_ends
+from llm_diffusion.evaluation.metrics import distinct_n
+from llm_diffusion.models.conversion import convert_to_diffusion
 from llm_diffusion.pipelines import continue_from_left, scratch_model, surprise
 
 SHAPE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256}

@@ -94,7 +94,7 @@ def trainer_of(which: str, case: str, device: str, steps: int, small: bool = Fal
     from trl import SFTConfig, SFTTrainer
 
     from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
-    from llm_diffusion.tiny import TINY_MODEL_PATH
+    from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
     shape, kind, rows, length, settings = {**CASES, **GPU_CASES}[case]
     changes = {"num_hidden_layers": 1, "vocab_size": 1024} if small else {}
@@ -132,8 +132,8 @@ def trainer_of(which: str, case: str, device: str, steps: int, small: bool = Fal
 
 def full_logits(host: type) -> type:
     """Our trainer with the loss that most write first: logits of all tokens, then the masked ones among them."""
-    from llm_diffusion.losses import entropy, token_nll
-    from llm_diffusion.trainers.scoring import Scores
+    from llm_diffusion.objective.losses import entropy, token_nll
+    from llm_diffusion.training.scoring import Scores
 
     class FullLogits(host):
         def _score(self, model: Any, noisy: dict[str, Any], listening: bool = False) -> Any:
@@ -255,7 +255,8 @@ def packing_waste(max_length: int = 512, examples: int = 2000) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
-    from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset
+    from llm_diffusion.data.tiny import tiny_dataset
+    from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
     trainer = DiffusionSFTTrainer(
         AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH),

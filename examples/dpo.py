@@ -16,8 +16,8 @@ from datasets import load_dataset
 from peft import LoraConfig, PeftModel
 
 import llm_diffusion as ld
-from llm_diffusion.preferences import preference_pairs
-from llm_diffusion.tiny import tiny_dataset
+from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.reasoning.pairs import preference_pairs
 
 
 def main() -> None:

@@ -26,7 +26,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from llm_diffusion.tiny import KINDS, LEFT_TO_RIGHT_KINDS, is_right, tiny_examples
+from llm_diffusion.data.tiny import (
+    KINDS,
+    LEFT_TO_RIGHT_KINDS,
+    is_right,
+    tiny_examples,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

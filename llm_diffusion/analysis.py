@@ -1,7 +1,7 @@
 """What a model is made of, what it needs in memory, and which cards train it: `llm-diffusion analyze`.
 
 Everything comes from the config; weights are never loaded. To be counted, the model is built on the meta device; what training
-needs is traced, see `training_memory`.
+needs is traced, see `memory`.
 Trade-off: what does not fit is answered with the first changes that help, in a fixed order. Alternative: a search over all settings,
 whose answer nobody could foresee.
 """
@@ -16,10 +16,22 @@ import transformers
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
-from .attention import in_attention
-from .hub import adapter_base, from_hub, is_adapter, resolve_path
-from .probing import recurrent_layers
-from .training_memory import GIB, KINDS, NF4_BITS, PAGED, ModelMemory, TrainingSetup
+from .models.attention import in_attention
+from .models.checkpoints import (
+    adapter_base,
+    from_hub,
+    is_adapter,
+    resolve_path,
+)
+from .models.memory import (
+    GIB,
+    KINDS,
+    NF4_BITS,
+    PAGED,
+    ModelMemory,
+    TrainingSetup,
+)
+from .models.probing import recurrent_layers
 
 CARDS = {"RTX 4080": 16, "RTX A4500": 20, "RTX 3090/4090": 24, "RTX A6000": 48, "A100/H100": 80}  # GiB
 CUDA_CONTEXT_GIB = 1.0  # driver, kernels, cuBLAS workspaces

@@ -15,10 +15,8 @@ import torch
 from loguru import logger
 from trl import SFTConfig, SFTTrainer
 
-from .callbacks import plot_loss
 from .config import HyperParameters, stages_of
-from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
-from .hub import best_device, check_device, quantization_config
+from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_splits
 from .job import (
     SETTINGS,
     check_same_settings,
@@ -29,10 +27,17 @@ from .job import (
     train_stages,
     training_arguments,
 )
-from .mask_token import use_tokens
-from .patching import base_of
-from .pipelines import check_positions, continue_from_left, load_autoregressive, scratch_model
-from .trainers.preparation import clean_prompts
+from .models.checkpoints import best_device, check_device, quantization_config
+from .models.patching import base_of
+from .models.special_tokens import use_tokens
+from .pipelines import (
+    check_positions,
+    continue_from_left,
+    load_autoregressive,
+    scratch_model,
+)
+from .training.callbacks import plot_loss
+from .training.preparation import clean_prompts
 
 
 def trainer(

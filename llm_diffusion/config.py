@@ -25,14 +25,14 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GenerationConfig
 from trl import SFTConfig
 
-from .conversion import TRAINS
 from .diffugpt_config import is_diffugpt_config, read_diffugpt_config, strip_comments
-from .generation_config import DiffusionGenerationConfig
-from .mask_token import TOKEN_IDS
+from .generation.config import DiffusionGenerationConfig
+from .models.special_tokens import TOKEN_IDS
 from .pipelines import check_pipeline as known_pipeline
 from .pipelines import check_scratch
-from .trainers.dpo_config import DiffusionDPOConfig
-from .trainers.sft_config import DiffusionSFTConfig
+from .training.dpo_config import DiffusionDPOConfig
+from .training.sft_config import DiffusionSFTConfig
+from .training.stages import TRAINS
 
 PRESETS = Path(__file__).parent / "presets"
 SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -44,7 +44,7 @@ class HyperParameters:
 
     Keys beyond these are fields of `DiffusionSFTConfig` and go into `training`; `pretrain_config` and `sft_config` hold such
     fields for one phase alone, `dpo_config` fields of `DiffusionDPOConfig`. Preferences are the pairs of `preference_dataset`, or
-    injected errors in the training data's answers (see `preferences`). `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
+    injected errors in the training data's answers (see `pairs`). `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
     "everything", see `conversion.select_parameters`), and fields for it alone. `model_init_kwargs` are keywords of
     `from_pretrained`: `device_map`, `max_memory`, `attn_implementation`, `gguf_file`, `revision`, …
     `pipeline` "arm" trains and decodes from left to right, by TRL's own trainer. `scratch` (`n_embd`, `n_layer`, `n_head`,

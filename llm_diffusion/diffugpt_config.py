@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from .unmasking import CONFIDENCES
+from .generation.commit_rules import CONFIDENCES
 
 NUMBER = (int, float)
 GPT2, DIFFUGPT = "openai-community/gpt2", "diffusionfamily/diffugpt-s"

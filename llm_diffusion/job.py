@@ -22,24 +22,38 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
-from .attention import in_attention
-from .callbacks import AnswersCallback, LogLinesCallback, plot_loss
-from .config import DPO, DPO_KEYS, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of
-from .conversion import Stage, run_stages, stage_folders
-from .data import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
-from .end_report import foresee_ends, plot_ends
-from .evaluation import AnswerReport, answered_by_base, evaluate_answers
-from .hub import best_device, check_device, quantization_config
-from .mask_token import use_tokens
-from .modeling import CONVERSION_OPTIONS, convert_to_diffusion, load_diffusion_model
-from .patching import base_of
+from .config import (
+    DPO,
+    DPO_KEYS,
+    SEED_LORA_TARGETS,
+    HyperParameters,
+    as_dict,
+    stages_of,
+)
+from .data.datasets import (
+    DEBUG_EXAMPLES,
+    PLAIN_CHAT_TEMPLATE,
+    load_preference_splits,
+    load_splits,
+)
+from .evaluation.answers import AnswerReport, answered_by_base, evaluate_answers
+from .evaluation.callbacks import AnswersCallback
+from .evaluation.ends import foresee_ends, plot_ends
+from .evaluation.job_report import decoding, show
+from .models.attention import in_attention
+from .models.checkpoints import best_device, check_device, quantization_config
+from .models.conversion import CONVERSION_OPTIONS, convert_to_diffusion
+from .models.loading import load_diffusion_model
+from .models.patching import base_of
+from .models.special_tokens import use_tokens
 from .pipelines import check_positions, scratch_model
-from .preferences import preference_pairs
-from .report import decoding, show
-from .trainers.dpo_config import DiffusionDPOConfig
-from .trainers.preference_preparation import check_pairs
-from .trainers.sft import DiffusionSFTTrainer
-from .trainers.sft_config import DiffusionSFTConfig
+from .reasoning.pairs import preference_pairs
+from .training.callbacks import LogLinesCallback, plot_loss
+from .training.dpo_config import DiffusionDPOConfig
+from .training.preference_preparation import check_pairs
+from .training.sft import DiffusionSFTTrainer
+from .training.sft_config import DiffusionSFTConfig
+from .training.stages import Stage, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
 # Settings of the other phases that mean something else to preferences, whose own are in `dpo_config`.

@@ -100,7 +100,12 @@ def convert(
 ) -> None:
     """Convert MODEL in three stages (attention, diffusion, recovery), from analysis to evaluation."""
     with one_line_errors():
-        from .config import build, layers, merge, read_preset
+        from .config import (
+            build,
+            layers,
+            merge,
+            read_preset,
+        )
         from .job import run
 
         given = layers(preset, config, hyper_parameters_json)
@@ -165,7 +170,7 @@ def analyze(
         if json_path is not None:
             Path(json_path).expanduser().write_text(json.dumps(asdict(analysis), indent=1) + "\n")
         if download:
-            from .hub import download as fetch
+            from .models.checkpoints import download as fetch
 
             console.print(f"weights: {fetch(model)}", markup=False)
 
@@ -185,8 +190,8 @@ def analyze(
 def prepare_data(source: str, output: str, **options: Any) -> None:
     """Tokenise SOURCE once: a file or folder of txt, JSONL or Parquet, a .bin of token ids, or a hub name, streamed."""
     with one_line_errors():
+        from .data.prepare import Preparation, prepare
         from .job import check_writable
-        from .prepare_data import Preparation, prepare
 
         quiet_hosts()
         import datasets
@@ -266,7 +271,7 @@ def by_diffusion(
         return
     from rich.console import Console
 
-    from .watching import Watch
+    from .generation.watching import Watch
 
     console = Console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
     for prompt in prompts:
@@ -359,10 +364,10 @@ def prefer(
         from collections import Counter
 
         from .job import check_writable
-        from .llm_judge import LLMJudge
-        from .preference_files import checked_pairs, pairs_from_answers, write_rows
-        from .preferences import preference_pairs
-        from .problems import load_records, read_problem
+        from .reasoning.judge import LLMJudge
+        from .reasoning.pairs import preference_pairs
+        from .reasoning.preference_files import checked_pairs, pairs_from_answers, write_rows
+        from .reasoning.problems import load_records, read_problem
 
         quiet_hosts()
         check_writable(Path(output).expanduser().parent, "--output")
@@ -374,7 +379,7 @@ def prefer(
         asked = LLMJudge(judge, judge_model or "") if judge else None
         records = load_records(source, limit, seed=seed)
         if from_model is not None:
-            from .answer_sampling import sample_answers
+            from .evaluation.answer_sampling import sample_answers
 
             inference = load_inference(from_model, settings)
             rows = sample_answers(
@@ -418,10 +423,10 @@ def compare(source: str, models: tuple[str, ...], limit: int | None, settings: s
 
         from rich.console import Console
 
-        from .comparison import answer_problems
-        from .comparison import compare as compare_answers
+        from .evaluation.statistics import answer_problems
+        from .evaluation.statistics import compare as compare_answers
         from .job import check_writable
-        from .problems import load_records, read_problem
+        from .reasoning.problems import load_records, read_problem
 
         quiet_hosts()
         if len(set(models)) < len(models):
@@ -479,7 +484,7 @@ def progress_bar(what: str) -> Any:
 def evaluate(model: str, output: str, **options: Any) -> None:
     """Measure a converted MODEL beside its AR base: likelihood, tasks, answers, speed; one report."""
     with one_line_errors():
-        from .evaluation_command import run
+        from .evaluation.command import run
         from .job import check_writable
 
         quiet_hosts()
@@ -491,7 +496,7 @@ def evaluate(model: str, output: str, **options: Any) -> None:
 
 def load_inference(model: str, settings: str) -> Any:
     from .config import read_mapping
-    from .inference import DiffusionInference, default_decoding
+    from .generation.inference import DiffusionInference, default_decoding
 
     quiet_hosts()
     chosen = read_mapping(settings, "--settings")

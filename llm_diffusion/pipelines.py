@@ -30,8 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .diffugpt import load_published, name_mask
-from .hub import (
+from .generation.inference import DiffusionInference
+from .models.checkpoints import (
     adapter_base,
     best_device,
     check_device,
@@ -41,10 +41,10 @@ from .hub import (
     local_file,
     resolve_path,
 )
-from .inference import DiffusionInference
-from .modeling import SIDECAR
-from .patching import base_of
-from .probing import probe_attention
+from .models.diffugpt import load_published, name_mask
+from .models.patching import base_of
+from .models.probing import probe_attention
+from .models.record import SIDECAR
 
 PIPELINES = ("arm", "diffusion")
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")

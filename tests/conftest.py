@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llm_diffusion.attention import patch_causal_attention
-from llm_diffusion.modeling import load_diffusion_model
-from llm_diffusion.tiny import TINY_MODEL_PATH
+from llm_diffusion.models.attention import patch_causal_attention
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
+from llm_diffusion.models.loading import load_diffusion_model
 
 
 def _random_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:

@@ -17,8 +17,13 @@ from llm_diffusion.analysis import (
     analyze,
     load_config,
 )
-from llm_diffusion.tiny import TINY_MODEL_PATH
-from llm_diffusion.training_memory import GIB, KINDS, ModelMemory, TrainingSetup
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
+from llm_diffusion.models.memory import (
+    GIB,
+    KINDS,
+    ModelMemory,
+    TrainingSetup,
+)
 
 SMALL = {
     "vocab_size": 576,

@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_diffusion import load_diffusion_model, probe_attention
 from llm_diffusion.autoregressive import trainer
-from llm_diffusion.data import PLAIN_CHAT_TEMPLATE
+from llm_diffusion.data.datasets import PLAIN_CHAT_TEMPLATE
 from llm_diffusion.main import cli
 
 CONFIG = """{

@@ -7,7 +7,14 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from llm_diffusion.config import OWN_KEYS, TRAINING_KEYS, build, layers, read_mapping, resolve
+from llm_diffusion.config import (
+    OWN_KEYS,
+    TRAINING_KEYS,
+    build,
+    layers,
+    read_mapping,
+    resolve,
+)
 from llm_diffusion.diffugpt_config import (
     KEYS,
     SHARED,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llm_diffusion import load_diffusion_model
-from llm_diffusion.tiny import KINDS, LEFT_TO_RIGHT_KINDS, TINY_MODEL_PATH
+from llm_diffusion.data.tiny import KINDS, LEFT_TO_RIGHT_KINDS
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_tiny_base.py"
 

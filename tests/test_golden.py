@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from training import LORA, make, tiny_model
+from small_trainers import LORA, make, tiny_model
 from transformers import AutoTokenizer
 
 import llm_diffusion as ld
-from llm_diffusion.tiny import TINY_MODEL_PATH, tiny_dataset, tiny_examples
+from llm_diffusion.data.tiny import tiny_dataset, tiny_examples
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 FILE = Path(__file__).parent / "golden.json"
 STEPS = 20

@@ -8,8 +8,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from llm_diffusion import DiffusionDPOConfig
 from llm_diffusion.config import build, stages_of
-from llm_diffusion.data import load_splits
-from llm_diffusion.job import lora, preference_data, start_wandb, training_arguments
+from llm_diffusion.data.datasets import load_splits
+from llm_diffusion.job import (
+    lora,
+    preference_data,
+    start_wandb,
+    training_arguments,
+)
 
 
 def test_debug_limits_the_data_and_marks_the_run(tmp_path):

@@ -17,9 +17,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, Qwen3Config
 
 from llm_diffusion import load_diffusion_model
-from llm_diffusion.config import build, layers, merge, read_preset, stages_of
+from llm_diffusion.config import (
+    build,
+    layers,
+    merge,
+    read_preset,
+    stages_of,
+)
 from llm_diffusion.main import cli
-from llm_diffusion.modeling import save_record
+from llm_diffusion.models.record import save_record
 
 FAST = {
     "model": "tiny",

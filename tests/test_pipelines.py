@@ -5,8 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llm_diffusion import DiffusionInference, convert_to_diffusion, load_diffusion_model, probe_attention
-from llm_diffusion.modeling import save_record
+from llm_diffusion import (
+    DiffusionInference,
+    convert_to_diffusion,
+    load_diffusion_model,
+    probe_attention,
+)
+from llm_diffusion.models.record import save_record
 from llm_diffusion.pipelines import (
     check_positions,
     check_scratch,

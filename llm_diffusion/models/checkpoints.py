@@ -1,0 +1,194 @@
+"""The hosts' loaders, with errors that name what was asked for; where and how wide a model is loaded; and bases from GGUF files.
+
+Trade-off: every failure of a loader becomes one OSError with its first line, because they raise a dozen types. Alternative: letting
+them through, which on the command line means a traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
+
+TINY_MODEL_PATH = Path(__file__).parents[1] / "data" / "tiny_base"
+QUANTIZATIONS = ("nf4", "int8")
+
+
+def resolve_path(name_or_path: str | Path) -> str:
+    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is asked for it."""
+    name_or_path = str(name_or_path)
+    if name_or_path == "tiny":
+        return str(TINY_MODEL_PATH)
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    path = Path(name_or_path).expanduser()
+    if looks_local and not path.exists():
+        raise FileNotFoundError(
+            f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name."
+        )
+    return str(path) if path.exists() else name_or_path
+
+
+def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
+    name = arguments[-1]
+    try:
+        return loader.from_pretrained(*arguments, **options)
+    except (ImportError, torch.OutOfMemoryError):
+        raise  # say themselves what to install, and that the checkpoint is not at fault
+    except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
+        raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: Exception) -> OSError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if Path(name).exists():
+        return OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
+    return OSError(
+        f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
+        f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
+    )
+
+
+def download(name: str) -> str:
+    """Fetches a model's files from the hub; the folder they are in."""
+    path = resolve_path(name)
+    if Path(path).exists():
+        return path
+    try:
+        return snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"])
+    except Exception as error:  # offline, unknown, gated: as many types as there are ways
+        raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
+
+
+def local_file(path: str, file: str) -> str | None:
+    """Where a file of a folder or hub repository lies on this machine, fetched if it must be; None: it has no such file."""
+    try:
+        return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # unknown, gated, no connection
+        raise _refusal(path, error) from error
+
+
+def is_adapter(path: str) -> bool:
+    return local_file(path, ADAPTER_CONFIG_NAME) is not None
+
+
+def adapter_base(path: str) -> str:
+    """Path or name of the base under an adapter, a folder or hub repository."""
+    base = from_hub(PeftConfig, path).base_model_name_or_path
+    try:
+        return resolve_path(base)
+    except FileNotFoundError as error:
+        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base lies elsewhere on every machine
+            return resolve_path("tiny")
+        raise FileNotFoundError(
+            f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
+        ) from error
+
+
+def best_device() -> str:
+    """ "cuda", "mps" or "cpu", whichever is there first."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that is unknown or not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if device not in there:
+        raise ValueError(
+            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
+        )
+    if not there[device]:
+        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
+
+
+def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings for "nf4" (double quantisation) or "int8"; `options` replace single keys.
+
+    Raises:
+        ValueError: unknown kind, or a device without bitsandbytes kernels.
+        ImportError: bitsandbytes is not installed.
+    """
+    if kind is None:
+        return None
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
+    if device.startswith("mps"):
+        raise ValueError(
+            "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
+        )
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "`quantization`: bitsandbytes is not installed; run `pip install 'llm-diffusion[qlora]'` or set `use_qlora` to false."
+        ) from error
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, **options)
+    compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    defaults = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute,
+    }
+    return BitsAndBytesConfig(**{**defaults, **options})
+
+
+def loader_options(
+    device: str, dtype: str | torch.dtype = "auto", quantization: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Keywords of `from_pretrained` that bring a model where and as wide as it is asked for; `options` come first."""
+    quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
+    check_device(device)
+    options = {"dtype": torch.float32 if (dtype, device) == ("auto", "cpu") else dtype, **options}
+    if quantized is not None:
+        options["quantization_config"] = quantized
+    if quantized is not None or device == "cuda":
+        options.setdefault("device_map", {"": device})
+    return options
+
+
+class _Once:
+    """A tensor that leaves its dict as the loader reads it, so that it is freed once it is quantised."""
+
+    def __init__(self, held: dict[str, torch.Tensor], name: str) -> None:
+        self.held, self.name = held, name
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return self.held.pop(self.name)
+
+
+def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrainedModel:
+    """A base from a GGUF file; transformers refuses to quantise one while it reads it, so that is a second step."""
+    if options["dtype"] == "auto":
+        options["dtype"] = config.dtype or torch.bfloat16  # the host would take fp32
+    quantized = options.pop("quantization_config", None)
+    last = {}
+    if quantized is not None:
+        last = {key: options.pop(key) for key in ("device_map", "max_memory", "dtype") if key in options}
+        options["dtype"] = torch.bfloat16
+    # Without `dequantize` the model would pass for a quantised one, which is neither trained nor saved.
+    unpack = GgufConfig(dequantize=True)
+    model = from_hub(AutoModelForCausalLM, path, config=config, quantization_config=unpack, **options)
+    if quantized is not None:
+        host, config, held = type(model), model.config, dict(model.state_dict())
+        del model
+        weights = {name: _Once(held, name) for name in held}
+        model = host.from_pretrained(None, config=config, state_dict=weights, quantization_config=quantized, **last)
+    model.name_or_path = model.config._name_or_path = path  # where PEFT looks for the base
+    return model
+
+
+def gguf_path(path: str, gguf_file: str) -> str:
+    """transformers takes a bare name from the working directory first, hence the whole path."""
+    file = Path(path) / gguf_file
+    if Path(path).is_dir() and not file.is_file():
+        there = ", ".join(sorted(entry.name for entry in Path(path).glob("*.gguf"))) or "none"
+        raise FileNotFoundError(f"`gguf_file`: {path!r} has no {gguf_file!r}; GGUF files there: {there}.")
+    return str(file.resolve()) if file.is_file() else gguf_file

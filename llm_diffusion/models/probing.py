@@ -1,0 +1,195 @@
+"""Finds out by perturbation who attends to whom.
+
+Purpose: settings, flags and docstrings of an architecture can be wrong; what changes when a token changes cannot.
+Trade-off: a few short forwards at every load. Alternative: a list of architectures that are known to be good.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..objective.attention_masks import additive, block_causal, positions
+from .patching import base_of
+from .record import record_of
+
+PROBE_LENGTH = 8
+PADDING = 3  # tokens of padding in padded probes
+TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def attention_pattern(
+    model: torch.nn.Module, left_padding: int = 0, length: int = PROBE_LENGTH, block_length: int | None = None
+) -> torch.Tensor:
+    """Who depends on whom: (length, length) bool, [i, j] = the output at position i changes when token j changes.
+
+    One forward: row 0 is a text, row j + 1 the same text with token j replaced. With `left_padding` > 0 the text stands after
+    that many padding tokens. With `block_length` the model is handed a block-causal 4-D mask, as block decoding does.
+    """
+    base = base_of(model)
+    text = probe_ids(base, length)
+    ids = text.repeat(length + 1, 1)
+    ids[1:].diagonal().add_(base.get_input_embeddings().weight.shape[0] // 2)
+    logits = _logits(model, ids, left_padding, block_length)
+    change = (logits[1:] - logits[:1]).abs().amax(-1)
+    # Experts of mixture models are run in groups: identical rows may differ by rounding, never by this much.
+    return (change > TOLERANCE * logits.abs().max()).T
+
+
+def probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:
+    """(1, length) token ids in the lower half of the vocabulary, clear of the first ones, which are special as a rule."""
+    embedding = model.get_input_embeddings().weight
+    half = embedding.shape[0] // 2
+    low = min(5, half - 1)
+    return low + torch.arange(length, device=embedding.device)[None] * 7 % (half - low)
+
+
+def _logits(
+    model: torch.nn.Module, ids: torch.Tensor, left_padding: int, block_length: int | None = None
+) -> torch.Tensor:
+    """(B, L, V) fp32 logits of rows that are all padded on the left by as much."""
+    ids = torch.nn.functional.pad(ids, (left_padding, 0), value=1)
+    mask = torch.ones_like(ids)
+    mask[:, :left_padding] = 0
+    inputs: dict[str, torch.Tensor] = {"input_ids": ids}
+    if left_padding or block_length:
+        # Some architectures derive positions from a 2-D mask, which a 4-D one is not.
+        inputs |= {"attention_mask": mask, "position_ids": positions(mask).clamp(min=0)}
+    if block_length:
+        inputs["attention_mask"] = additive(block_causal(mask, block_length), base_of(model).dtype)
+    return eval_logits(model, **inputs)[:, left_padding:]
+
+
+def eval_logits(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    """fp32 logits without dropout and, where the model asks for it, without noise."""
+    if hasattr(base_of(model), "time_embedding"):
+        # A mask among the tokens must not look like noise.
+        inputs["timesteps"] = torch.zeros(inputs["input_ids"].shape, device=inputs["input_ids"].device)
+    training = model.training
+    model.eval()  # dropout would look like dependence
+    try:
+        return model(**inputs, use_cache=False).logits.float()
+    finally:
+        model.train(training)
+
+
+def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> str:
+    """Finds out by perturbation, with and without padding, who attends to whom.
+
+    Args:
+        block_length: of a block model, which is handed its mask; read from `config.diffusion` when left out.
+
+    Returns:
+        "causal", "bidirectional", "block" (block-causal) or "mixed" (none of these, or different with padding). The base of a
+        lossless drafter is causal.
+    """
+    record = record_of(model)
+    if record.mode.has_blocks and not record.mode.drafts:
+        block_length = block_length or record.block_length
+    length = max(PROBE_LENGTH, 2 * (block_length or 0))
+    index = torch.arange(length)
+    patterns = {"causal": index[:, None] >= index[None], "bidirectional": torch.ones(length, length, dtype=torch.bool)}
+    if block_length:  # first: blocks of one are causal, and meant to be
+        patterns = {"block": index[:, None] // block_length >= index[None] // block_length, **patterns}
+    found = [attention_pattern(model, left_padding, length, block_length).cpu() for left_padding in (0, PADDING)]
+    for name, pattern in patterns.items():
+        if all(torch.equal(pattern, dependence) for dependence in found):
+            return name
+    return "mixed"
+
+
+@torch.no_grad()
+def causal_layers(model: torch.nn.Module, left_padding: int = 0, block_length: int | None = None) -> list[int]:
+    """Indices of the layers in which the first token does not see the last: one of them hides behind any other that does.
+
+    Of three equal rows the last hidden state of two is changed on the way into each layer, in opposite directions (attention to
+    one of them may be nothing), and changed back behind it. With `block_length` the model is handed a block-causal 4-D mask.
+    """
+    base = base_of(model)
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:  # remote code: the longest list of modules
+        lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+        layers = list(max(lists, key=len, default=[]))
+    found: list[int] = []
+
+    def token(hidden: torch.Tensor, index: int) -> torch.Tensor:
+        """A view of one token of the three rows, (3, …); hidden states of parallel streams have a further axis somewhere."""
+        hidden = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
+        sequence = 1 if hidden.shape[1] == PROBE_LENGTH + left_padding else 2
+        return hidden.movedim(sequence, 1)[:, index]
+
+    def disturb(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        name = next((n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()), "")
+        name = "hidden_states" if "hidden_states" in kwargs else name
+        hidden = (args[0] if args else kwargs[name]).clone()
+        wave = torch.linspace(-3, 3, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
+        wave = wave * hidden.float().square().mean().sqrt().clamp(min=1e-3).to(hidden.dtype)
+        token(hidden, -1)[1] += wave
+        token(hidden, -1)[2] -= wave
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, name: hidden})
+
+    def compare(index: int) -> Any:
+        def hook(_: torch.nn.Module, __: tuple, output: Any) -> Any:
+            several = isinstance(output, tuple | list)
+            hidden = (output[0] if several else output).clone()
+            first = token(hidden, left_padding)
+            # By element: a few huge activations would drown the rest.
+            same, change = first[:1].abs(), (first[1:] - first[:1]).abs()
+            if not (change > 1e-5 * same + 1e-6 * same.max()).any():
+                found.append(index)
+            every = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
+            every[1:] = every[:1].clone()
+            return type(output)([hidden, *output[1:]]) if several else hidden
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(disturb, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(compare(index)) for index, layer in enumerate(layers)]
+    try:
+        _logits(model, probe_ids(base, PROBE_LENGTH).repeat(3, 1), left_padding, block_length)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def sees_padding(model: torch.nn.Module) -> bool:
+    """Whether the content of padding moves a real token's output."""
+    base = base_of(model)
+    text = probe_ids(base, PROBE_LENGTH + 2 * PADDING).repeat(2, 1)
+    mask = torch.ones_like(text)
+    mask[:, :PADDING], mask[:, -PADDING:] = 0, 0
+    text[1] = torch.where(mask[1].bool(), text[1], text[1].flip(0))
+    logits = eval_logits(model, input_ids=text, attention_mask=mask, position_ids=positions(mask).clamp(min=0))
+    logits = logits[:, PADDING:-PADDING]
+    return bool((logits[0] - logits[1]).abs().max() > TOLERANCE * logits.abs().max())
+
+
+RECURRENT = (
+    "mamba",
+    "mixer",
+    "rwkv",
+    "recurrent",
+    "delta",
+    "linearattention",
+    "lightning",
+    "shortconv",
+    "xlstm",
+    "mlstm",
+)
+PARTS = ("norm", "model", "causallm", "backend", "block")  # of class names that carry the name of their whole family
+
+
+def recurrent_layers(model: torch.nn.Module) -> list[str]:
+    """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
+    names = {type(module).__name__: type(module).__name__.lower() for module in base_of(model).modules()}
+    return sorted(
+        name
+        for name, low in names.items()
+        if ("SSM" in name or any(k in low for k in RECURRENT)) and not any(p in low for p in PARTS)  # not GptOssMLP
+    )

@@ -1,0 +1,138 @@
+"""Turns the adapters of a model off and on without walking it, whole or for the last rows of a forward pass.
+
+Purpose: drafting (adapter on) and verifying (adapter off) alternate at every forward pass of lossless decoding, or share one. Walking
+the modules, as PEFT's `disable_adapter` does, costs more than the forward pass of a small model; and PEFT's own forward computes the
+adapter for every row and copies the whole embedding to change one row of it.
+Trade-off: while it is open, LoRA layers run a forward of ours, which knows plain LoRA only and refuses the rest. Alternative: PEFT's
+activated LoRA, which gates by a token sequence in the prompt, not by row.
+
+References: LoRA (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch.nn import functional as F
+
+from ..models.patching import Patch, base_of
+
+
+class AdapterSwitch:
+    """The adapters of one model, found once; for inference. `close()`, or the end of a `with` block, gives them back.
+
+    Attributes:
+        first: rows (positions of a pass) from this one on hear the adapters; None: no row does.
+
+    Raises:
+        ValueError: see `check_adapters`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.first: int | None = None
+        base, self._patch, self._batch = base_of(model), Patch(), 1
+        if "adapter_switch" in vars(base):
+            raise RuntimeError("lossless decoding is running on this model already; one call at a time.")
+        self._mask_token_id = getattr(base.config, "diffusion", {}).get("mask_token_id")
+        modules, embedding = list(base.modules()), base.get_input_embeddings()
+        check_adapters(base, self._mask_token_id, modules)
+        self._mask_row: torch.Tensor | None = None
+        if self._mask_token_id is not None:  # as the adapters have it, scaled as the embedding scales
+            self._mask_row = embedding(torch.tensor([[self._mask_token_id]], device=embedding.weight.device))[0, 0]
+        self._patch.set(base, "adapter_switch", True)
+        for module in modules:
+            if isinstance(module, LoraLayer):
+                self._patch.set(module, "forward", self._forward_of(module))
+            elif isinstance(module, AuxiliaryTrainingWrapper | TrainableTokensLayer):
+                self._patch.set(module, "_disable_adapters", True)
+        self._hook = embedding.register_forward_hook(self._embed)
+
+    def _forward_of(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
+        branches = [
+            (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias, layer.scaling[name])
+            for name in layer.active_adapters
+            if name in layer.lora_A
+        ]
+        return partial(self._forward, layer.get_base_layer(), branches)
+
+    def _forward(self, base: torch.nn.Module, branches: list[tuple], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = base(x, *args, **kwargs)
+        if self.first is None:
+            return output
+        # Some layers see the rows of all texts one under the other.
+        rows, found = (value.view(self._batch, -1, value.shape[-1])[:, self.first :] for value in (x, output))
+        for down, up, bias, scaling in branches:
+            if (
+                bias is None and output.dtype == up.dtype == x.dtype
+            ):  # one call in place of four: small models are all overhead
+                found.baddbmm_(F.linear(rows, down), up.T.expand(self._batch, -1, -1), alpha=scaling)
+            else:
+                heard = F.linear(F.linear(rows.to(down.dtype), down), up, bias)
+                found += (heard * scaling).to(output.dtype)
+        return output
+
+    def _embed(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """The mask token's own row, where the adapters are heard."""
+        self._batch = len(args[0])
+        if self.first is None or self._mask_row is None:
+            return output
+        heard = args[0][:, self.first :, None] == self._mask_token_id
+        rows = torch.where(heard, self._mask_row.to(output.dtype), output[:, self.first :])
+        return torch.cat([output[:, : self.first], rows], 1)
+
+    def close(self) -> None:
+        self._hook.remove()
+        self._patch.undo()
+
+    def __enter__(self) -> AdapterSwitch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_adapters(
+    model: torch.nn.Module, mask_token_id: int | None = None, modules: list[torch.nn.Module] | None = None
+) -> None:
+    """Refuses adapters under which the base is not there any more, or that act on more than the rows that hear them.
+
+    Args:
+        modules: all of the model's, if they were listed already.
+
+    Raises:
+        ValueError: none, merged, no plain LoRA, on the vocabulary, or with token rows of their own besides the mask token's.
+    """
+    modules = list(base_of(model).modules()) if modules is None else modules
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
+    if not any(isinstance(layer, LoraLayer) for layer in layers):
+        raise ValueError(
+            "`attention`='lossless' needs LoRA adapters beside their base; this model has none, or they were merged, and no "
+            "autoregressive model is left to verify with. Train with a LoraConfig, or load the adapter unmerged."
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError("`attention`='lossless': the adapter is merged into the base; call `unmerge_adapter()` first.")
+    vocabulary = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
+    odd = [type(layer).__name__ for layer in layers if not isinstance(layer, LoraLayer | TrainableTokensLayer)]
+    odd += [type(layer).__name__ for layer in layers if isinstance(layer, LoraLayer) and not layer.lora_A]
+    odd += ["a variant of LoRA" for layer in layers if getattr(layer, "lora_variant", None)]
+    odd += ["LoRA on the vocabulary" for layer in layers if isinstance(layer, LoraLayer) and layer in vocabulary]
+    odd += ["`modules_to_save`" for module in modules if isinstance(module, ModulesToSaveWrapper)]
+    odd += [
+        f"`trainable_token_indices` {rows}"
+        for layer in layers
+        if isinstance(layer, TrainableTokensLayer)
+        for rows in layer.token_indices.values()
+        if set(rows) - {mask_token_id}
+    ]
+    if odd:
+        raise ValueError(
+            f"`attention`='lossless' knows plain LoRA and the mask token's row, got {', '.join(sorted(set(odd)))}: it would change what the "
+            "base says while it verifies; leave it out of `peft_config`."
+        )

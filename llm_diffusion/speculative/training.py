@@ -1,0 +1,180 @@
+"""Training a drafter: clean text through the base as it is, noisy blocks through the adapter, in two forward passes.
+
+Trade-off: two calls of the model, of which the first has no gradient. Alternative: one call over both halves, see `prefix_cache`; it is
+what the tests compare this with.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache
+from trl import SFTConfig
+
+from ..models.patching import adapters_off, base_of
+from ..models.prefix_cache import BLOCK, CleanPrefix
+from ..models.probing import probe_ids
+from ..models.record import DiffusionRecord
+from ..objective.attention_masks import additive, block_causal
+from .adapters import AdapterSwitch, check_adapters
+
+
+def check_drafter(record: DiffusionRecord, adapted: bool, converted_base: bool, args: SFTConfig) -> None:
+    """Refuses what a drafter cannot be trained with."""
+    if not record.mode.drafts:
+        return
+    if not adapted or converted_base:
+        raise ValueError(
+            "`attention`='lossless' trains adapters on an autoregressive base, which verifies what they draft; "
+            + ("the base is a converted checkpoint itself." if converted_base else "pass a `peft_config`.")
+        )
+    if args.loss_weight != "elbo":
+        raise ValueError(
+            "`loss_weight` weighs noise levels, of which a drafter knows one; leave it out with `attention`='lossless'."
+        )
+    for name in ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` means nothing to `attention`='lossless', whose clean text is the base's; leave it out."
+            )
+
+
+def ready_drafter(model: PeftModel, mask_token_id: int, checkpointing: bool) -> None:
+    """Checks the adapters that were made, and lets them train under gradient checkpointing."""
+    check_adapters(model, mask_token_id)
+    allow_prefix_under_checkpointing(model)
+    check_drafts(model, mask_token_id, checkpointing)
+
+
+def accepted_lengths(
+    agrees: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, block_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What verification would yield of the drafts: their tokens up to the first that the base would not say, and its own before them.
+
+    Args:
+        agrees: (n,) bool, whether the best guess is the base's; in the order of `rows` and `tokens`, (n,) each.
+        whole: (n,) bool, of a block that was masked whole.
+
+    Returns:
+        Sum over whole blocks of full length, and how many these are.
+    """
+    jumps = (rows[1:] != rows[:-1]) | (tokens[1:] != tokens[:-1] + 1)  # between blocks stands a token that is not asked
+    starts = torch.nn.functional.pad(jumps, (1, 0), value=True)[: len(rows)]
+    segment = starts.long().cumsum(0) - 1
+    sizes = torch.zeros_like(segment).scatter_add(0, segment, torch.ones_like(segment))
+    counted = whole & (sizes[segment] == block_length - 1)
+    misses = (~agrees).long().cumsum(0)
+    before = torch.zeros_like(misses).scatter_add(0, segment, starts * (misses - (~agrees).long()))
+    run = (misses == before[segment]) & counted
+    blocks = (counted & starts).sum()
+    return run.sum() + blocks, blocks
+
+
+def draft_logits(
+    model: torch.nn.Module,
+    adapted: PeftModel,
+    inputs: dict[str, Any],
+    length: int,
+    keep: torch.Tensor,
+    wanted: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The drafter's logits at `keep`, and what the base says.
+
+    Args:
+        model: called; `adapted` or a wrapper of it.
+        inputs: of a row of noisy and clean tokens, (B, N + L) each, and their (B, 1, N + L, N + L) mask.
+        length: L.
+        keep: (B, N + L), all of it in the noisy part.
+        wanted: (B, L) clean tokens at which the base's logits are returned too.
+
+    Returns:
+        (n, V) logits; (m, V) logits of the base, or None.
+    """
+    ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"]
+    noisy, clean = slice(0, ids.shape[1] - length), slice(ids.shape[1] - length, None)
+    cache, training = DynamicCache(), adapted.training
+    adapted.eval()  # no dropout
+    try:
+        with torch.no_grad(), adapters_off(adapted):
+            base_logits = model(
+                input_ids=ids[:, clean],
+                position_ids=places[:, clean],
+                attention_mask=mask[:, :, clean, clean],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if wanted is None else wanted,
+            ).logits
+    finally:
+        adapted.train(training)
+    logits = model(
+        input_ids=ids[:, noisy],
+        position_ids=places[:, noisy],
+        attention_mask=torch.cat([mask[:, :, noisy, clean], mask[:, :, noisy, noisy]], -1),
+        past_key_values=CleanPrefix(cache),
+        use_cache=False,
+        logits_to_keep=keep[:, noisy],
+    ).logits
+    return logits, None if wanted is None else base_logits
+
+
+def allow_prefix_under_checkpointing(model: torch.nn.Module) -> None:
+    """Tells the host's layers that a cache may be handed to them while they are checkpointed, which it drops otherwise."""
+    for module in base_of(model).modules():
+        if hasattr(module, "_can_checkpoint_with_cache"):
+            module._can_checkpoint_with_cache = True
+
+
+def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool) -> None:
+    """Refuses adapters that decoding would hear otherwise than training does, on one block behind a clean one.
+
+    Raises:
+        ValueError: adapters on experts or other layers that do not see rows, or layers that drop the prefix while checkpointed.
+    """
+    base = base_of(model)
+    name, training = type(base).__name__, base.training
+    ids = probe_ids(base, 2 * BLOCK)
+    ids[:, BLOCK:] = mask_token_id
+    place = torch.arange(ids.shape[1], device=ids.device)[None]
+    mask = additive(block_causal(torch.ones_like(ids), BLOCK), base.dtype)
+    clean = {
+        "input_ids": ids[:, :BLOCK],
+        "attention_mask": mask[:, :, :BLOCK, :BLOCK],
+        "position_ids": place[:, :BLOCK],
+    }
+    noisy = {"input_ids": ids[:, BLOCK:], "attention_mask": mask[:, :, BLOCK:], "position_ids": place[:, BLOCK:]}
+    adapters = [parameter for key, parameter in model.named_parameters() if "lora_B" in key]
+    kept = [parameter.detach().clone() for parameter in adapters]
+    base.eval()
+    try:
+        with torch.no_grad():
+            for parameter in adapters:  # they start at zero, and would not be heard at all
+                parameter.copy_(torch.full_like(parameter, 0.01))
+            cache = DynamicCache()
+            with adapters_off(model):
+                base(**clean, past_key_values=cache, use_cache=True)
+            want = base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False).logits
+            with AdapterSwitch(model) as switch:
+                switch.first = BLOCK
+                found = base(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, BLOCK:]
+        if checkpointing:
+            base.train()
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False)
+    except Exception as error:  # experts, shapes, checkpointing: every host fails in its own way
+        hint = "; set `gradient_checkpointing` to false" if base.training else "; leave experts out of `target_modules`"
+        raise ValueError(f"`attention`='lossless': the adapters of {name} cannot draft: {error}{hint}.") from error
+    finally:
+        if checkpointing:
+            base.activation_checkpointing_disable()
+        base.train(training)
+        with torch.no_grad():
+            for parameter, value in zip(adapters, kept, strict=True):
+                parameter.copy_(value)
+    others = torch.arange(want.shape[-1], device=want.device) != mask_token_id  # which is never said
+    if not (want - found)[..., others].abs().max() <= 0.01 * want[..., others].abs().max():
+        raise ValueError(
+            f"`attention`='lossless': the adapters of {name} are heard otherwise in decoding than in training; adapt linear layers that "
+            "see every token, and no experts."
+        )

@@ -1,0 +1,174 @@
+"""Listening to the autoregressive model that is still there: the base under the adapters, with causal attention.
+
+1. `teacher_scores`: what the AR model expects after every clean prefix. One forward without gradients, no second copy of the model.
+2. `head_inputs`: the hidden states that reach the vocabulary, of teacher and student alike.
+3. `with_own_words`: rows in which the student's own guesses stand in place of masked text, for the teacher to judge.
+
+Trade-off: the teacher knows nothing of what comes after a token, so it is asked, by default, only where the student sees nothing of it
+either (`DataCollatorForMaskedDiffusion.corrupt`). Alternative: a second, bidirectional teacher, which would have to be trained and held.
+
+References: knowledge distillation (arXiv 1503.02531), on-policy distillation (GKD, arXiv 2306.13649).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import DynamicCache
+
+from ..models.attention import causal_attention
+from ..models.patching import adapters_off, base_of
+from ..models.record import record_of
+from ..objective.attention_masks import additive, block_causal, positions
+from ..objective.noise import (
+    IGNORE_INDEX,
+    TOKEN_STREAM,
+    uniform,
+)
+from .sft_config import DiffusionSFTConfig
+
+
+def check_base_stays(configs: list[PeftConfig]) -> None:
+    """Refuses adapters that change the base: with them off it is no longer the autoregressive model.
+
+    Raises:
+        ValueError: biases are trained, or the weights are moved at the start (PiSSA, OLoRA, CorDA, LoftQ).
+    """
+    for config in configs:
+        start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
+        if bias != "none" or start not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ValueError(
+                f"`peft_config`: bias={bias!r} and init_lora_weights={start!r} change the base itself, which must stay the "
+                "autoregressive model here; use bias='none' and init_lora_weights=True."
+            )
+
+
+def check_teacher(model: torch.nn.Module, adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
+    """Refuses distillation where no autoregressive model is left to listen to."""
+    if not args.listens:
+        return
+    config = base_of(model).config
+    windows = getattr(config, "causal_windows", None) or any(
+        getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers
+    )
+    if args.packing and windows:
+        raise ValueError(
+            "`packing`: the autoregressive model has sliding windows, which the mask of packed texts would take from it while it "
+            "teaches; leave one of packing and distillation off."
+        )
+    if not adapted:
+        raise ValueError(
+            "`distillation_weight` and `distillation_hidden_weight` need adapters, under which the autoregressive model stays as "
+            "it was; pass a `peft_config`, or set them to 0."
+        )
+    if converted_base:
+        raise ValueError(
+            "`distillation_weight` and `distillation_hidden_weight`: the weights under the adapters are converted themselves, no "
+            "autoregressive model is left to listen to; set them to 0."
+        )
+
+
+@contextmanager
+def head_inputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Collects what the output head is given, one tensor (…, D) a forward pass."""
+    caught: list[torch.Tensor] = []
+    head = base_of(model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def asked(like: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (n,) of which some may be named twice, in the noisy and in the clean half -> each once, as a mask (B, L) like `like`,
+    and (n,) where in its order the answers stand."""
+    wanted = torch.zeros_like(like, dtype=torch.bool)
+    wanted[rows, columns] = True
+    return wanted, (wanted.flatten().cumsum(0) - 1)[rows * like.shape[1] + columns]
+
+
+def unsaid(logits: torch.Tensor, adapted: PeftModel) -> torch.Tensor:
+    """The AR model's logits (n, V), changed in place: the mask token, which it never knew, out of reach."""
+    logits[:, record_of(adapted).mask_token_id] = torch.finfo(logits.dtype).min
+    return logits
+
+
+@torch.no_grad()
+def teacher_scores(
+    model: torch.nn.Module,
+    adapted: PeftModel,
+    part: dict[str, Any],
+    rows: torch.Tensor,
+    tokens: torch.Tensor,
+    packed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the AR model expects at some tokens of clean rows.
+
+    Args:
+        model: called; `adapted` or a wrapper of it.
+        part: `input_ids` and `attention_mask`, (B, L) each.
+        rows, tokens: (n,) each; every token has one before it.
+        packed: whether a row holds several texts, which do not see each other.
+
+    Returns:
+        (n, V) logits, the mask token out of reach, and (n, D) inputs of the head.
+    """
+    ids, documents = part["input_ids"], part["attention_mask"]
+    wanted, place = asked(ids, rows, tokens - 1)
+    inputs: dict[str, Any] = {"attention_mask": documents}
+    if packed:
+        mask = additive(block_causal(documents, 1), base_of(adapted).dtype)
+        inputs = {"attention_mask": mask, "position_ids": positions(documents).clamp(min=0)}
+    training = adapted.training
+    adapted.eval()  # no dropout
+    try:
+        with adapters_off(adapted), causal_attention(adapted), head_inputs(adapted) as caught:
+            logits = model(input_ids=ids, **inputs, use_cache=False, logits_to_keep=wanted).logits
+    finally:
+        adapted.train(training)
+    hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
+    return unsaid(logits[place], adapted), hidden[place]
+
+
+def with_own_words(
+    part: dict[str, Any],
+    noisy: dict[str, Any],
+    logits: torch.Tensor,
+    keep: torch.Tensor,
+    chosen: torch.Tensor,
+    keys: tuple[int, int, torch.Tensor],
+    mask_token_id: int,
+    eos_token_id: int | None,
+) -> dict[str, Any]:
+    """The rows, with what the student says to their masked tokens in place of these, sampled from its own distribution.
+
+    Behind an end token that it says, the rest of the answer becomes end tokens, as in decoding.
+
+    Args:
+        part, noisy: the rows (`input_ids`, `labels`), and what `corrupt` made of them.
+        logits, keep: (n, V) the student's, and (B, M) where they stand.
+        chosen: (B,) bool, which rows are changed.
+        keys: of the sampling: seed, step, and (B,) the rows'.
+    """
+    rows, _ = keep.nonzero().unbind(-1)
+    tokens = noisy["tokens"][keep]
+    # A token may be predicted twice, in both halves; the one that counts to the bound is the sampler's.
+    says = noisy["masked"][rows, tokens] & chosen[rows] & (noisy["weights"][keep] > 0)
+    seed, step, row_keys = keys
+    noise = uniform(seed, step, row_keys[rows], tokens, TOKEN_STREAM)[says]
+    logits = logits[says].float()
+    logits[:, mask_token_id] = -torch.inf
+    drawn = (logits.softmax(-1).cumsum(-1) < noise[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    ids = part["input_ids"].clone()
+    ids[rows[says], tokens[says]] = drawn
+    if eos_token_id is not None:
+        ended, trained = torch.zeros_like(ids), part["labels"] != IGNORE_INDEX
+        ended[rows[says], tokens[says]] = (drawn == eos_token_id).long()
+        earlier = torch.where(trained, 0, ended.cumsum(-1)).cummax(-1).values  # of answers before this one
+        ids = ids.masked_fill(trained & (ended.cumsum(-1) - ended > earlier), eos_token_id)
+    return {**part, "input_ids": ids}

@@ -1,0 +1,264 @@
+"""Diffusion-DPO on TRL's `DPOTrainer`: preference optimisation whose log-probabilities are estimates of the ELBO.
+
+1. A masked-diffusion model has no log p(y | x); a score stands for it, the mean over draws of weighted log-probabilities of masked tokens.
+2. Policy and reference are asked under the same masks, and the two answers of a pair share the noise of what they have in common, so that
+   most of the noise cancels in the difference that the loss is a function of (VRPO).
+3. The loss is the host's: all its loss types, divergences, weights and metrics read our scores where they read log-probabilities.
+4. Memory of one forward: the scores are taken without gradient, the loss's slope in each is computed, and then one draw after the other
+   is scored again and sent back with its slope. That is the gradient of the whole, by the chain rule.
+5. The reference is the adapters off, a frozen copy "ref" of trained adapters, or a frozen copy of a model that trains whole.
+
+Trade-off: every draw costs two forwards instead of one. Alternative: keeping the graphs of all draws.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOTrainer
+
+from ..models.conversion import fingerprint
+from ..models.lm_head import add_row_scores
+from ..models.patching import base_of, trained_as_before
+from ..models.record import record_of, update_record
+from ..models.token_rows import train_rows_alone
+from .dpo_config import DiffusionDPOConfig
+from .preference_collator import REFERENCE_COLUMNS
+from .preference_preparation import (
+    check_columns,
+    check_pairs,
+    complete_ref_adapter,
+    make_collator,
+    reference_of,
+)
+from .preference_scores import DiffusionScore, compute_diffusion_score, score_draw
+from .preparation import (
+    converted,
+    no_router_loss,
+    prepare_adapter,
+    prepare_quantised,
+)
+from .trainer import DiffusionHosting, numbered_rows
+
+logger = logging.getLogger(__name__)
+
+
+class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
+    """`trl.DPOTrainer` whose log-probabilities are scores of a masked-diffusion model. Arguments as the host's.
+
+    `model` may be a name (loaded by `load_diffusion_model`), a converted model, or a `PeftModel` of one. The reference is `ref_model`, a
+    converted model, or without it: with a `peft_config` the model without the new adapters; of a `PeftModel` a frozen copy of its
+    adapters and trained token rows; of a model that trains whole a frozen copy of it.
+
+    Metrics have the host's names: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen` and
+    `logps/rejected` (scores in nats), `entropy`, `mean_token_accuracy`, `logits/chosen`, `logits/rejected`; and `draws`, the forwards that
+    a score took.
+
+    Noise is hashed from (seed, optimiser step, pair of the global batch, token); in evaluation, and with `precompute_ref_log_probs` in
+    training too, from the pair's content, so that stored scores are of the masks that the policy is asked under.
+
+    References: Diffusion-DPO (arXiv 2311.12908), VRPO (LLaDA 1.5, arXiv 2505.19223), DPO (arXiv 2305.18290).
+
+    Example:
+
+        trainer = DiffusionDPOTrainer("output/sft_model", args=DiffusionDPOConfig("out"), train_dataset=pairs)
+        trainer.train()
+    """
+
+    _tag_names = ["trl", "dpo", "masked-diffusion", "llm-diffusion"]
+    _name = "Diffusion DPO"
+
+    def __init__(
+        self,
+        model: torch.nn.Module | str,
+        ref_model: PreTrainedModel | None = None,
+        args: DiffusionDPOConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or DiffusionDPOConfig("diffusion-dpo")
+        if not isinstance(args, DiffusionDPOConfig):
+            raise TypeError(f"`args` must be a DiffusionDPOConfig, got {type(args).__name__}.")
+        if compute_metrics is not None:
+            raise ValueError(
+                "`compute_metrics` would be given logits of noisy text, which no label belongs to; leave it out."
+            )
+        model, processing_class = converted(model, processing_class, args, quantization_config)
+        record = record_of(model)
+        if record.mode.drafts:
+            raise ValueError(
+                "`model`: a drafter's words are verified by its base, whose preferences it cannot change; train a 'bidirectional' or "
+                "'block' model."
+            )
+        if train_dataset is not None:
+            check_columns(train_dataset, "train")  # the host looks at the first row before it prepares any
+        prepare_quantised(model, args)
+        if peft_config is not None:
+            peft_config = prepare_adapter(model, peft_config, record)
+            update_record(model, base_fingerprint=fingerprint(base_of(model)))
+        no_router_loss(model, args)
+        adapted = peft_config is not None or isinstance(model, PeftModel)
+        ref_model = reference_of(model, ref_model, adapted, processing_class, args)
+        for asked in filter(None, (model, ref_model)):  # now: the host may ask the reference before it returns
+            add_row_scores(asked)
+        self.diffusion_collator = make_collator(processing_class, record, args)
+        self._copies_adapters = isinstance(model, PeftModel) and ref_model is None
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=self.diffusion_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self._complete_reference()
+        train_rows_alone(self.model)
+
+    def _complete_reference(self) -> None:
+        """Once: what the host left out of its copy of the adapters."""
+        if self._copies_adapters:
+            complete_ref_adapter(self.model)
+        self._copies_adapters = False
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
+        dataset = check_pairs(dataset, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
+            logger.warning(
+                "%d of %d pairs of the %s data have prompts that fill `max_length`=%s and are dropped",
+                len(dataset) - len(prepared),
+                len(dataset),
+                dataset_name,
+                args.max_length,
+            )
+            if len(prepared) == 0:
+                raise ValueError(
+                    f"`{dataset_name}_dataset`: every prompt fills `max_length`={args.max_length}, no answer is left; raise it."
+                )
+        return prepared
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        self._complete_reference()
+        # The host's cache knows the data and the weights; these scores depend on the noise and the attention too.
+        noise = (self.args.seed, self.args.score, self.args.draws_at(1.0), record_of(self.model))
+        weights, self._precompute_model_hash = (
+            self._precompute_model_hash,
+            Hasher.hash((self._precompute_model_hash, noise)),
+        )
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The micro-batches of one optimiser step, told their pairs' places in the global batch."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.args.precompute_ref_log_probs:
+            numbered_rows(batches, self.accelerator, texts=2)
+        return batches, items
+
+    def _draws(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The noise of a batch, the same every time."""
+        rows = inputs.get("noise_rows") if self.model.training else None
+        progress = 1.0 if rows is None else self.state.global_step / max(self.state.max_steps, 1)
+        return self.diffusion_collator.corrupt(
+            inputs,
+            seed=self.args.seed,
+            step=0 if rows is None else self.state.global_step,
+            rows=rows,
+            n_rows=inputs.get("n_noise_rows"),
+            score=self.args.score,
+            n_draws=self.args.draws_at(progress),
+        )
+
+    def _say(self, model: torch.nn.Module, inputs: dict[str, Any]) -> DiffusionScore:
+        return compute_diffusion_score(model, self._draws(inputs), self._model_inputs)
+
+    def compute_ref_log_probs(
+        self, model: torch.nn.Module, inputs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference's scores of the chosen and the rejected answers, (B,) each."""
+        with trained_as_before(self.model):
+            return super().compute_ref_log_probs(lambda **_: self._say(model, inputs), inputs)
+
+    def _host_loss(
+        self, said: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """TRL's loss of given scores, with its metrics."""
+        stored, self.precompute_ref_logps = self.precompute_ref_logps, True  # the reference has been asked
+        try:
+            return super()._compute_loss(lambda **_: said, {**inputs, **reference}, False)
+        finally:
+            self.precompute_ref_logps = stored
+
+    def _compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False
+    ) -> torch.Tensor:
+        if all(name in inputs for name in REFERENCE_COLUMNS):
+            reference = {name: inputs[name] for name in REFERENCE_COLUMNS}
+        else:
+            scores = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            reference = dict(zip(REFERENCE_COLUMNS, scores, strict=True))
+        if not torch.is_grad_enabled() or self._at_once(inputs):
+            said = self._say(model, inputs)
+            loss = self._host_loss(said, inputs, reference)
+        else:
+            with torch.no_grad():
+                said = self._say(model, inputs)
+            said.log_probs.requires_grad_()
+            loss = self._host_loss(said, inputs, reference)
+            (slope,) = torch.autograd.grad(loss, said.log_probs)
+            loss = loss.detach() + self._draw_by_draw(model, inputs, slope / said.n_draws, said.n_draws)
+        self._metrics["train" if self.model.training else "eval"]["draws"].append(float(said.n_draws))
+        return loss
+
+    def _at_once(self, inputs: dict[str, Any]) -> bool:
+        """Whether the graphs of all draws are kept: one draw has no others, and DeepSpeed's engine steps after every backward pass."""
+        one = self.args.score == "elbo" and self.args.num_draws == 1
+        return one or self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _draw_by_draw(
+        self, model: torch.nn.Module, inputs: dict[str, Any], slope: torch.Tensor, n_draws: int
+    ) -> torch.Tensor:
+        """Sends every draw but the last one back; of value 0, and with the gradient of the last one."""
+        for number, noisy in enumerate(self._draws(inputs), start=1):
+            if number == n_draws:
+                break
+            with self.accelerator.no_sync(model):
+                # As the host does with what is returned.
+                scale = 1 / self.current_gradient_accumulation_steps
+                self.accelerator.backward(scale * self._share(model, noisy, slope))
+        last = self._share(model, noisy, slope)
+        return last - last.detach()
+
+    def _share(self, model: torch.nn.Module, noisy: dict[str, Any], slope: torch.Tensor) -> torch.Tensor:
+        log_probs, _, _ = score_draw(model, self._model_inputs(noisy), noisy)
+        return (slope * log_probs[:, 1:]).sum()
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        return super().prediction_step(model, inputs, True, ignore_keys)

@@ -1,0 +1,444 @@
+"""Mask-and-denoise training on TRL's `SFTTrainer`: pretraining on all tokens, and fine-tuning with the prompt left clean.
+
+1. `text` data, or `completion_only_loss=False`: every token may be masked (mask-and-denoise pretraining).
+2. `messages`, or `prompt` with `completion`: the prompt stays clean, the answer is masked (prefix-masked fine-tuning).
+3. Objective: the NELBO of LLaDA / MDLM on masked positions only; denominator: the maskable tokens of the whole optimiser step,
+   over processes and accumulation, so that 1 x 8 and 8 x 1 rows give the same gradient.
+4. Noise: hashed from (seed, optimiser step, row of the global batch, position); in evaluation from the row's content.
+
+Trade-off: the least override of the host that can express this: conversion, collator, loss, saving. Alternative: an own
+training loop, which would lose PEFT, accelerate, hub and callbacks.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from peft import PeftConfig, PeftModel
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from trl import SFTTrainer
+
+from ..models.conversion import fingerprint, set_final_causal_ratio
+from ..models.lm_head import add_row_scores
+from ..models.patching import base_of
+from ..models.record import record_of, update_record
+from ..models.token_rows import train_rows_alone
+from ..objective.annealing import Annealing
+from ..objective.losses import (
+    entropy,
+    relative_error,
+    soft_cross_entropy,
+    total_variation,
+)
+from ..objective.noise import IGNORE_INDEX, uniform
+from ..speculative.training import accepted_lengths, check_drafter, ready_drafter
+from .distillation import (
+    check_base_stays,
+    check_teacher,
+    teacher_scores,
+    with_own_words,
+)
+from .faults import out_of_memory
+from .metrics import by_level, metric_values
+from .preparation import (
+    by_length,
+    check_ar_loss,
+    check_canvas,
+    check_rows_left,
+    check_way,
+    clean_prompts,
+    converted,
+    counts_before,
+    has_converted_weights,
+    make_collator,
+    no_router_loss,
+    prepare_adapter,
+    prepare_quantised,
+    report_dropped,
+    with_canvases,
+)
+from .scoring import Scores, score, score_drafts
+from .sft_config import DiffusionSFTConfig
+from .trainer import DiffusionHosting, numbered_rows
+
+logger = logging.getLogger(__name__)
+
+
+class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
+    """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
+
+    `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
+    model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
+
+    Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
+    `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
+    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `taught_ratio`. A drafter logs no bound, but
+    `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
+
+    References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
+
+    Example:
+
+        trainer = DiffusionSFTTrainer("tiny", DiffusionSFTConfig("out"), train_dataset=dataset, peft_config=LoraConfig())
+        trainer.train()
+    """
+
+    _tag_names = ["trl", "sft", "masked-diffusion", "llm-diffusion"]
+    _name = "Diffusion SFT"
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the tokens of the whole step
+
+    def __init__(
+        self,
+        model: torch.nn.Module | str,
+        args: DiffusionSFTConfig | None = None,
+        *,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args or DiffusionSFTConfig("diffusion-sft")
+        if not isinstance(args, DiffusionSFTConfig):
+            raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
+        model, processing_class = converted(model, processing_class, args, quantization_config)
+        record = record_of(model)
+        check_ar_loss(record, args)
+        check_way(model, record, args)
+        check_canvas(processing_class, record, args)
+        if args.tail == "pad":
+            record = update_record(model, tail_token_id=processing_class.pad_token_id)
+        prepare_quantised(model, args)
+        if peft_config is not None:
+            peft_config = prepare_adapter(model, peft_config, record)
+            record = update_record(
+                model, base_fingerprint=fingerprint(base_of(model))
+            )  # full training may have moved it
+        adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
+        if args.listens or record.mode.drafts:
+            given = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+            check_base_stays(given + ([peft_config] if peft_config is not None else []))
+        check_teacher(model, adapted, converted_base, args)
+        check_drafter(record, adapted, converted_base, args)
+        no_router_loss(model, args)
+        positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+        self.diffusion_collator = make_collator(processing_class, record, args, positions)
+        split = args.completion_only_loss is not False and not args.assistant_only_loss
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=clean_prompts(train_dataset, split),
+            eval_dataset=clean_prompts(eval_dataset, split),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            # The host packs for its own collator only; ours takes its place below.
+            data_collator=None if args.packing else self.diffusion_collator,
+            **kwargs,
+        )
+        self.data_collator = self.diffusion_collator
+        self._drafts = record.mode.drafts
+        if self._drafts:
+            ready_drafter(self.model, record.mask_token_id, args.gradient_checkpointing)
+        if not args.packing:
+            report_dropped(train_dataset, self.train_dataset, args)
+        check_rows_left(self.train_dataset, args)
+        # The host may have changed the tokenizer (`eos_token`, `chat_template_path`).
+        self.diffusion_collator.eos_token_id = processing_class.eos_token_id
+        self.diffusion_collator.pad_token_id = processing_class.pad_token_id
+        self._start = {"conversion_steps": 0, "training_tokens": 0}
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._tokens_seen = torch.zeros((), dtype=torch.long)
+        self._annealed = record.annealed
+        train_rows_alone(self.model)
+        add_row_scores(self.model)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        if packing:
+            # Twice through the host, which leaves tokenised rows as they are: canvases are longer or shorter than their texts.
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            self.diffusion_collator.eos_token_id = processing_class.eos_token_id
+            dataset = with_canvases(dataset, self.diffusion_collator, args.dataset_num_proc)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        record = record_of(self.model)
+        if self.args.annealing is not None:
+            update_record(self.model, final_causal_ratio=self.args.final_causal_ratio)
+            set_final_causal_ratio(base_of(self.model), self.args.final_causal_ratio)
+        if self.args.noise_schedule is not None:
+            update_record(self.model, noise_schedule=self.args.noise_schedule)
+        self._start = {name: getattr(record, name) for name in self._start}  # what earlier runs and phases did
+        self._tokens_seen = torch.zeros((), dtype=torch.long)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self._start = counts_before(Path(resume_from_checkpoint))
+        steps = self.args.annealing_steps
+        late = steps is not None and self._start["conversion_steps"] >= steps
+        self._annealed = late or record.annealed
+        if self.args.annealing is not None and self._annealed:
+            logger.warning("the model reached its target in an earlier run: `annealing` is skipped")
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._update_record()
+        return result
+
+    def _update_record(self) -> None:
+        tokens, steps = self._tokens_seen.to(self.args.device), self._start["conversion_steps"] + self.state.global_step
+        way = self._way()
+        update_record(
+            self.model,
+            conversion_steps=steps,
+            training_tokens=self._start["training_tokens"] + int(self.accelerator.gather(tokens).sum()),
+            annealed=record_of(self.model).annealed or (way is not None and steps >= way.total_steps),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        """The micro-batches of one optimiser step, told their rows' places in the global batch; and its loss's denominator."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        numbered_rows(batches, self.accelerator)
+        items = torch.zeros((), dtype=torch.long, device=device)
+        for batch in batches:
+            items += self._items(batch).to(device)
+        return batches, self.accelerator.gather(items).sum()
+
+    def _items(self, batch: dict[str, Any]) -> torch.Tensor:
+        """What the loss of a step is divided by, of one micro-batch."""
+        maskable = batch["labels"] != IGNORE_INDEX
+        if self._drafts and self.args.normalization in ("token", "masked"):
+            return (self._corrupt(batch, "train")["targets"] != IGNORE_INDEX).sum()  # the others are never asked
+        if self.args.normalization == "token":
+            return maskable.sum()
+        if self.args.normalization == "sequence":
+            return maskable.any(-1).sum()
+        if self.args.normalization == "length":
+            return (batch["attention_mask"] > 0).sum()
+        return self._corrupt(batch, "train")["masked"].sum()
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As the host's; running out of memory says what helps."""
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
+                raise
+            raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """NELBO of the batch in nats a maskable token (training: its share of the whole step's)."""
+        mode = "train" if self.model.training else "eval"
+        passes = (False, True) if mode == "train" and self.args.complementary_masks else (False,)
+        parts = [
+            self._part_loss(model, part, mode, complement, 1 / len(passes))
+            for part in by_length(inputs, self.args.pad_to_multiple_of or 1)
+            for complement in passes
+        ]
+        nll, objective = (torch.stack(column).sum() for column in zip(*parts, strict=True))
+        if mode == "eval":
+            return nll / (inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1)
+        self._tokens_seen = self._tokens_seen.to(nll.device) + (inputs["attention_mask"] > 0).sum()
+        # Distributed training averages gradients over processes; the denominator already counts all of them.
+        return objective / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+
+    def _part_loss(
+        self, model: torch.nn.Module, part: dict[str, Any], mode: str, complement: bool, share: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bound of some rows, in nats, and their part of the objective; `share` of the rows' passes."""
+        own = torch.zeros_like(part["labels"][:, 0], dtype=torch.bool)
+        if mode == "train" and self.args.on_policy_share and "noise_rows" in part:
+            part, own = self._on_policy(model, part)
+        noisy = self._corrupt(part, mode, complement)
+        listens = self.args.listens if mode == "train" else self._drafts
+        scores = self._score(model, noisy, listening=listens)
+        at, terms, rows = scores.at, scores.nll, scores.at[0]
+        weights, extra_weights = noisy["weights"][at], noisy["extra_weights"][at]
+        data = ~own[rows]  # the student's own words are no labels
+        bound = (weights > 0) & data
+        maskable = (part["labels"] != IGNORE_INDEX) & ~(own | noisy["first_step"])[:, None]
+        nll = share * (terms * weights * data).detach().sum()
+        self._add(
+            mode,
+            nll=nll,
+            maskable=share * maskable.sum(),
+            terms=(terms.detach() * bound).sum(),
+            right=(scores.right & bound).sum(),
+            entropy=(scores.entropy * bound).sum(),
+            scored=bound.sum(),
+            masked=share * (noisy["masked"] & maskable).sum(),
+            **by_level(terms.detach() * data, noisy["levels"][at] * data),
+        )
+        if scores.teacher is not None:
+            best = scores.logits.detach().argmax(-1) == scores.teacher.argmax(-1)
+            whole, b = (noisy["levels"][at] == 1) & data, self.diffusion_collator.block_length
+            b = (self._block_length() or b) if mode == "train" else b
+            yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][at], whole, b)
+            self._add(mode, accepted=yielded, blocks=blocks)
+        objective = terms * data
+        if mode == "train" and scores.logits is not None:
+            objective = self._listen(model, part, noisy, scores, objective, data)
+        objective = objective * (weights + extra_weights)
+        if self.args.normalization == "sequence":
+            tokens = (part["labels"] != IGNORE_INDEX).sum(-1).clamp(min=1)
+            objective = objective / tokens[rows]
+        return nll, share * objective.sum()
+
+    def _listen(
+        self,
+        model: torch.nn.Module,
+        part: dict[str, Any],
+        noisy: dict[str, Any],
+        scores: Scores,
+        objective: torch.Tensor,
+        data: torch.Tensor,
+    ) -> torch.Tensor:
+        """The objective of every term (n,) with the AR teacher's distribution in place of its share of the labels."""
+        taught, tokens = noisy["taught"][scores.keep], noisy["tokens"][scores.keep]
+        taught &= tokens > 0
+        rows = scores.keep.nonzero()[:, 0][taught]
+        if scores.teacher is not None:
+            logits, hidden = scores.teacher[taught], None
+        else:
+            packed = self.diffusion_collator.packing
+            logits, hidden = teacher_scores(model, self.model, part, rows, tokens[taught], packed)
+        divergence = total_variation if self.args.distillation_divergence == "tv" else soft_cross_entropy
+        soft = divergence(scores.logits[taught], logits)
+        # Where the words are its own, the student has no other teacher.
+        share = torch.where(data[taught], self.args.distillation_weight, float(self.args.distillation_weight > 0))
+        mixed = (1 - share) * objective[taught] + share * soft
+        if self.args.distillation_hidden_weight:
+            mixed = mixed + self.args.distillation_hidden_weight * relative_error(scores.hidden[taught], hidden)
+        lost = soft.detach() - (entropy(logits) if self.args.distillation_divergence == "kl" else 0)
+        self._add("train", distillation=lost.sum(), taught=taught.sum(), listened=scores.keep.sum())
+        return objective.index_put((taught.nonzero()[:, 0],), mixed)
+
+    def _on_policy(self, model: torch.nn.Module, part: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+        """The rows, some of them with the student's own words where another noise had masked them; and which, (B,)."""
+        seed = self.args.seed + 1
+        step = self._start["conversion_steps"] + self.state.global_step
+        chosen = uniform(seed, step, part["noise_rows"]) < self.args.on_policy_share
+        noisy = self._corrupt(part, "train", seed=seed)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                scores = self._score(model, noisy, listening=True)
+        finally:
+            model.train(training)
+        keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
+        special = collator.mask_token_id, collator.eos_token_id
+        return with_own_words(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
+
+    def _corrupt(
+        self, part: dict[str, Any], mode: str, complement: bool = False, seed: int | None = None
+    ) -> dict[str, Any]:
+        """The rows under the noise and the attention of this step; in evaluation under fixed noise and at the target."""
+        rows = part.get("noise_rows") if mode == "train" else None
+        # Phases of one run share a seed and one way from causal attention: all steps so far count.
+        step, way = self._start["conversion_steps"] + self.state.global_step, self._way()
+        noisy = self.diffusion_collator.corrupt(
+            part,
+            seed=self.args.seed if seed is None else seed,
+            step=0 if rows is None else step,
+            rows=rows,
+            n_rows=part.get("n_noise_rows"),
+            block_length=self._block_length() if mode == "train" else None,
+            complement=complement,
+        )
+        if way is not None and self.diffusion_collator.attention == "bidirectional":
+            # Evaluation is at the target, as generation is.
+            at = step if mode == "train" else way.total_steps
+            mask = way.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
+            if mask is not None:
+                noisy["inputs"]["attention_mask"] = mask
+        return noisy
+
+    def _block_length(self) -> int | None:
+        """Of this step's blocks, which may still grow; None without blocks."""
+        way, target = self._way(), self.diffusion_collator.block_length
+        if way is None or target is None:
+            return target
+        length = way.block_length(self._start["conversion_steps"] + self.state.global_step, target)
+        return max(length, 2) if self._drafts else length  # of a block of one nothing is drafted
+
+    def _way(self) -> Annealing | None:
+        if self._annealed:
+            return None
+        return self.args.way(self._start["conversion_steps"] + self.state.max_steps)
+
+    def _way_metrics(self) -> dict[str, float]:
+        """Where the model is on its way from causal attention."""
+        way, step = self._way(), self._start["conversion_steps"] + self.state.global_step
+        if way is None:
+            return {}
+        if way.mode == "block":
+            return {"annealed_block_length": self._block_length() or way.block_length(step, self.args.max_length)}
+        return {"causal_ratio": way.causal_ratio(step)}
+
+    def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> Scores:
+        """What the model says to the targets; `listening` keeps its logits and hidden states."""
+        inputs = self._model_inputs(noisy)
+        if self._drafts:
+            return score_drafts(model, self.model, inputs, noisy, listening)
+        return score(model, inputs, noisy["targets"], listening)
+
+    def _add(self, mode: str, **new: torch.Tensor) -> None:
+        """Adds to the running sums, on the device: nothing is read back before it is logged."""
+        sums = self._sums[mode]
+        for name, value in new.items():
+            sums[name] = sums[name] + value if name in sums else value
+
+    def _metric_values(self, mode: str) -> dict[str, float]:
+        sums = {name: self.accelerator.gather(value).sum().item() for name, value in self._sums[mode].items()}
+        self._sums[mode] = {}
+        return metric_values(sums, bounded=not self._drafts)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs = {**logs, **self._metric_values("train"), **self._way_metrics()}
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._sums["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        values = {f"{metric_key_prefix}_{name}": value for name, value in self._metric_values("eval").items()}
+        output.metrics.update(values)
+        loss = f"{metric_key_prefix}_{'masked_nll' if self._drafts else 'nelbo'}"
+        if loss in values:
+            # Over all tokens at once, so the same whatever the batch size; the host averages batches.
+            output.metrics[f"{metric_key_prefix}_loss"] = values[loss]
+        return output
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._update_record()
+        super()._save(output_dir, state_dict)

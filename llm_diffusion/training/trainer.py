@@ -1,0 +1,100 @@
+"""What every trainer of ours does around its objective: noise that knows its rows, masks in the right type, saving with the record,
+checkpoints that are whole, and no step whose loss is no number.
+
+Trade-off: a mixin in front of the host's trainer, with nothing but overrides of the host. Alternative: the same methods in each.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from ..models.patching import base_of
+from ..models.publishing import model_card, save_custom_generate
+from ..models.record import record_of, save_record
+from .faults import UNFINISHED, save_bad_batch, save_whole
+from .preparation import has_converted_weights
+
+
+def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts: int = 1) -> None:
+    """Tells the micro-batches of one optimiser step their rows' places in the global batch; `texts` belong to one row."""
+    processes, index, seen = accelerator.num_processes, accelerator.process_index, 0
+    for batch in batches:
+        size = len(batch["input_ids"]) // texts
+        # Loaders deal whole micro-batches to the processes in turn.
+        batch["noise_rows"] = torch.arange(size) + seen * processes + index * size
+        seen += size
+    for batch in batches:
+        batch["n_noise_rows"] = seen * processes
+
+
+class DiffusionHosting:
+    """Goes before a trainer of the host in the bases of a class."""
+
+    _saving = False
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As the host's; a loss that is no number stops the run before it reaches the weights."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):  # in place of the host's filter, which hides it: one wait, as there
+            raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
+        return loss
+
+    def _model_inputs(self, noisy: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of the model for what a collator laid out."""
+        inputs = {**noisy["inputs"], "use_cache": False}
+        if inputs["attention_mask"].dim() == 4:
+            inputs["attention_mask"] = self._in_compute_dtype(inputs["attention_mask"])
+        return inputs
+
+    def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
+        """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
+        # Not `torch.is_autocast_enabled`: accelerate turns autocast on inside the model's forward.
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
+        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / UNFINISHED) if self._saving else folder
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub:  # the host uploads from where it writes, in its own time
+            super()._save_checkpoint(model, trial)
+            return
+        folder, self._saving = Path(super()._get_output_dir(trial)), True
+        try:
+            save_whole(self, lambda: super(DiffusionHosting, self)._save_checkpoint(model, trial), folder)
+        finally:
+            self._saving = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if isinstance(self.model, PeftModel):
+                save_record(self.model, folder)
+            elif not record_of(self.model).time_embedding:
+                save_custom_generate(folder)
+            (folder / "README.md").write_text(self._card(folder.name))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Our card in place of the host's, whose quick start decodes from left to right."""
+        if self.is_world_process_zero():
+            name = model_name or self.hub_model_id or Path(self.args.output_dir).name
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            (Path(self.args.output_dir) / "README.md").write_text(self._card(name, tags))
+
+    def _card(self, name: str, tags: str | list[str] | None = None) -> str:
+        base = base_of(self.model)
+        more = [tags] if isinstance(tags, str) else list(tags or [])
+        adapter = isinstance(self.model, PeftModel)
+        return model_card(record_of(base), name, [*self._tag_names, *more], adapter, has_converted_weights(self.model))

@@ -1,0 +1,251 @@
+"""Datasets by name: every source, the splits, and one clear error for what cannot be trained on."""
+
+import json
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from llm_diffusion.data.datasets import as_prompt_completion, load_splits
+from llm_diffusion.data.tiny import tiny_dataset
+
+TEXTS = [f"line {i}" for i in range(20)]
+ROWS = [{"text": text} for text in TEXTS]
+
+
+def as_txt(folder, rows):
+    (folder / "data.txt").write_text("".join(row["text"] + "\n" for row in rows))
+    return folder / "data.txt"
+
+
+def as_jsonl(folder, rows):
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "data.jsonl"
+
+
+def as_json(folder, rows):
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"
+
+
+def as_parquet(folder, rows):
+    Dataset.from_list(rows).to_parquet(folder / "data.parquet")
+    return folder / "data.parquet"
+
+
+def as_folder_of_txt(folder, rows):
+    for part in (0, 1):
+        (folder / f"part{part}.txt").write_text("".join(row["text"] + "\n" for row in rows[part::2]))
+    (folder / "README.md").write_text("not data")
+    return folder
+
+
+def as_folder_of_jsonl(folder, rows):
+    for part in (0, 1):
+        (folder / f"part{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[part::2]))
+    return folder
+
+
+def as_folder_of_parquet(folder, rows):
+    for part in (0, 1):
+        Dataset.from_list(rows[part::2]).to_parquet(folder / f"part{part}.parquet")
+    return folder
+
+
+def as_saved(folder, rows):
+    Dataset.from_list(rows).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def as_saved_dict(folder, rows):
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+SOURCES = [
+    as_txt,
+    as_jsonl,
+    as_json,
+    as_parquet,
+    as_folder_of_txt,
+    as_folder_of_jsonl,
+    as_folder_of_parquet,
+    as_saved,
+    as_saved_dict,
+]
+
+
+def load(name, **options):
+    train, test = load_splits(str(name), **{"test_size": 0.2, "seed": 0, **options})
+    return train["text"][:], test["text"][:]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_disjoint_seeded_splits(tmp_path, source):
+    path = source(tmp_path, ROWS)
+    train, test = load(path)
+    assert (len(train), len(test)) == (16, 4)
+    assert sorted(train + test) == sorted(TEXTS)
+    assert load(path) == (train, test)
+    assert set(load(path, seed=1)[1]) != set(test)
+
+
+@pytest.mark.parametrize(("test_size", "held_out"), [(0.5, 10), (0.05, 1), (3, 3), (1, 1), (19, 19), (500, 19)])
+def test_the_test_size_is_a_share_or_a_number(tmp_path, test_size, held_out):
+    train, test = load(as_txt(tmp_path, ROWS), test_size=test_size)
+    assert (len(train), len(test)) == (20 - held_out, held_out)
+
+
+def test_the_limit_takes_the_first_of_the_split(tmp_path):
+    path = as_txt(tmp_path, ROWS)
+    train, _ = load(path)
+    for limit in (1, 5, 16, 100):
+        assert load(path, limit=limit)[0] == train[:limit]
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_an_own_test_split_is_used(tmp_path, name):
+    held = [{"text": "held out"}] * 3
+    DatasetDict({"train": Dataset.from_list(ROWS), name: Dataset.from_list(held)}).save_to_disk(tmp_path / "saved")
+    train, test = load(tmp_path / "saved")
+    assert train == TEXTS
+    assert test == ["held out"] * 3
+
+
+def test_tiny_is_generated():
+    train, test = load_splits("tiny", test_size=18, seed=4, limit=30)
+    assert train.to_list() == tiny_dataset(30, 4).to_list()
+    assert test.to_list() == tiny_dataset(18, 4, "test").to_list()
+    assert load_splits("tiny", test_size=18, seed=5, limit=30)[0].to_list() != train.to_list()
+
+
+@pytest.mark.parametrize("row", [{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "completion": "b"}])
+def test_other_trainable_columns_pass(tmp_path, row):
+    train, test = load_splits(str(as_jsonl(tmp_path, [row] * 4)), test_size=1, seed=0)
+    assert set(train.column_names) == set(row)
+    assert (len(train), len(test)) == (3, 1)
+
+
+# -- errors
+
+
+def mixed_folder(folder):
+    as_txt(folder, ROWS)
+    as_jsonl(folder, ROWS)
+    return folder
+
+
+def written(name, text):
+    def write(folder):
+        (folder / name).write_text(text)
+        return folder / name
+
+    return write
+
+
+def saved_without_train(folder):
+    DatasetDict(extra=Dataset.from_list(ROWS)).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (mixed_folder, "one kind.*json.*text"),
+        (lambda folder: folder, "one kind.*none"),
+        (written("data.csv", "text\na\n"), "one kind.*none"),
+        (written("data.txt", ""), "is empty"),
+        (written("data.jsonl", ""), "is empty"),
+        (written("data.jsonl", "\n\n"), "could not be loaded"),
+        (written("data.jsonl", '{"words": "a"}\n{"words": "b"}\n'), "columns .*words.*`messages`.*`prompt`.*`text`"),
+        (written("data.jsonl", '{"text": "a"}\n{"text": \n{"text": "c"}\n'), "could not be loaded"),
+        (written("data.json", "not json"), "could not be loaded"),
+        (written("data.parquet", "not parquet"), "could not be loaded"),
+        (written("data.jsonl", '{"text": "a"}\n'), "one example; at least two"),
+        (saved_without_train, r"\['extra'\].*`train`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_trained_on_is_named(tmp_path, make, says):
+    path = make(tmp_path)
+    with pytest.raises(ValueError, match=f"`dataset`: '{path}'.*{says}"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/nothing/here.jsonl", "nothing.txt", "~/nothing-here", "some/data.parquet"]
+)
+def test_a_missing_file_is_named_and_the_hub_not_asked(name):
+    with pytest.raises(FileNotFoundError, match=f"`dataset`: '{name}' does not exist"):
+        load_splits(name, test_size=0.2, seed=0)
+
+
+# -- conversations
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+def conversations(*messages):
+    return Dataset.from_list([{"messages": list(turns), "kind": "x"} for turns in messages])
+
+
+def test_the_last_turn_is_the_completion():
+    turns = [{"role": "system", "content": "s"}, USER, ANSWER, USER, {"role": "assistant", "content": "last"}]
+    dataset = as_prompt_completion(conversations([USER, ANSWER], turns))
+    assert set(dataset.column_names) == {"prompt", "completion", "kind"}
+    assert dataset[0] == {"prompt": [USER], "completion": [ANSWER], "kind": "x"}
+    assert dataset[1]["prompt"] == turns[:-1]
+    assert dataset[1]["completion"] == turns[-1:]
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
+def test_other_shapes_pass_through(row):
+    dataset = Dataset.from_list([row])
+    assert as_prompt_completion(dataset) is dataset
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [USER, {"role": "assistant", "content": ""}],
+        [USER, {"role": "assistant", "content": " \n"}],
+        [USER],
+        [USER, ANSWER, USER],
+        [ANSWER],
+    ],
+    ids=["empty", "blank", "no answer", "question last", "no prompt"],
+)
+def test_conversations_without_an_answer_name_the_row(turns):
+    with pytest.raises(ValueError, match="`dataset`: row 1 "):
+        as_prompt_completion(conversations([USER, ANSWER], turns))
+
+
+def test_a_folder_with_a_test_file_keeps_its_test_rows_apart(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 5)
+    (tmp_path / "test.jsonl").write_text('{"text": "c"}\n' * 3)
+    train, test = load_splits(str(tmp_path), test_size=0.2, seed=0)
+    assert set(train["text"]) == {"a", "b"} and set(test["text"]) == {"c"}
+
+
+def test_blank_lines_are_no_examples(tmp_path):
+    (tmp_path / "a.txt").write_text("a\n\nb\n \n")
+    train, test = load_splits(str(tmp_path / "a.txt"), test_size=1, seed=0)
+    assert sorted([*train["text"], *test["text"]]) == ["a", "b"]
+
+
+def test_a_saved_dataset_without_rows_is_empty(tmp_path):
+    Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="is empty"):
+        load_splits(str(tmp_path / "saved"), test_size=0.2, seed=0)
+
+
+@pytest.mark.parametrize("turns", [[], [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]])
+def test_a_conversation_without_an_answer_is_named(turns):
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(ValueError, match="row 1"):
+        as_prompt_completion(Dataset.from_list([{"messages": good}, {"messages": turns}]))
+
+
+def test_a_prompt_without_completion_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    with pytest.raises(ValueError, match="completion"):
+        load_splits(str(tmp_path / "a.jsonl"), test_size=1, seed=0)

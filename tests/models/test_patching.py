@@ -1,0 +1,87 @@
+"""Changes that can be taken back, and wrapped forwards: against the model without them."""
+
+import copy
+import functools
+import inspect
+
+import pytest
+import torch
+
+from llm_diffusion.models.patching import Patch, keep_logits, wrap_forward
+
+
+class Plain(torch.nn.Module):
+    """A model without `logits_to_keep`, as some hosts have."""
+
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 7)
+        self.register_buffer("table", torch.arange(3))
+
+    def forward(self, hidden, scale=1.0):
+        return self.Output(self.head(hidden) * scale)
+
+
+def doubled(self, *args, **kwargs):
+    output = self._plain_forward(*args, **kwargs)
+    output.logits = 2 * output.logits
+    return output
+
+
+def test_attributes_and_buffers_are_put_back():
+    model, patch = Plain(), Patch()
+    before = set(vars(model))
+    with patch:
+        patch.set(model, "table", torch.zeros(3))
+        patch.set(model, "note", "new")
+        assert not model.table.any() and model.note == "new"
+    assert model.table.tolist() == [0, 1, 2] and set(vars(model)) == before
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_wrapped_forward_has_the_signature_of_the_class(hooked):
+    """accelerate's hooks put a partial in the forward's place; names must still fit positions."""
+    model, hidden = Plain(), torch.randn(2, 3, 4)
+    want = model(hidden, 3.0).logits
+    if hooked:
+        model.forward = functools.update_wrapper(functools.partial(Plain.forward, model), Plain.forward.__get__(model))
+    patch = Patch()
+    wrap_forward(patch, model, doubled, "_plain_forward")
+    assert list(inspect.signature(model.forward).parameters) == ["hidden", "scale"]
+    torch.testing.assert_close(model(hidden, 3.0).logits, 2 * want)
+    twin = copy.deepcopy(model)
+    torch.nn.init.zeros_(twin.head.weight)
+    torch.testing.assert_close(model(hidden, 3.0).logits, 2 * want)  # a copy has weights and forward of its own
+    assert not torch.equal(twin(hidden).logits, model(hidden).logits)
+    patch.undo()
+    assert torch.equal(model(hidden, 3.0).logits, want)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        0,
+        2,
+        torch.tensor([0, 2]),
+        torch.tensor([[0, 2], [1, 1]]),
+        torch.tensor([[True, False, True], [False, True, False]]),
+    ],
+    ids=["all", "last", "columns", "per row", "mask"],
+)
+def test_logits_to_keep_as_the_host_does_it(keep, random_llama):
+    """Every form gives what a host model gives that knows the keyword itself."""
+    model, hidden = Plain(), torch.randn(2, 3, 4)
+    every = model(hidden).logits
+    keep_logits(model)
+    keep_logits(model)  # twice is once
+    host, ids = random_llama(), torch.randint(3, 400, (2, 3))
+    own, full = host(ids, logits_to_keep=keep).logits, host(ids).logits
+    got = model(hidden, logits_to_keep=keep).logits
+    assert got.shape[:-1] == own.shape[:-1]
+    # Where the host took each of its rows from, ours must come from too.
+    places = [int(torch.isclose(full.flatten(0, 1), row, atol=1e-5).all(-1).nonzero()[0]) for row in own.flatten(0, -2)]
+    torch.testing.assert_close(got.flatten(0, -2), every.flatten(0, 1)[places])

@@ -1,0 +1,127 @@
+"""Attention masks against rules written out position by position."""
+
+import pytest
+import torch
+
+from llm_diffusion.objective.attention_masks import (
+    additive,
+    bidirectional,
+    block_causal,
+    block_decoding,
+    block_diffusion,
+    positions,
+)
+
+
+def padded(lengths, left):
+    width = max(lengths)
+    rows = [[0] * (width - n) + [1] * n if left else [1] * n + [0] * (width - n) for n in lengths]
+    return torch.tensor(rows)
+
+
+def each_pair(mask, rule):
+    """(B, L, L) bool by calling `rule(i, j)` with places in the text; padding is seen by nobody."""
+    allowed = torch.zeros(*mask.shape, mask.shape[1], dtype=torch.bool)
+    for row in range(len(mask)):
+        columns = mask[row].nonzero().flatten().tolist()
+        for i, q in enumerate(columns):
+            for j, k in enumerate(columns):
+                allowed[row, q, k] = rule(row, i, j)
+    return allowed
+
+
+def only_real(allowed, mask):
+    """Rows of padding queries do not matter."""
+    return allowed & mask[:, :, None].bool()
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("b", [1, 2, 3, 16])
+def test_block_causal(left, b):
+    mask = padded([7, 4], left)
+    expected = each_pair(mask, lambda row, i, j: j // b <= i // b)
+    assert torch.equal(only_real(block_causal(mask, b), mask), expected)
+
+
+@pytest.mark.parametrize("clean", ["causal", "block"])
+@pytest.mark.parametrize("b", [1, 2, 4])
+def test_block_diffusion(clean, b):
+    mask = padded([8, 5], left=False)
+    length = mask.shape[1]
+    found = block_diffusion(mask, b, clean)
+    assert found.shape == (2, 2 * length, 2 * length)
+    noisy_noisy = each_pair(mask, lambda row, i, j: i // b == j // b)
+    noisy_clean = each_pair(mask, lambda row, i, j: j // b < i // b)
+    clean_clean = each_pair(mask, lambda row, i, j: j <= i if clean == "causal" else j // b <= i // b)
+    assert torch.equal(only_real(found[:, :length, :length], mask), noisy_noisy)
+    assert torch.equal(only_real(found[:, :length, length:], mask), noisy_clean)
+    assert torch.equal(only_real(found[:, length:, length:], mask), clean_clean)
+    assert not found[:, length:, :length].any()  # clean text never sees noise
+
+
+@pytest.mark.parametrize("clean", ["causal", "block"])
+@pytest.mark.parametrize("left", [True, False])
+def test_block_decoding(clean, left):
+    mask, b, active = padded([9, 6], left), 3, [2, 0]
+
+    def rule(row, i, j):
+        if i // b == active[row]:
+            return j // b <= i // b
+        return j <= i if clean == "causal" else j // b <= i // b
+
+    found = block_decoding(mask, b, clean, torch.tensor(active))
+    assert torch.equal(only_real(found, mask), each_pair(mask, rule))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_additive_is_finite_and_in_the_models_dtype(dtype):
+    allowed = torch.tensor([[[True, False], [False, False]]])
+    bias = additive(allowed, dtype)
+    assert bias.shape == (1, 1, 2, 2) and bias.dtype == dtype and bias.isfinite().all()
+    assert bias[0, 0, 0, 0] == 0 and bias[0, 0, 0, 1] == torch.finfo(dtype).min
+    assert bias[0, 0, 1].softmax(-1).isfinite().all()  # a row that sees nothing is no NaN
+
+
+# -- several texts in a row
+
+
+def packed(lengths, padding=2):
+    numbers = [number for number, n in enumerate(lengths, start=1) for _ in range(n)]
+    return torch.tensor([numbers + [0] * padding])
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 4], [1, 2, 6, 1]])
+def test_positions_are_counted_in_every_text(lengths):
+    want = [i for n in lengths for i in range(n)]
+    assert positions(packed(lengths))[0, : sum(lengths)].tolist() == want
+
+
+def test_positions_of_a_plain_padding_mask_count_real_tokens():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 1, 1, 0]])
+    assert torch.equal(positions(mask)[mask.bool()], (mask.cumsum(-1) - 1)[mask.bool()])
+
+
+@pytest.mark.parametrize("lengths", [[3, 4], [1, 2, 6, 1], [8]])
+@pytest.mark.parametrize("b", [1, 2, 3])
+def test_a_packed_mask_is_the_masks_of_its_texts_along_the_diagonal(lengths, b):
+    documents = packed(lengths)
+    single = [torch.ones(1, n, dtype=torch.long) for n in lengths]
+    for make in (bidirectional, lambda d: block_causal(d, b)):
+        want = torch.block_diag(*[make(text)[0].int() for text in single]).bool()
+        n = sum(lengths)
+        assert torch.equal(make(documents)[0, :n, :n], want)
+        assert not make(documents)[0, :, n:].any()
+
+
+@pytest.mark.parametrize("clean", ["causal", "block"])
+def test_block_diffusion_of_a_packed_row(clean):
+    lengths, b = [3, 4], 2
+    documents, n = packed(lengths, padding=0), 7
+    whole = block_diffusion(documents, b, clean)[0].view(2, n, 2, n)
+    start = 0
+    for length in lengths:
+        text = block_diffusion(torch.ones(1, length, dtype=torch.long), b, clean)[0].view(2, length, 2, length)
+        place = slice(start, start := start + length)
+        assert torch.equal(whole[:, place, :, place], text)
+        whole[:, place, :, place] = False
+    assert not whole.any()

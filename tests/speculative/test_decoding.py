@@ -1,0 +1,300 @@
+"""Lossless decoding: greedy output is the base's own token for token, sampled output is distributed as the base's."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llm_diffusion.generation.canvas import fill_masks
+from llm_diffusion.generation.generate import _settings, generate, generate_autoregressive
+from llm_diffusion.models.loading import load_diffusion_model
+from llm_diffusion.speculative.adapters import AdapterSwitch
+from llm_diffusion.speculative.decoding import LosslessDecoder
+from llm_diffusion.speculative.training import check_drafts
+
+EOS, PAD, MASK = 2, 0, 63
+
+
+def drafter(model, block_length: int = 4, std: float = 0.05):
+    """A model with adapters that draft: the wider `std`, the worse."""
+    model.config.diffusion = {
+        "attention": "lossless",
+        "block_length": block_length,
+        "clean_context": "causal",
+        "right_shift_logits": True,
+        "mask_token_id": model.config.vocab_size - 1,
+    }
+    mask = model.config.vocab_size - 1
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[mask]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "trainable_tokens_delta" in name:
+            parameter.data.normal_(std=std)
+    return model.eval()
+
+
+def prompts(rows: int = 6, longest: int = 9, vocab_size: int = 60):
+    """Ragged prompts, padded on the left."""
+    ids = torch.randint(5, vocab_size, (rows, longest), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : row % longest] = 0
+    return ids * mask, mask
+
+
+def same_as_base(model, block: int = 20, **settings) -> torch.Tensor:
+    ids, mask = prompts()
+    common = {"max_new_tokens": block, "eos_token_id": EOS, "pad_token_id": PAD}
+    want = generate_autoregressive(model, ids, attention_mask=mask, do_sample=False, **common)
+    got = generate(model, ids, mask, return_dict_in_generate=True, **common, **settings)
+    assert torch.equal(got.sequences, want)
+    return got
+
+
+@pytest.mark.parametrize("outcomes", [None, 0, 1, 8])
+@pytest.mark.parametrize("block_length", [2, 4, 8])
+@pytest.mark.parametrize("std", [0.0, 0.05, 0.5])
+def test_greedy_is_the_base_whatever_is_drafted(random_llama, block_length, outcomes, std) -> None:
+    model = drafter(random_llama(vocab_size=64), block_length, std)
+    got = same_as_base(model, draft_outcomes=outcomes)
+    assert (got.accepted.max() > 1) or std  # drafts of the base itself are right now and then
+    answers = torch.where(
+        torch.isin(got.sequences[:, 9:], torch.tensor([EOS])).any(-1), (got.sequences[:, 9:] != PAD).sum(-1), 20
+    )
+    assert torch.equal(got.accepted.clamp(min=0).sum(-1), answers)
+    assert torch.equal(got.tokens_per_forward, answers / got.nfe)
+
+
+def test_end_tokens_end_rows_and_free_them(random_llama) -> None:
+    """Of an unsure model, so that rows end at different places."""
+    model = drafter(random_llama(vocab_size=8, seed=3), 4)
+    ids, mask = prompts(8, 6, 8)
+    common = {"max_new_tokens": 24, "eos_token_id": [2, 6], "pad_token_id": PAD}
+    want = generate_autoregressive(
+        model, ids, attention_mask=mask, do_sample=False, suppress_tokens=[7], **common
+    )  # the mask token is nobody's answer
+    got = generate(model, ids, mask, return_dict_in_generate=True, **common)
+    assert torch.equal(got.sequences, want)
+    ended = torch.isin(want[:, 6:], torch.tensor([2, 6])).any(-1)
+    assert 0 < ended.sum() < len(ended)
+    assert got.nfe[ended].max() < got.nfe[~ended].max()
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 7])
+def test_any_number_of_new_tokens(random_llama, limit) -> None:
+    got = same_as_base(drafter(random_llama(vocab_size=64), 4), limit)
+    assert limit > 1 or (got.nfe == 1).all()  # the prompt's own pass says the first
+
+
+def test_a_known_end_needs_no_verification(random_llama) -> None:
+    """With drafts that are never right, every pass but the prompt's says one token more than it is asked to verify."""
+    model = drafter(random_llama(vocab_size=64), 4, std=5.0)
+    ids, mask = prompts(1)
+    settings = {"eos_token_id": None, "draft_outcomes": 4, "return_dict_in_generate": True}
+    got = generate(model, ids, mask, max_new_tokens=6, **settings)
+    assert (got.accepted <= 2).all()  # no draft was right: one token a pass, and the last with the one before it
+    assert got.accepted[got.accepted > 0].sum() == 6 == got.nfe.item()
+
+
+def test_other_architectures_and_their_layouts() -> None:
+    """Layers that see rows one under the other (OPT, shared experts), scaled embeddings (BioGPT), GPT-2's transposed weights."""
+    small = {
+        "vocab_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "hidden_size": 32,
+    }
+    configs = [
+        transformers.OPTConfig(**small, ffn_dim=64, word_embed_proj_dim=32, init_std=0.2),
+        transformers.BioGptConfig(**small, intermediate_size=64, initializer_range=0.2, scale_embedding=True),
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2),
+        transformers.PhiConfig(**small, intermediate_size=64, initializer_range=0.2),
+    ]
+    for config in configs:
+        torch.manual_seed(0)
+        model = drafter(AutoModelForCausalLM.from_config(config).eval(), 4)
+        for rows in (1, 3):
+            ids, mask = prompts(rows)
+            common = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": PAD}
+            want = generate_autoregressive(
+                model, ids, attention_mask=mask, do_sample=False, suppress_tokens=[63], **common
+            )
+            assert torch.equal(generate(model, ids, mask, draft_outcomes=4, **common), want), config.model_type
+        check_drafts(model, 63, checkpointing=False)
+
+
+def test_processors_of_the_base_are_said_to_be_left_out(random_llama, caplog) -> None:
+    model, (ids, mask) = drafter(random_llama(vocab_size=64)), prompts(1)
+    model.get_base_model().generation_config.repetition_penalty = 1.3
+    generate(model, ids, mask, max_new_tokens=4)
+    assert "repetition_penalty" in caplog.text
+    caplog.clear()
+    generate(model, ids, mask, max_new_tokens=4, repetition_penalty=1.0)
+    assert "repetition_penalty" not in caplog.text
+
+
+def test_one_by_one_as_in_a_batch(random_llama) -> None:
+    model, (ids, mask) = drafter(random_llama(vocab_size=64), 4), prompts()
+    settings = {"max_new_tokens": 20, "eos_token_id": None, "return_dict_in_generate": True, "draft_outcomes": 4}
+    for temperature in (0.0, 1.0):
+        batch = generate(model, ids, mask, temperature=temperature, **settings)
+        for row in range(len(ids)):
+            one = ids[row : row + 1, mask[row].bool()]
+            alone = generate(model, one, temperature=temperature, **settings)
+            assert torch.equal(alone.sequences[0, one.shape[1] :], batch.sequences[row, 9:])
+            assert alone.nfe == batch.nfe[row]
+
+
+def test_learned_positions_may_end_behind_the_answer() -> None:
+    """Drafts of a GPT-2 at its last position stand behind it."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=29, bos_token_id=None, eos_token_id=EOS
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(20)
+    same_as_base(drafter(model, 8))
+
+
+def exact(model, prompt: torch.Tensor, n: int, warp) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of n tokens under the base, by enumeration."""
+    found = {}
+    vocabulary = range(model.config.vocab_size)
+    with model.disable_adapter(), torch.no_grad():
+        for text in itertools.product(vocabulary, repeat=n):
+            logits = model(torch.cat([prompt, torch.tensor([text])], -1)).logits[0, len(prompt[0]) - 1 : -1]
+            logits[:, model.config.vocab_size - 1] = -torch.inf  # the mask token
+            probs = warp(logits).softmax(-1)
+            found[text] = float(torch.stack([probs[i, token] for i, token in enumerate(text)]).prod())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "outcomes"),
+    [({"temperature": 1.0}, 3), ({"temperature": 0.7, "top_k": 3}, 1), ({"temperature": 1.0, "top_p": 0.8}, 0)],
+)
+def test_samples_are_distributed_as_the_base(random_llama, settings, outcomes) -> None:
+    """4,000 samples of three tokens over a vocabulary of 6, mask among them."""
+    model = drafter(random_llama(vocab_size=6, initializer_range=0.4, seed=5), 3, std=0.3)
+    prompt, n = torch.tensor([[3, 1, 4]]), 4_000
+
+    def warp(logits):
+        logits = TemperatureLogitsWarper(settings["temperature"])(None, logits)
+        logits = TopKLogitsWarper(settings["top_k"])(None, logits) if "top_k" in settings else logits
+        return TopPLogitsWarper(settings["top_p"])(None, logits) if "top_p" in settings else logits
+
+    got = generate(
+        model,
+        prompt.expand(n, -1),
+        max_new_tokens=3,
+        eos_token_id=None,
+        draft_outcomes=outcomes,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert got.accepted.max() > 1 and got.accepted[got.accepted > 0].min() == 1  # both ways are taken
+    want = exact(model, prompt, 3, warp)
+    answers = [tuple(row) for row in got.sequences[:, 3:].tolist()]
+    counts = {text: answers.count(text) / n for text in set(answers)}
+    distance = sum(abs(counts.get(text, 0.0) - p) for text, p in want.items()) / 2
+    error = sum((p * (1 - p) / n) ** 0.5 for p in want.values()) / 2
+    assert sum(want.values()) == pytest.approx(1, abs=1e-4)
+    assert distance < 2 * error
+
+
+def test_drafts_do_not_touch_the_cache(random_llama) -> None:
+    """What is left in it is the base's own, bit for bit of its own pass over the same columns."""
+    model = drafter(random_llama(vocab_size=64), 4, std=0.0)
+    ids, mask = prompts(1)
+    settings = _settings(model.base_model.model, None, {"max_new_tokens": 12, "eos_token_id": None})
+    decoder = LosslessDecoder(model, ids, mask, settings)
+    with torch.no_grad():
+        with AdapterSwitch(model) as decoder.switch:
+            decoder._prefill()
+            for _ in range(3):
+                decoder._cycle()
+        text = decoder.canvas[:, : int(decoder.length)]
+        with model.disable_adapter():
+            plain = model(text, use_cache=True).past_key_values
+    for ours, theirs in zip(decoder.cache.layers, plain.layers, strict=True):
+        torch.testing.assert_close(ours.keys[:, :, decoder.valid[0]], theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values[:, :, decoder.valid[0]], theirs.values, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_refused(random_llama, random_diffuser) -> None:
+    ids, mask = prompts()
+    model = drafter(random_llama(vocab_size=64))
+    for settings, message in (
+        ({"verify": False}, "verify"),
+        ({"draft_outcomes": -1}, "draft_outcomes"),
+        ({"eos_early_stop": False}, "eos_early_stop"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty"),
+        ({"bad_words_ids": [[3]]}, "bad_words_ids"),
+        ({"editing_threshold": 0.5}, "editing_threshold"),
+        ({"logits_processor": [print]}, "logits_processor"),
+        ({"block_length": 8}, "block_length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(model, ids, mask, max_new_tokens=8, **settings)
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(model, ids[:, :0], mask[:, :0], max_new_tokens=8)
+    with pytest.raises(ValueError, match="verify"):
+        generate(random_diffuser(True), ids[:1, :4] % 30, max_new_tokens=8, verify=True)
+    with pytest.raises(ValueError, match="cannot fill gaps"):
+        fill_masks(model, ids, mask, _settings(model.base_model.model, None, {"max_new_tokens": 8}))
+    with pytest.raises(ValueError, match="no autoregressive model"):
+        generate(model.merge_and_unload(), ids, mask, max_new_tokens=8)
+
+
+def test_a_quantised_base_is_what_is_kept() -> None:
+    """Under nf4 the guarantee is against the quantised base."""
+    model, tokenizer = load_diffusion_model("tiny", attention="lossless", block_length=4, quantization="nf4")
+    mask = tokenizer.mask_token_id
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", trainable_token_indices=[mask]))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+    batch = tokenizer(
+        ["<|im_start|>user\nSort the letters: k d e a<|im_end|>\n<|im_start|>assistant\n"] * 2, return_tensors="pt"
+    )
+    want = generate_autoregressive(model.eval(), **batch, max_new_tokens=12, do_sample=False)
+    assert torch.equal(generate(model, **batch, max_new_tokens=12), want)
+
+
+def test_drafts_in_progress_are_streamed(random_llama) -> None:
+    class Drafts:
+        def __init__(self) -> None:
+            self.seen, self.drafts, self.ended = [], [], False
+
+        def put(self, value: torch.Tensor) -> None:
+            self.seen.append(value)
+
+        def put_draft(self, value: torch.Tensor) -> None:
+            self.drafts.append(value)
+
+        def end(self) -> None:
+            self.ended = True
+
+    model, (ids, mask), streamer = drafter(random_llama(vocab_size=64)), prompts(1), Drafts()
+    output = generate(model, ids, mask, max_new_tokens=9, eos_token_id=None, streamer=streamer)
+    assert streamer.ended and torch.equal(torch.cat(streamer.seen[1:], -1), output[:, 9:])
+    left = [int((draft == MASK).sum()) for draft in streamer.drafts]
+    assert left == sorted(left, reverse=True) and left[-1] == 0
+    for draft in streamer.drafts:  # what is written stays; finished blocks are no drafts any more
+        assert torch.equal(draft[draft != MASK], output[:, -draft.shape[1] :][draft != MASK])
