@@ -31,14 +31,14 @@ from llm_diffusion.evaluation.answers import evaluate_answers
 from llm_diffusion.evaluation.ends import COLUMNS, foresee_ends
 from llm_diffusion.evaluation.metrics import distinct_n
 from llm_diffusion.models.conversion import convert_to_diffusion
-from llm_diffusion.pipelines import continue_from_left, scratch_model, surprise
+from llm_diffusion.pipelines import continue_from_left, nll_per_token, scratch_model
 
 SHAPE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256}
 CANVAS = 48
 SIZED = {"max_canvas": CANVAS, "random_canvas": 0.5, "first_step_share": 0.25}
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "full attention": {"attention": "bidirectional", "eos_tail": 0, "random_canvas": 0.0},
-    "full attention, ends taught": {"attention": "bidirectional", **SIZED},
+    "full attention, ends teacher_mask": {"attention": "bidirectional", **SIZED},
     "blocks of 4": CO_LOSS,
 }
 SAMPLED = {"do_sample": True, "temperature": 0.7, "max_new_tokens": CANVAS}
@@ -79,7 +79,7 @@ def train(
 
 def judged(judge: torch.nn.Module, tokenizer: Any, rows: list[dict], answers: list[str]) -> list[str]:
     answers = [f" {answer.strip()}" for answer in answers]
-    nats = surprise(judge, tokenizer, [row["prompt"] for row in rows], answers)
+    nats = nll_per_token(judge, tokenizer, [row["prompt"] for row in rows], answers)
     return [f"{nats:.2f}", f"{distinct_n(answers, 2):.2f}"]
 
 
@@ -134,7 +134,7 @@ def main() -> None:
 
     judge, _ = trained()
     prompts, references = ([row[side] for row in held_out] for side in ("prompt", "completion"))
-    true = surprise(judge, tokenizer, prompts, references)
+    true = nll_per_token(judge, tokenizer, prompts, references)
     lines = [["model", "decoding", "tokens/s", "tokens/forward", "judged", "distinct-2"]]
     raw, words = trained()
     convert_to_diffusion(raw, words)

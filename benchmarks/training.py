@@ -136,7 +136,7 @@ def full_logits(host: type) -> type:
     from llm_diffusion.training.scoring import Scores
 
     class FullLogits(host):
-        def _score(self, model: Any, noisy: dict[str, Any], listening: bool = False) -> Any:
+        def _score(self, model: Any, noisy: dict[str, Any], with_teacher: bool = False) -> Any:
             targets = noisy["targets"]
             keep = targets != -100
             logits = model(**noisy["inputs"], use_cache=False).logits

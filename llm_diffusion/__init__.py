@@ -15,6 +15,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+
+class UserError(ValueError):
+    """What a caller got wrong, in one sentence: the setting or file, what was found, what was expected, what to do.
+
+    The command line prints it without a traceback; any other error is a fault of ours.
+    """
+
+
 _PUBLIC = {
     "load_diffusion_model": "models.loading",
     "convert_to_diffusion": "models.conversion",
@@ -34,7 +42,7 @@ _PUBLIC = {
     "evaluate": "evaluation.report",
     "log_likelihood_bound": "evaluation.likelihood",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = sorted([*_PUBLIC, "UserError"])
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ import transformers
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig
 
+from . import UserError
 from .models.attention import in_attention
 from .models.checkpoints import (
     adapter_base,
@@ -98,9 +99,9 @@ def analyze(
     setup = TrainingSetup("lora", batch_size, length, lora_rank, attention, gradient_checkpointing)
     for key, least in (("batch_size", 1), ("length", 2), ("lora_rank", 1)):
         if getattr(setup, key) < least:
-            raise ValueError(f"`{key}` must be at least {least}, got {getattr(setup, key)}.")
+            raise UserError(f"`{key}` must be at least {least}, got {getattr(setup, key)}.")
     if attention not in ("bidirectional", "block"):
-        raise ValueError(f"`attention` must be 'bidirectional' or 'block', got {attention!r}.")
+        raise UserError(f"`attention` must be 'bidirectional' or 'block', got {attention!r}.")
     memory = ModelMemory(load_config(name_or_path, trust_remote_code), trust_remote_code)
     analysis = _describe(memory, setup)
     if isinstance(name_or_path, str):
@@ -135,7 +136,7 @@ def load_config(name_or_path: str | PreTrainedConfig, trust_remote_code: bool = 
         found = "has no causal language model"
     if found:
         advice = "give a decoder-only causal LM, for example Qwen3, Llama or GPT-2"
-        raise ValueError(f"`model`: {config.model_type!r} {found}; {advice}.")
+        raise UserError(f"`model`: {config.model_type!r} {found}; {advice}.")
     return config
 
 

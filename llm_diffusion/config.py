@@ -25,6 +25,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, GenerationConfig
 from trl import SFTConfig
 
+from . import UserError
 from .diffugpt_config import is_diffugpt_config, read_diffugpt_config, strip_comments
 from .generation.config import DiffusionGenerationConfig
 from .models.special_tokens import TOKEN_IDS
@@ -142,11 +143,11 @@ def read_mapping(source: str, what: str) -> dict[str, Any]:
             if isinstance(error, json.JSONDecodeError)
             else str(error)
         )
-        raise ValueError(f"`{what}`: {name} is malformed, {' '.join(place.split())}.") from error
+        raise UserError(f"`{what}`: {name} is malformed, {' '.join(place.split())}.") from error
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ValueError(f"`{what}`: {name} must hold a mapping of settings, found {type(loaded).__name__}.")
+        raise UserError(f"`{what}`: {name} must hold a mapping of settings, found {type(loaded).__name__}.")
     return loaded
 
 
@@ -164,7 +165,7 @@ def read_preset(names: str) -> dict[str, Any]:
         if not found:
             close = difflib.get_close_matches(name, preset_names(), n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"preset {name!r} is unknown{hint} There are: {', '.join(preset_names())}.")
+            raise UserError(f"preset {name!r} is unknown{hint} There are: {', '.join(preset_names())}.")
         merged = merge(merged, read_mapping(str(found[0]), "preset"))
     return merged
 
@@ -210,7 +211,7 @@ def build(given: dict[str, Any]) -> HyperParameters:
             setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
         else:
             if key == "resume_from_checkpoint":
-                raise ValueError(
+                raise UserError(
                     "`resume_from_checkpoint` belongs to the trainers in Python; the main job has `--resume`."
                 )
             check_training_key(key)
@@ -221,12 +222,12 @@ def build(given: dict[str, Any]) -> HyperParameters:
     check_ranges(hp)
     hp.stages = check_stages(hp.stages)
     if hp.training.get("attention") == "lossless" and any(stage["name"] == DPO for stage in stages_of(hp)):
-        raise ValueError(
+        raise UserError(
             "`attention`='lossless': a drafter's words are verified by its base, whose preferences it cannot change; leave 'dpo' out."
         )
     check_pipeline(hp)
     if hp.training.get("attention") == "lossless" and any(stage["trains"] == "everything" for stage in stages_of(hp)):
-        raise ValueError(
+        raise UserError(
             "`attention`='lossless' trains adapters, beside a base that stays as it is: `use_lora` is true, and no stage trains 'everything'."
         )
     memory = hp.model_init_kwargs.get("max_memory")
@@ -248,13 +249,13 @@ def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Stages with checked names, keys and types."""
     names = [stage.get("name") for stage in stages]
     if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
+        raise UserError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
     check_order("stages", names)
     checked = []
     for stage in stages:
         where = f"stages.{stage['name']}"
         if stage.get("trains", "adapters") not in TRAINS:
-            raise ValueError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")
+            raise UserError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")
         own = {key: stage[key] for key in ("name", "trains") if key in stage}
         for key in [key for key in stage if key not in own]:
             own[key] = check_stage_value(key, stage[key], where, preferences=stage["name"] == DPO)
@@ -265,11 +266,11 @@ def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def check_order(key: str, names: list[str]) -> None:
     """Refuses an order in which a result would be saved under another one's name."""
     if DPO in names[:-1]:
-        raise ValueError(
+        raise UserError(
             f"`{key}`: 'dpo' must be the last one, because the result is saved as `dpo_model`, got {names}."
         )
     if "sft" in [name for name in names if name != DPO][:-1]:
-        raise ValueError(
+        raise UserError(
             f"`{key}`: only the last one may be called 'sft' (but for 'dpo' behind it), because the result is saved as `sft_model`, got {names}."
         )
 
@@ -284,10 +285,10 @@ def check_stage_value(key: str, value: Any, where: str, preferences: bool) -> An
 def check_training_key(key: str, where: str = "", keys: set[str] = TRAINING_KEYS) -> None:
     inside = f" in `{where}`" if where else ""
     if key in _RENAMED and not where:
-        raise ValueError(f"`{key}` is called `{_RENAMED[key]}` here.")
+        raise UserError(f"`{key}` is called `{_RENAMED[key]}` here.")
     if key not in keys:
         close = difflib.get_close_matches(key, sorted(keys if where else OWN_KEYS | keys), n=1)
-        raise ValueError(
+        raise UserError(
             f"unknown key `{key}`{inside}" + (f"; did you mean `{close[0]}`?" if close else "; see config.yaml.")
         )
     return key
@@ -323,7 +324,7 @@ def check_type(key: str, value: Any, hint: Any) -> Any:
     if not any(origin in (bool, int, float, str, list, dict, tuple) for origin in origins):
         return value  # an enum or object of the host, which checks it itself
     expected = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in origins)
-    raise ValueError(f"`{key}` must be {expected}, got {value!r} ({type(value).__name__}).")
+    raise UserError(f"`{key}` must be {expected}, got {value!r} ({type(value).__name__}).")
 
 
 def _as_float(value: Any) -> float | None:
@@ -354,26 +355,26 @@ def check_ranges(hp: HyperParameters) -> None:
     for name, least in at_least.items():
         value = getattr(hp, name)
         if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+            raise UserError(f"`{name}` must be at least {least}, got {value}.")
     for name in ("epochs", "learning_rate", "test_size"):
         if not (math.isfinite(getattr(hp, name)) and getattr(hp, name) > 0):
-            raise ValueError(f"`{name}` must be above 0, got {getattr(hp, name)}.")
+            raise UserError(f"`{name}` must be above 0, got {getattr(hp, name)}.")
     for name, keys in (
         ("wandb_config", set(HyperParameters().wandb_config)),
         ("qlora_config", set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}),
         ("lora_config", {f.name for f in dataclasses.fields(LoraConfig)}),
     ):
         if unknown := sorted(set(getattr(hp, name)) - keys):
-            raise ValueError(f"`{name}`: unknown key(s) {unknown}.")
+            raise UserError(f"`{name}`: unknown key(s) {unknown}.")
     for key, value in hp.lora_config.items():
         hp.lora_config[key] = check_type(f"lora_config.{key}", value, typing.get_type_hints(LoraConfig)[key])
     if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
-        raise ValueError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
+        raise UserError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
     check_order("phases", hp.phases)
     if hp.pipeline != "arm":
         DiffusionGenerationConfig(**hp.generation)
     if hp.device not in (None, "cuda", "mps", "cpu"):
-        raise ValueError(
+        raise UserError(
             f"`device` must be cuda, mps or cpu, got {hp.device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
         )
 
@@ -382,21 +383,21 @@ def check_pipeline(hp: HyperParameters) -> None:
     """What belongs to one pipeline alone, and to models from nothing."""
     known_pipeline(hp.pipeline)
     if unknown := sorted(set(hp.token_ids) - set(TOKEN_IDS)):
-        raise ValueError(f"`token_ids`: unknown key(s) {unknown}; there are {list(TOKEN_IDS)}.")
+        raise UserError(f"`token_ids`: unknown key(s) {unknown}; there are {list(TOKEN_IDS)}.")
     for name in hp.token_ids:
         check_type(f"token_ids.{name}", hp.token_ids[name], int)
     if hp.scratch:
         check_scratch(hp.scratch, hp.max_length)
         if hp.use_lora or hp.use_qlora:
-            raise ValueError("`scratch`: a model from nothing trains all its weights; set `use_lora` to false.")
+            raise UserError("`scratch`: a model from nothing trains all its weights; set `use_lora` to false.")
     if hp.pipeline == "arm":
         if any(stage["name"] == DPO for stage in stages_of(hp)):
-            raise ValueError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
+            raise UserError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
         own = {key for stage in stages_of(hp) for key in (*stage, *hp.training) if key in TRAINING_KEYS}
         if foreign := sorted(own - {f.name for f in dataclasses.fields(SFTConfig)}):
-            raise ValueError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
+            raise UserError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
         if unknown := sorted(set(hp.generation) - set(vars(GenerationConfig()))):
-            raise ValueError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
+            raise UserError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
 
 
 def as_dict(hp: HyperParameters) -> dict[str, Any]:

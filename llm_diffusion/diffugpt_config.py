@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from . import UserError
 from .generation.commit_rules import CONFIDENCES
 
 NUMBER = (int, float)
@@ -54,7 +55,7 @@ def read_diffugpt_config(given: dict[str, Any]) -> dict[str, Any]:
         if key in KEYS:
             _check(key, value)
     if not {"init_from", "model"} & set(given):
-        raise ValueError("`init_from` is missing: a folder, a name on the hub, or '' for a model from nothing.")
+        raise UserError("`init_from` is missing: a folder, a name on the hub, or '' for a model from nothing.")
     aside = left_aside(given)
     settings: dict[str, Any] = {"phases": ["pretrain"], "use_lora": False}
     for key, value in given.items():
@@ -95,7 +96,7 @@ def _to(name: str) -> Reading:
 
 def _start(value: str, given: dict[str, Any]) -> dict[str, Any]:
     if value.endswith(".ckpt"):
-        raise ValueError(
+        raise UserError(
             f"`init_from`: {value!r} is a pickle of another trainer, which is not loaded; save the model by `save_pretrained` and name "
             "that folder."
         )
@@ -107,9 +108,7 @@ def _start(value: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _resume(value: bool, given: dict[str, Any]) -> dict[str, Any]:
     if value:
-        raise ValueError(
-            "`resume_training`: a stopped run goes on with `--resume` and the same settings; leave it out."
-        )
+        raise UserError("`resume_training`: a stopped run goes on with `--resume` and the same settings; leave it out.")
     return {}
 
 
@@ -143,7 +142,7 @@ def _schedule(value: Any, given: dict[str, Any]) -> dict[str, Any]:
 def _warmup(value: float, given: dict[str, Any]) -> dict[str, Any]:
     """A share of all steps; the host reads numbers below 1 so. A single cycle that only rises has no host schedule."""
     if value == 1:
-        raise ValueError("`warmup_pct` must be below 1, got 1: the rate would never fall.")
+        raise UserError("`warmup_pct` must be below 1, got 1: the rate would never fall.")
     return _schedule(value, given) | {"warmup_steps": value}
 
 
@@ -162,7 +161,7 @@ def _decoding_steps(value: int, given: dict[str, Any]) -> dict[str, Any]:
 
 def _strategy(value: str, given: dict[str, Any]) -> dict[str, Any]:
     if value not in CONFIDENCES:
-        raise ValueError(f"`denoising_strategy` must be one of {CONFIDENCES}, got {value!r}.")
+        raise UserError(f"`denoising_strategy` must be one of {CONFIDENCES}, got {value!r}.")
     return {"generation": {"remasking": value}}
 
 
@@ -217,14 +216,14 @@ def _check(key: str, value: Any) -> None:
     types, least, _ = KEYS[key]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-        raise ValueError(f"`{key}` must be {expected}, got {value!r} ({type(value).__name__}).")
+        raise UserError(f"`{key}` must be {expected}, got {value!r} ({type(value).__name__}).")
     if least is not None and value is not None and not least <= value < float("inf"):
-        raise ValueError(f"`{key}` must be at least {least:g}, got {value}.")
+        raise UserError(f"`{key}` must be at least {least:g}, got {value}.")
     if key in ("max_lr", "val_test_perc") and not value:
-        raise ValueError(f"`{key}` must be above 0, got {value}.")
+        raise UserError(f"`{key}` must be above 0, got {value}.")
     if key == "pad_masked_perc" and not 0 < value <= 1:
-        raise ValueError(f"`pad_masked_perc` must be in (0, 1], got {value}.")
+        raise UserError(f"`pad_masked_perc` must be in (0, 1], got {value}.")
     if key == "warmup_pct" and value > 1:
-        raise ValueError(f"`warmup_pct` must be in [0, 1), got {value}.")
+        raise UserError(f"`warmup_pct` must be in [0, 1), got {value}.")
     if key == "betas" and not (len(value) == 2 and all(isinstance(b, NUMBER) and 0 <= b < 1 for b in value)):
-        raise ValueError(f"`betas` must be two numbers in [0, 1), got {value}.")
+        raise UserError(f"`betas` must be two numbers in [0, 1), got {value}.")

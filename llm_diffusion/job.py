@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig, SFTTrainer
 
+from . import UserError
 from .config import (
     DPO,
     DPO_KEYS,
@@ -152,7 +153,7 @@ def show_ends(
     examples: list[dict],
     picture: Path,
 ) -> None:
-    """Where the model foresees the ends of held-out answers, if a stage taught it."""
+    """Where the model foresees the ends of held-out answers, if a stage teacher_mask it."""
     canvases = [getattr(stage, "max_canvas", None) for stage in arguments]
     canvas = max((size for size in canvases if size is not None), default=None)
     if canvas is None:
@@ -217,7 +218,7 @@ def check_writable(folder: Path, key: str) -> None:
 def check_same_settings(hp: HyperParameters, file: Path) -> None:
     """Refuses to go on with a run that was started with other settings."""
     if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
-        raise ValueError(
+        raise UserError(
             f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
         )
 
@@ -341,7 +342,7 @@ def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:
             )
             settings["target_modules"] = "all-linear"
         elif missing:
-            raise ValueError(
+            raise UserError(
                 f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {sorted(names)}."
             )
     return LoraConfig(task_type="CAUSAL_LM", **settings)

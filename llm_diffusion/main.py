@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from loguru import logger
 
+from . import UserError
+
 if TYPE_CHECKING:
     from .config import HyperParameters
 
@@ -115,7 +117,7 @@ def convert(
             given = merge(read_preset("3stage"), given)
         hp = build(given)
         if hp.pipeline == "arm":
-            raise ValueError("`pipeline`='arm' converts nothing; leave it out, or leave out `convert`.")
+            raise UserError("`pipeline`='arm' converts nothing; leave it out, or leave out `convert`.")
         quiet_hosts()
         show_analysis(hp)
         run(hp, resume)
@@ -233,11 +235,11 @@ def generate(
             hp = resolve(config=config, hyper_parameters=own)
             show_left_aside(config, own)
             if hp.scratch and model is None:
-                raise ValueError("`init_from`: a model from nothing has nothing to say; train it, and name its folder.")
+                raise UserError("`init_from`: a model from nothing has nothing to say; train it, and name its folder.")
             chosen = {**hp.generation, **chosen}
             model, prompts, pipeline = model or hp.model, prompts or tuple(hp.prompts), pipeline or hp.pipeline
         if not model or not prompts:
-            raise ValueError(
+            raise UserError(
                 "MODEL and PROMPTS are missing; give them, or a `--config` with `init_from` and `user_prompt`."
             )
         if check_pipeline(pipeline or "diffusion") == "arm":
@@ -250,7 +252,7 @@ def from_left_to_right(model: str, prompts: tuple[str, ...], settings: dict[str,
     from .pipelines import continue_from_left, for_left_to_right, load_autoregressive
 
     if watched:
-        raise ValueError("`--watch` and `--svg` show how masks are filled; leave them out with `--pipeline arm`.")
+        raise UserError("`--watch` and `--svg` show how masks are filled; leave them out with `--pipeline arm`.")
     quiet_hosts()
     for answer in continue_from_left(*load_autoregressive(for_left_to_right(model)), list(prompts), **settings):
         click.echo(answer)
@@ -264,7 +266,7 @@ def by_diffusion(
 
         check_writable(Path(svg_path).expanduser().parent, "--svg")
         if len(prompts) > 1:
-            raise ValueError(f"`--svg` draws one text, got {len(prompts)} prompts.")
+            raise UserError(f"`--svg` draws one text, got {len(prompts)} prompts.")
     inference = load_inference(model, json.dumps(settings))
     if not watch and svg_path is None:
         click.echo("\n".join(inference.generate(list(prompts))))
@@ -372,10 +374,10 @@ def prefer(
         quiet_hosts()
         check_writable(Path(output).expanduser().parent, "--output")
         if limit is not None and limit < 1:
-            raise ValueError(f"`--limit` must be at least 1, got {limit}.")
+            raise UserError(f"`--limit` must be at least 1, got {limit}.")
         if (answers or judge) and from_model is None:
             named = "`--answers` writes" if answers else "`--judge` labels"
-            raise ValueError(f"{named} a model's answers; name the model with `--from-model`.")
+            raise UserError(f"{named} a model's answers; name the model with `--from-model`.")
         asked = LLMJudge(judge, judge_model or "") if judge else None
         records = load_records(source, limit, seed=seed)
         if from_model is not None:
@@ -430,7 +432,7 @@ def compare(source: str, models: tuple[str, ...], limit: int | None, settings: s
 
         quiet_hosts()
         if len(set(models)) < len(models):
-            raise ValueError(f"`models` must differ from each other, got {list(models)}.")
+            raise UserError(f"`models` must differ from each other, got {list(models)}.")
         if json_path is not None:
             check_writable(Path(json_path).expanduser().parent, "--json")
         problems = [read_problem(record) for record in load_records(source, limit, "test")]

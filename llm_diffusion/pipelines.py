@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import UserError
 from .generation.inference import DiffusionInference
 from .models.checkpoints import (
     adapter_base,
@@ -54,28 +55,28 @@ SHARED_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p
 
 def check_pipeline(pipeline: str) -> str:
     if pipeline not in PIPELINES:
-        raise ValueError(f"`pipeline` must be one of {PIPELINES}, got {pipeline!r}.")
+        raise UserError(f"`pipeline` must be one of {PIPELINES}, got {pipeline!r}.")
     return pipeline
 
 
 def check_scratch(scratch: dict[str, Any], max_length: int) -> None:
     """Raises ValueError, naming the value, for a shape that cannot be built or is too short for the data."""
     if set(scratch) != set(SCRATCH):
-        raise ValueError(f"`scratch` must have the keys {list(SCRATCH)}, got {sorted(scratch)}.")
+        raise UserError(f"`scratch` must have the keys {list(SCRATCH)}, got {sorted(scratch)}.")
     for name, value in scratch.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"`scratch.{name}` must be a whole number above 0, got {value!r}.")
+            raise UserError(f"`scratch.{name}` must be a whole number above 0, got {value!r}.")
     if scratch["n_embd"] % scratch["n_head"]:
-        raise ValueError(f"`scratch`: `n_head` ({scratch['n_head']}) must divide `n_embd` ({scratch['n_embd']}).")
+        raise UserError(f"`scratch`: `n_head` ({scratch['n_head']}) must divide `n_embd` ({scratch['n_embd']}).")
     if max_length > scratch["n_positions"]:
-        raise ValueError(f"`max_length` ({max_length}) exceeds the {scratch['n_positions']} positions of `scratch`.")
+        raise UserError(f"`max_length` ({max_length}) exceeds the {scratch['n_positions']} positions of `scratch`.")
 
 
 def check_positions(model: torch.nn.Module, max_length: int) -> None:
     """Refuses rows that are longer than the positions a model has learned; others count on, more or less well."""
     positions = getattr(base_of(model).config, "n_positions", None)
     if positions is not None and max_length > positions:
-        raise ValueError(f"`max_length` ({max_length}) exceeds the {positions} positions of the model; shorten it.")
+        raise UserError(f"`max_length` ({max_length}) exceeds the {positions} positions of the model; shorten it.")
 
 
 def scratch_model(
@@ -120,7 +121,7 @@ def load_autoregressive(
         tokenizer.pad_token = tokenizer.eos_token
     if is_adapter(path):
         if local_file(path, SIDECAR) is not None:
-            raise ValueError(
+            raise UserError(
                 f"`model`: {name_or_path!r} is an adapter of a diffusion model, which `pipeline`='arm' cannot train; name its base, "
                 f"{adapter_base(path)!r}, or merge it first."
             )
@@ -138,7 +139,7 @@ def load_autoregressive(
     if "device_map" not in options:
         model = model.to(device)
     if (attention := probe_attention(model)) != "causal":
-        raise ValueError(f"`model`: {name_or_path!r} attends {attention} from left to right, not causally.")
+        raise UserError(f"`model`: {name_or_path!r} attends {attention} from left to right, not causally.")
     return model.eval(), tokenizer
 
 
@@ -156,7 +157,7 @@ def continue_from_left(
     settings = {"max_new_tokens": 128, **settings}
     limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and width + settings["max_new_tokens"] > limit:
-        raise ValueError(
+        raise UserError(
             f"`max_new_tokens`: prompt ({width}) and answer ({settings['max_new_tokens']}) exceed the model's {limit} positions."
         )
     # As in unmasking: a temperature above 0 samples, 0 is greedy.
@@ -171,7 +172,7 @@ def continue_from_left(
 
 def check_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not prompt:
-        raise ValueError(
+        raise UserError(
             f"an empty prompt has nothing to continue; start with a token, {tokenizer.eos_token!r} for one."
         )
     return prompt
@@ -193,7 +194,7 @@ class Continuations:
         texts: answers, in the order of the prompts.
         tokens_per_forward: answer tokens over forward passes, mean over answers; 1 from left to right.
         seconds: for all answers, loading left out.
-        surprise: nats a token of the answers, prompts given, under the judge; infinite where nothing was said.
+        nll_per_token: nats a token of the answers, prompts given, under the judge; infinite where nothing was said.
     """
 
     model: str
@@ -201,7 +202,7 @@ class Continuations:
     texts: list[str] = field(default_factory=list)
     tokens_per_forward: float = 1.0
     seconds: float = 0.0
-    surprise: float = float("inf")
+    nll_per_token: float = float("inf")
 
 
 def continued(
@@ -230,7 +231,7 @@ def continued(
         inference = load(name)
         rows.append(_by_diffusion(name, inference, put(prompts, inference.tokenizer, chat)))
     for row in rows:
-        row.surprise = surprise(judge, judges_tokenizer, put(prompts, judges_tokenizer, chat), row.texts)
+        row.nll_per_token = nll_per_token(judge, judges_tokenizer, put(prompts, judges_tokenizer, chat), row.texts)
     return rows
 
 
@@ -247,7 +248,7 @@ def figures(rows: list[Continuations]) -> Table:
     for column in ("model", "pipeline", "nats/token, judged by the first", "tokens/forward", "seconds"):
         table.add_column(column, justify="left" if column in ("model", "pipeline") else "right")
     for row in rows:
-        judged = f"{row.surprise:.2f}" if any(row.texts) else "nothing said"
+        judged = f"{row.nll_per_token:.2f}" if any(row.texts) else "nothing said"
         table.add_row(row.model, row.pipeline, judged, f"{row.tokens_per_forward:.2f}", f"{row.seconds:.1f}")
     return table
 
@@ -263,7 +264,7 @@ def _by_diffusion(name: str, inference: DiffusionInference, prompts: list[str]) 
 
 
 @torch.no_grad()
-def surprise(
+def nll_per_token(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
 ) -> float:
     """Nats a token that a causal model needs for the answers, prompts given; infinite if no answer says anything."""

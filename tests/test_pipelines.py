@@ -19,8 +19,8 @@ from llm_diffusion.pipelines import (
     continued,
     for_left_to_right,
     load_autoregressive,
+    nll_per_token,
     scratch_model,
-    surprise,
 )
 
 SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -147,8 +147,8 @@ def test_surprise_is_the_hosts_loss(folders):
     labels[:, :start] = -100
     with torch.no_grad():
         expected = model(ids, labels=labels).loss.item()
-    assert surprise(model, tokenizer, ["Tom has"], [" 23 apples"]) == pytest.approx(expected, rel=1e-5)
-    assert surprise(model, tokenizer, ["Tom has"], [""]) == float("inf")
+    assert nll_per_token(model, tokenizer, ["Tom has"], [" 23 apples"]) == pytest.approx(expected, rel=1e-5)
+    assert nll_per_token(model, tokenizer, ["Tom has"], [""]) == float("inf")
 
 
 def test_side_by_side_tells_an_untrained_conversion_from_its_base(caplog):
@@ -164,5 +164,5 @@ def test_side_by_side_tells_an_untrained_conversion_from_its_base(caplog):
     arm, diffusion = rows
     assert arm.texts == ["a d e k", "45 is greater than 37."] != diffusion.texts
     assert arm.tokens_per_forward == 1.0 and diffusion.tokens_per_forward > 0
-    assert diffusion.surprise > arm.surprise + 1
+    assert diffusion.nll_per_token > arm.nll_per_token + 1
     assert caplog.text.count("its answers mean nothing") == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from .. import UserError
 from .tiny import tiny_dataset
 
 DEBUG_EXAMPLES = 100
@@ -44,13 +45,13 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
     else:
         splits = load_any(name)
     if "train" not in splits:
-        raise ValueError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
+        raise UserError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
     train = splits["train"]
     if "text" in train.column_names:
         splits = splits.filter(_says_something)
         train = splits["train"]
     if len(train) == 0:
-        raise ValueError(f"`dataset`: {name!r} is empty.")
+        raise UserError(f"`dataset`: {name!r} is empty.")
     check_columns(train, name)
     if "messages" in train.column_names:
         _check_turns(train[0]["messages"], 0)
@@ -72,7 +73,7 @@ def load_preference_splits(
     train = splits.get("train")
     if train is None or len(train) == 0 or not {"chosen", "rejected"} <= set(train.column_names):
         found = "no split `train`" if train is None else f"{len(train)} rows of the columns {train.column_names}"
-        raise ValueError(
+        raise UserError(
             f"`preference_dataset`: {name!r} has {found}; pairs with `chosen` and `rejected` are needed, and a `prompt` of their own or "
             "as their common beginning."
         )
@@ -85,7 +86,7 @@ def _held_out(
     train, test = splits["train"], splits.get("test") or splits.get("validation")
     if test is None:
         if len(train) < 2:
-            raise ValueError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")
+            raise UserError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")
         held_out = test_size if test_size < 1 else min(int(test_size), len(train) - 1)
         parts = train.train_test_split(test_size=held_out, seed=seed)
         train, test = parts["train"], parts["test"]
@@ -108,14 +109,14 @@ def load_examples(name: str, limit: int | None = None) -> list[dict]:
     check_columns(rows, name)
     examples = [row for row in rows.select(range(min(limit or len(rows), len(rows)))) if _says_something(row)]
     if not examples:
-        raise ValueError(f"`dataset`: {name!r} is empty.")
+        raise UserError(f"`dataset`: {name!r} is empty.")
     return examples
 
 
 def _check_turns(turns: list[dict], row: int) -> None:
     for turn in turns:
         if not {"role", "content"} <= set(turn):
-            raise ValueError(
+            raise UserError(
                 f"`dataset`: row {row} has turns with the keys {sorted(turn)}; `role` and `content` are needed."
             )
 
@@ -128,7 +129,7 @@ def _says_something(row: dict) -> bool:
 def check_columns(dataset: Dataset, name: str) -> None:
     found = set(dataset.column_names)
     if not found & {"messages", "text", "input_ids"} and not {"prompt", "completion"} <= found:
-        raise ValueError(
+        raise UserError(
             f"`dataset`: {name!r} has the columns {dataset.column_names}; one of `messages`, `prompt` with `completion`, `text` or "
             "`input_ids` (`llm-diffusion prepare-data`) is needed."
         )
@@ -138,7 +139,7 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
     """All splits of a saved dataset, a folder or file, or a hub name (of which one `configuration`)."""
     path = Path(name).expanduser()
     if path.suffix == ".bin":
-        raise ValueError(
+        raise UserError(
             f"`dataset`: {name!r} is an array of token ids, which says nothing of itself; make a data set of it once by `llm-diffusion "
             f"prepare-data {name} --model MODEL --output {path.with_suffix('')}`, and name that folder."
         )
@@ -146,7 +147,7 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
         try:
             loaded = load_from_disk(str(path))
         except IndexError as error:  # what the host makes of a table without rows
-            raise ValueError(f"`dataset`: {name!r} is empty.") from error
+            raise UserError(f"`dataset`: {name!r} is empty.") from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if path.exists():
         kind, files = data_files(name)
@@ -167,11 +168,11 @@ def data_files(name: str) -> tuple[str, list[str]]:
     files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)
     formats = {_FORMATS[f.suffix] for f in files}
     if len(formats) != 1:
-        raise ValueError(
+        raise UserError(
             f"`dataset`: {name!r} must hold files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}."
         )
     if not any(f.stat().st_size for f in files):
-        raise ValueError(f"`dataset`: {name!r} is empty.")
+        raise UserError(f"`dataset`: {name!r} is empty.")
     return formats.pop(), [str(f) for f in files]
 
 
@@ -180,7 +181,7 @@ def _quietly(name: str, *args: str, **options: object) -> DatasetDict:
         return load_dataset(*args, **options)
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
+        raise UserError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
 
 
 def as_prompt_completion(dataset: Dataset) -> Dataset:
@@ -197,7 +198,7 @@ def as_prompt_completion(dataset: Dataset) -> Dataset:
         _check_turns(turns, row)
         *prompt, last = turns
         if last["role"] != "assistant" or not (last["content"] or "").strip() or not prompt:
-            raise ValueError(
+            raise UserError(
                 f"`dataset`: row {row} must be a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}."
             )
         return {"prompt": prompt, "completion": [last]}

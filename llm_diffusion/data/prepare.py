@@ -29,6 +29,7 @@ from datasets import List as ListOf
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
 
@@ -66,15 +67,15 @@ class Preparation:
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
-            raise ValueError(f"`--form` must be one of {FORMS}, got {self.form!r}.")
+            raise UserError(f"`--form` must be one of {FORMS}, got {self.form!r}.")
         if self.length < 2:
-            raise ValueError(f"`--length` must be at least 2, got {self.length}.")
+            raise UserError(f"`--length` must be at least 2, got {self.length}.")
         if self.train is not None and self.train < 1:
-            raise ValueError(f"`--train` must be at least 1, got {self.train}.")
+            raise UserError(f"`--train` must be at least 1, got {self.train}.")
         if self.test < 0 or (self.test > 1 and self.test != int(self.test)):
-            raise ValueError(f"`--test` must be a share below 1 or a number of documents, got {self.test}.")
+            raise UserError(f"`--test` must be a share below 1 or a number of documents, got {self.test}.")
         if self.dtype not in ("uint16", "uint32", "int32", "int64"):
-            raise ValueError(f"`--dtype` must be uint16, uint32, int32 or int64, got {self.dtype!r}.")
+            raise UserError(f"`--dtype` must be uint16, uint32, int32 or int64, got {self.dtype!r}.")
 
 
 def prepare(asked: Preparation, output: Path, say: Callable[[str], None] = lambda line: None) -> DatasetDict:
@@ -87,14 +88,14 @@ def prepare(asked: Preparation, output: Path, say: Callable[[str], None] = lambd
         ValueError, OSError: the source cannot be read, has no document, or the folder is in use.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"`--output`: {str(output)!r} is not empty; choose another folder, or remove it.")
+        raise UserError(f"`--output`: {str(output)!r} is not empty; choose another folder, or remove it.")
     tokenizer = from_hub(AutoTokenizer, resolve_path(asked.model))
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"`--model`: the tokenizer of {asked.model!r} has no end token, which separates documents.")
+        raise UserError(f"`--model`: the tokenizer of {asked.model!r} has no end token, which separates documents.")
     documents = iter(_Progress(_documents(asked, tokenizer), say))
     first = next(documents, None)
     if first is None:
-        raise ValueError(f"`source`: {asked.source!r} has no document.")
+        raise UserError(f"`source`: {asked.source!r} has no document.")
     documents = chain([first], documents)
     output.parent.mkdir(parents=True, exist_ok=True)
     building, cache = output.with_name(output.name + ".partial"), output.with_name(output.name + ".cache")
@@ -142,7 +143,7 @@ def _write(
         if made is not None:
             splits[split] = made
     if "train" not in splits:
-        raise ValueError(
+        raise UserError(
             f"`source`: {asked.source!r} is too short: {asked.counts['train']['tokens']} tokens to train on, a row has {asked.length}."
         )
     return splits
@@ -218,7 +219,7 @@ def _streamed(asked: Preparation, path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(error, ValueError) and str(error).startswith("`"):
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"`source`: {asked.source!r} could not be read: {reason}") from error
+        raise UserError(f"`source`: {asked.source!r} could not be read: {reason}") from error
 
 
 def _text(row: dict[str, Any], asked: Preparation, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -227,7 +228,7 @@ def _text(row: dict[str, Any], asked: Preparation, tokenizer: PreTrainedTokenize
     if "messages" in row:
         template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         return tokenizer.apply_chat_template(row["messages"], tokenize=False, chat_template=template)
-    raise ValueError(
+    raise UserError(
         f"`source`: {asked.source!r} has the columns {sorted(row)}; name the one that holds the text by `--text-field`."
     )
 
@@ -238,14 +239,14 @@ def _from_bin(path: Path, asked: Preparation, tokenizer: PreTrainedTokenizerBase
         raise FileNotFoundError(f"`source`: {str(path)!r} does not exist.")
     size = np.dtype(asked.dtype).itemsize
     if path.stat().st_size % size or not path.stat().st_size:
-        raise ValueError(
+        raise UserError(
             f"`source`: {str(path)!r} holds {path.stat().st_size} bytes, no whole {asked.dtype}s; set `--dtype`."
         )
     tokens, left = np.memmap(path, dtype=asked.dtype, mode="r"), np.empty(0, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK].astype(np.int64)
         if chunk.min() < 0 or chunk.max() >= len(tokenizer):
-            raise ValueError(
+            raise UserError(
                 f"`source`: {str(path)!r} has token {chunk.max()}, the tokenizer of {asked.model!r} knows {len(tokenizer)}; it is of "
                 "another tokenizer, or `--dtype` is another."
             )

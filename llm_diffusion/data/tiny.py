@@ -28,6 +28,7 @@ from functools import lru_cache
 
 from datasets import Dataset
 
+from .. import UserError
 from ..models.checkpoints import TINY_MODEL_PATH  # noqa: F401
 
 LEFT_TO_RIGHT_KINDS = ("arithmetic", "sort", "reverse", "compare", "fill")
@@ -140,9 +141,9 @@ def tiny_examples(seed: int = 0, split: str = "train", kinds: tuple[str, ...] = 
         ValueError: unknown split or kind.
     """
     if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {SPLITS}, got {split!r}.")
+        raise UserError(f"`split` must be one of {SPLITS}, got {split!r}.")
     if not kinds or set(kinds) - set(KINDS):
-        raise ValueError(f"`kinds` must be a non-empty subset of {KINDS}, got {kinds!r}.")
+        raise UserError(f"`kinds` must be a non-empty subset of {KINDS}, got {kinds!r}.")
     for index in itertools.count():
         rng = random.Random(f"{seed}/{split}/{index}")
         kind = kinds[index % len(kinds)]

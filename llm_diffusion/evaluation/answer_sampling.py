@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..reasoning.preference_files import labelled_answer
 from ..reasoning.problems import Problem, is_right
 from .answers import evaluate_answers
@@ -40,11 +41,11 @@ def sample_answers(
     """
     settings = {"temperature": 0.7, **settings}
     if n < 1:
-        raise ValueError(f"`samples` must be at least 1, got {n}.")
+        raise UserError(f"`samples` must be at least 1, got {n}.")
     if not problems:
-        raise ValueError("`problems` is empty; at least one is needed.")
+        raise UserError("`problems` is empty; at least one is needed.")
     if n > 1 and settings["temperature"] == 0:
-        raise ValueError("`temperature` 0 gives one and the same answer; raise it, or set `samples` to 1.")
+        raise UserError("`temperature` 0 gives one and the same answer; raise it, or set `samples` to 1.")
     examples = [problem.example() for problem in problems]
     rounds = [
         evaluate_answers(model, tokenizer, examples, **{**settings, "seed": seed + i}).answers

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..generation.generate import generate, generate_autoregressive
 from ..models.patching import base_of
 from .processes import dealt, gathered, in_order
@@ -85,7 +86,7 @@ def answered_by_base(
         dataset: with `messages`, or `prompt` and `completion`.
     """
     if not {"messages", "completion"} & set(dataset.column_names):
-        raise ValueError(
+        raise UserError(
             f"`answers_from_base` needs chats or prompts with completions, got the columns {dataset.column_names}."
         )
     rows = list(dataset)
@@ -109,7 +110,7 @@ def answered_by_base(
             max_new_tokens,
         )
     if not whole:
-        raise ValueError(
+        raise UserError(
             f"`answers_from_base`: no answer is over after {max_new_tokens} tokens; raise `generation.max_new_tokens`."
         )
     return Dataset.from_list(whole)

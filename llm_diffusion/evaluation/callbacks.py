@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import UserError
 from .answers import evaluate_answers, prompt_and_reference
 from .calibration import eos_positions
 from .ends import foresee_ends, plot_ends
@@ -58,7 +59,7 @@ class AnswersCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, examples: Sequence[dict], **settings: Any) -> None:
         if not examples:
-            raise ValueError("`examples` are empty: there is nothing to answer.")
+            raise UserError("`examples` are empty: there is nothing to answer.")
         self.trainer, self.examples, self.settings = trainer, list(examples), settings
 
     def on_evaluate(

@@ -13,6 +13,7 @@ import torch
 from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
 from ..generation.config import DiffusionGenerationConfig
@@ -40,7 +41,7 @@ def read_texts(name: str, limit: int | None) -> list[str]:
         return [path.read_text()]
     examples = load_examples(name, limit)
     if "text" not in examples[0]:
-        raise ValueError(f"`--text`: {name!r} has no `text` in its lines, but {sorted(examples[0])}.")
+        raise UserError(f"`--text`: {name!r} has no `text` in its lines, but {sorted(examples[0])}.")
     return [example["text"] for example in examples]
 
 
@@ -101,7 +102,7 @@ def run(
     texts = read_texts(text, limit) if text else []
     examples = read_prompts(prompts, limit) if prompts else []
     if not (names or texts or examples):
-        raise ValueError("nothing to measure: give `--tasks`, `--text` or `--prompts`.")
+        raise UserError("nothing to measure: give `--tasks`, `--text` or `--prompts`.")
     if names:
         harness = load_harness()  # before the model is
         if data:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..generation.config import DiffusionGenerationConfig
 from ..generation.lengths import end_ids, end_metrics, end_probabilities
 from ..objective.noise import (
@@ -71,7 +72,7 @@ def foresee_ends(
     answers = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, text in pairs]
     kept = [i for i, answer in enumerate(answers) if len(answer) <= canvas]
     if not kept:
-        raise ValueError(f"`canvas`={canvas}: every one of the {len(answers)} answers is longer; raise it.")
+        raise UserError(f"`canvas`={canvas}: every one of the {len(answers)} answers is longer; raise it.")
     settings = DiffusionGenerationConfig(eos_token_id=tokenizer.eos_token_id, mask_token_id=tokenizer.mask_token_id)
     report, device = EndReport(canvas, len(kept)), next(model.parameters()).device
     training = model.training

@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..generation.config import DiffusionGenerationConfig
 from ..generation.generate import generate, generate_autoregressive
 from ..models.loading import load_diffusion_model
@@ -224,7 +225,7 @@ class DiffusionLM(TemplateLM):
             settings, until = self._answer_settings(group[0][2])
             room = self.max_length - settings["max_new_tokens"]
             if room < 1:
-                raise ValueError(
+                raise UserError(
                     f"`max_new_tokens`={settings['max_new_tokens']} leaves no room for a prompt in {self.max_length} tokens; lower it."
                 )
             group.sort(key=lambda entry: -len(entry[1]))
@@ -253,7 +254,7 @@ def _device(asked: str | None) -> str | None:
 
 def _whole_number(name: str, value: int | str) -> int:
     if not str(value).isdecimal() or int(value) < 1:
-        raise ValueError(f"`{name}` must be a whole number from 1, got {value!r}.")
+        raise UserError(f"`{name}` must be a whole number from 1, got {value!r}.")
     return int(value)
 
 
@@ -290,7 +291,7 @@ def run_tasks(
         manager = TaskManager(include_path=folder, include_defaults=not set(names) <= names_of(local))
         unknown = [name for name in names if not manager.match_tasks([name])]
         if unknown or not names:
-            raise ValueError(
+            raise UserError(
                 f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: {sorted(names_of(local)) or 'none'} "
                 f"(it can hold {', '.join(LOCAL_TASKS)})."
             )

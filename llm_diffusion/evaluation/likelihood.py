@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of
 from ..models.record import record_of
@@ -246,22 +247,22 @@ def bound_rows(
     """
     check_estimator(estimator, n_samples, replicates)
     if not is_diffusion(model):
-        raise ValueError(
+        raise UserError(
             "`model` is not a masked-diffusion model, or drafts for one that is not: measure it by `autoregressive_rows`."
         )
     own = record_of(model).block_length
     if own and block_length not in (None, own):
-        raise ValueError(
+        raise UserError(
             f"`block_length`: the model was converted with blocks of {own}, got {block_length}; leave it out."
         )
     if estimator == "per_block" and not own:
         if not block_length:
-            raise ValueError("`block_length` is needed by `estimator`='per_block' of a bidirectional model.")
+            raise UserError("`block_length` is needed by `estimator`='per_block' of a bidirectional model.")
         rows = block_rows(rows, block_length)
     collator = plain_collator(model)
     for row in rows:
         if not (1 if collator.right_shift_logits else 0) <= row.first < len(row.ids):
-            raise ValueError(
+            raise UserError(
                 f"`rows`: text {row.text} has nothing to score, or no context before its first scored token."
             )
     if estimator == "left_to_right":

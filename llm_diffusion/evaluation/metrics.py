@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .. import UserError
+
 NGRAM = 4  # of the repetition rate
 
 
@@ -51,7 +53,7 @@ def check_references(references: Sequence[str]) -> None:
     """Raises ValueError where a reference says nothing, so that nothing can agree with it."""
     empty = [i for i, reference in enumerate(references) if not reference.strip()]
     if empty:
-        raise ValueError(f"`references`: number {empty[0]} is empty; leave its prompt out.")
+        raise UserError(f"`references`: number {empty[0]} is empty; leave its prompt out.")
 
 
 def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
@@ -63,7 +65,7 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
         ImportError: the extra `eval` is not installed.
     """
     if len(texts) != len(references) or not texts:
-        raise ValueError(f"`references`: one for each of the {len(texts)} texts is needed, got {len(references)}.")
+        raise UserError(f"`references`: one for each of the {len(texts)} texts is needed, got {len(references)}.")
     check_references(references)
     try:
         from rouge_score.rouge_scorer import RougeScorer

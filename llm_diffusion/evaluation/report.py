@@ -21,6 +21,7 @@ from loguru import logger
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..models.patching import base_of
 from ..models.record import record_of
 from .answer_tables import (
@@ -132,7 +133,7 @@ def evaluate(
         ValueError: nothing to measure, or one of the settings is wrong.
     """
     if not (texts or examples or tasks):
-        raise ValueError("nothing to measure: give tasks, texts, or prompts with references.")
+        raise UserError("nothing to measure: give tasks, texts, or prompts with references.")
     records, examples = examples, [as_example(record) for record in examples]
     check_references([prompt_and_reference(example)[1] for example in examples])  # before hours of answering
     problems = [as_problem(record) for record in records]

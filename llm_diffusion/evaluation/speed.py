@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .. import UserError
 from ..generation.generate import generate, generate_autoregressive
 from ..models.patching import base_of
 from ..models.record import record_of
@@ -83,7 +84,7 @@ def grid(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """
     for name, values in axes.items():
         if not isinstance(values, list | tuple) or not values:
-            raise ValueError(f"`sweep.{name}` must be a list of values, got {values!r}.")
+            raise UserError(f"`sweep.{name}` must be a list of values, got {values!r}.")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 

@@ -22,6 +22,7 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..reasoning.problems import Problem, f1, is_right
 from ..reasoning.worked_answers import judge
 from .answers import evaluate_answers
@@ -181,10 +182,10 @@ def compare(problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed
         ValueError: no problem or model, or a model with more or fewer answers than problems.
     """
     if not problems or not answers:
-        raise ValueError(f"`compare` needs problems and answers, got {len(problems)} and {len(answers)}.")
+        raise UserError(f"`compare` needs problems and answers, got {len(problems)} and {len(answers)}.")
     for name, texts in answers.items():
         if len(texts) != len(problems):
-            raise ValueError(f"`answers`: {name!r} has {len(texts)} answers to {len(problems)} problems.")
+            raise UserError(f"`answers`: {name!r} has {len(texts)} answers to {len(problems)} problems.")
     right = {name: [is_right(p, a) for p, a in zip(problems, texts, strict=True)] for name, texts in answers.items()}
     kinds = list(dict.fromkeys(problem.kind for problem in problems))
     groups = {k: [i for i, p in enumerate(problems) if p.kind == k] for k in kinds if len(kinds) > 1}

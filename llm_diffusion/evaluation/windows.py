@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..models.patching import base_of
 
 DEFAULT_LENGTH = 1024  # of a window, where the model can count further
@@ -44,12 +45,12 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     rows = [Row(tuple(tokenizer(text)["input_ids"]), 1, number) for number, text in enumerate(texts)]
     for row, text in zip(rows, texts, strict=True):
         if len(row.ids) < 2:
-            raise ValueError(
+            raise UserError(
                 f"`texts`: text {row.text} ({text[:40]!r}) has {len(row.ids)} token(s); at least 2 are needed, the first being context. "
                 "Leave it out."
             )
     if not rows:
-        raise ValueError("`texts` are empty: there is nothing to measure.")
+        raise UserError("`texts` are empty: there is nothing to measure.")
     return rows
 
 
@@ -64,7 +65,7 @@ def pair_row(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], compl
         ids = context + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     first = max(len(context), 1)  # without a prompt the first token is context
     if len(ids) <= first:
-        raise ValueError(f"`completion`: {completion!r} adds no token to its prompt, so there is nothing to score.")
+        raise UserError(f"`completion`: {completion!r} adds no token to its prompt, so there is nothing to score.")
     return Row(tuple(ids), first, number)
 
 
@@ -84,10 +85,10 @@ def window_length(model: torch.nn.Module, max_length: int | None, stride: int | 
     limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
     length = min(limit, DEFAULT_LENGTH) if max_length is None else max_length
     if not 2 <= length <= limit:
-        raise ValueError(f"`max_length` must be from 2 to the model's {limit} positions, got {length}.")
+        raise UserError(f"`max_length` must be from 2 to the model's {limit} positions, got {length}.")
     stride = length // 2 if stride is None else stride
     if not 1 <= stride < length:
-        raise ValueError(f"`stride` must be from 1 to `max_length` - 1 = {length - 1}, got {stride}.")
+        raise UserError(f"`stride` must be from 1 to `max_length` - 1 = {length - 1}, got {stride}.")
     return length, stride
 
 

@@ -80,7 +80,7 @@ class BlockDecoder:
         self.keys = row_keys(self.sequences(), canvas_mask)
         self.index = torch.arange(len(input_ids), device=input_ids.device)
         self.steps_done, self.nfe = torch.zeros_like(self.index), torch.zeros_like(self.index)
-        self.certainty = torch.zeros(self.ids.shape, device=input_ids.device)
+        self.confidence = torch.zeros(self.ids.shape, device=input_ids.device)
         self.cache, self.last_logits = DynamicCache(), None
 
     def sequences(self) -> torch.Tensor:
@@ -96,14 +96,14 @@ class BlockDecoder:
     def run(self, on_step: OnStep | None = None) -> DiffusionOutput:
         """Decodes all rows to their end."""
         history: list[torch.Tensor] = []
-        sureness: list[torch.Tensor] = []
+        confidences: list[torch.Tensor] = []
 
         def after_step() -> None:
             if self.settings.output_history or on_step is not None:
                 history.append(self.sequences())
-                sureness.append(torch.nn.functional.pad(self._answers(self.certainty), (self.prompts.shape[1], 0)))
+                confidences.append(torch.nn.functional.pad(self._answers(self.confidence), (self.prompts.shape[1], 0)))
                 if on_step is not None:
-                    on_step(history[-1], sureness[-1])
+                    on_step(history[-1], confidences[-1])
 
         rows = self.index  # still being decoded
         static = is_compiled(self.model)  # rows that are done stay then, and do nothing: another batch is another graph
@@ -124,7 +124,7 @@ class BlockDecoder:
         was_open[:, self.prompts.shape[1] :] = True
         history_ = history if self.settings.output_history else None
         output = output_of(self.sequences(), was_open, self.nfe, self.eos, history_)
-        output.confidence = sureness if self.settings.output_history else None
+        output.confidence = confidences if self.settings.output_history else None
         return output
 
     def _prefill(self, rows: torch.Tensor) -> None:
@@ -150,7 +150,7 @@ class BlockDecoder:
                 masked=pending,
                 canvas=self.ids[rows, :end],
                 visible=self.mask[rows, :end].bool() & torch.nn.functional.pad(~pending, (start, 0), value=True),
-                certainty=self.certainty[rows, start:end],
+                confidence=self.confidence[rows, start:end],
                 keys=self.keys[rows],
                 places=self.places[rows, start:end],
                 step=self.steps_done[rows],
@@ -162,7 +162,7 @@ class BlockDecoder:
             self.steps_done[rows] += working.long()
             self.nfe[rows] += working.long() * passes_of(settings)
             self.ids[rows, start:end] = torch.where(chosen, tokens, self.ids[rows, start:end])
-            self.certainty[rows, start:end] = torch.where(chosen, probability, self.certainty[rows, start:end])
+            self.confidence[rows, start:end] = torch.where(chosen, probability, self.confidence[rows, start:end])
             busy, post_steps = still_busy(window, chosen, tokens, settings)
             busy = busy & working
             # An end token with no mask before it makes the rest of the block a formality.

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .. import UserError
 from ..models.patching import base_of
 from ..models.probing import probe_ids
 from ..models.record import DiffusionRecord
@@ -99,7 +100,7 @@ class CanvasCache(DynamicCache):
 def refuse(record: DiffusionRecord, settings: DiffusionGenerationConfig) -> None:
     """Raises ValueError where the cache is exact, by `config.diffusion`."""
     if settings.approximate_cache and record.mode.has_blocks:
-        raise ValueError(
+        raise UserError(
             f"`approximate_cache`={settings.approximate_cache!r}: a model with `attention`={record.attention!r} has an exact cache; leave it out."
         )
 
@@ -126,9 +127,9 @@ def check_canvas_cache(model: torch.nn.Module) -> None:
                 for _ in range(2)
             ]
     except Exception as error:  # in as many ways as there are caches
-        raise ValueError(f"`approximate_cache`: {name} cannot be given its keys and values again: {error}") from error
+        raise UserError(f"`approximate_cache`: {name} cannot be given its keys and values again: {error}") from error
     if not (found - want).abs().max() <= 0.01 * want.abs().max():  # nor what is no number
-        raise ValueError(
+        raise UserError(
             f"`approximate_cache`: {name} gives other logits when keys and values are kept, though nothing changed; leave it out."
         )
     base.follows_canvas_cache = True

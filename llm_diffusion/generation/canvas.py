@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import LogitsProcessorList
 
+from .. import UserError
 from ..models.outputs import DiffusionOutput, eos_ids, output_of
 from ..models.patching import base_of, is_compiled
 from ..models.record import record_of
@@ -44,7 +45,7 @@ class _Rows:
     ids: torch.Tensor  # (B, L)
     attention_mask: torch.Tensor  # (B, L)
     open: torch.Tensor  # (B, L) bool, positions that held a mask at the start
-    certainty: torch.Tensor  # (B, L) probability that every token had when it was committed
+    confidence: torch.Tensor  # (B, L) probability that every token had when it was committed
     block: torch.Tensor  # (B, L) block of every open position, counted from the left
     keys: torch.Tensor  # (B,) of the noise
     index: torch.Tensor  # (B,) place in the batch as given
@@ -72,7 +73,7 @@ def _start(
         ids=ids.clone(),
         attention_mask=attention_mask,
         open=is_open,
-        certainty=torch.zeros(ids.shape, device=ids.device),
+        confidence=torch.zeros(ids.shape, device=ids.device),
         block=(place // settings.block_length).clamp(min=0),
         keys=row_keys(ids, attention_mask),
         index=index,
@@ -111,7 +112,7 @@ def fill_masks(
     span = input_ids.shape[1] - first
     record = record_of(model)
     if record.mode.drafts:
-        raise ValueError(
+        raise UserError(
             "`model`: a lossless adapter drafts what its base says next; it cannot fill gaps. Train one with `attention='bidirectional'`."
         )
     refuse(record, settings)
@@ -119,8 +120,8 @@ def fill_masks(
     eos = eos_ids(settings, input_ids.device)
     rows = _start(input_ids, attention_mask, settings, first, from_start=record.mode.has_blocks)
     canvas, was_open = rows.ids.clone(), rows.open
-    nfe, history, sureness = torch.zeros_like(rows.index), [], []
-    certainty = rows.certainty.clone()
+    nfe, history, confidences = torch.zeros_like(rows.index), [], []
+    confidence = rows.confidence.clone()
     cache = None
     if settings.approximate_cache:
         cache = CanvasCache(settings.approximate_cache, settings.cache_refresh_steps)
@@ -134,19 +135,19 @@ def fill_masks(
             rows, working = step.rows, step.working
             chosen, tokens, probability = _fill(call, step)
             rows.ids = torch.where(chosen, tokens, rows.ids)
-            rows.certainty = torch.where(chosen, probability, rows.certainty)
+            rows.confidence = torch.where(chosen, probability, rows.confidence)
             nfe[rows.index] += passes_of(settings) * working
             _, rows.ids = finish(rows.ids, rows.open, eos, settings, rows.busy)
-            canvas[rows.index], certainty[rows.index] = rows.ids, rows.certainty
+            canvas[rows.index], confidence[rows.index] = rows.ids, rows.confidence
             if settings.output_history:
                 history.append(canvas.clone())
-                sureness.append(certainty.clone())
+                confidences.append(confidence.clone())
             if on_step is not None:
-                on_step(canvas, certainty)
+                on_step(canvas, confidence)
     finally:
         model.train(training)
     output = output_of(canvas, was_open, nfe, eos, history if settings.output_history else None)
-    output.confidence = sureness if settings.output_history else None
+    output.confidence = confidences if settings.output_history else None
     return output
 
 
@@ -222,7 +223,7 @@ def _fill(call: _Call, step: _Step) -> tuple[torch.Tensor, torch.Tensor, torch.T
         masked=eligible & pending.gather(-1, positions),
         canvas=rows.ids,
         visible=rows.attention_mask.bool() & ~pending,
-        certainty=rows.certainty.gather(-1, positions),
+        confidence=rows.confidence.gather(-1, positions),
         keys=rows.keys,
         places=(rows.attention_mask.cumsum(-1) - 1).gather(-1, positions),
         step=rows.steps_done,

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from .. import UserError
+
 REMDM_LOOP = (0.55, 0.05, 0.9)  # t_on, t_off and alpha_on as published
 CONFIDENCES = ("low_confidence", "random", "entropy", "margin", "left_to_right")
 
@@ -33,10 +35,10 @@ def confidence(
     """
     if kind == "random":
         if random is None:
-            raise ValueError("`random` confidence needs uniform numbers.")
+            raise UserError("`random` confidence needs uniform numbers.")
         return random
     if kind not in CONFIDENCES:
-        raise ValueError(f"`remasking` must be one of {CONFIDENCES}, got {kind!r}.")
+        raise UserError(f"`remasking` must be one of {CONFIDENCES}, got {kind!r}.")
     if kind == "left_to_right":
         return -torch.arange(tokens.shape[-1], dtype=torch.float32, device=tokens.device).expand(tokens.shape)
     log_probs = logits.float().log_softmax(-1)
@@ -147,7 +149,7 @@ def revise_remdm(
     open_: torch.Tensor,
     random: torch.Tensor,
     kind: str = "cap",
-    certainty: torch.Tensor | None = None,
+    confidence: torch.Tensor | None = None,
     loop: tuple[float, float, float] = REMDM_LOOP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Remasking diffusion: committed tokens are masked again with probability sigma.
@@ -162,9 +164,9 @@ def revise_remdm(
         masked, open_: (B, L) bool.
         random: (B, L) uniform numbers in (0, 1).
         kind: "cap", sigma = min(eta, sigma_max); "rescale", sigma = eta sigma_max; "conf", the rescaled one dealt out among the
-            committed tokens by softmax(-certainty), and masks committed as under sigma = 0, so their share is kept but roughly; "loop",
+            committed tokens by softmax(-confidence), and masks committed as under sigma = 0, so their share is kept but roughly; "loop",
             capped, while t is in (t_off, t_on], and no remasking before and after.
-        certainty: (B, L) probability that every token had when it was committed, for "conf".
+        confidence: (B, L) probability that every token had when it was committed, for "conf".
         loop: of "loop", see `remdm_alpha`.
 
     Returns:
@@ -182,7 +184,7 @@ def revise_remdm(
     again = sigma[:, None]
     if kind == "conf":
         # Not a number where nothing is committed, which is below no noise.
-        again = again * certainty.neg().masked_fill(masked | ~open_, -torch.inf).softmax(-1)
+        again = again * confidence.neg().masked_fill(masked | ~open_, -torch.inf).softmax(-1)
         sigma = torch.zeros_like(sigma)
     commit = torch.where(s > 0, (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t), 1.0)
     return masked & (random < commit[:, None]), open_ & ~masked & (random < again)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .. import UserError
 from .commit_rules import (
     CONFIDENCES,
 )
@@ -101,7 +102,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.max_post_steps = kwargs.pop("max_post_steps", 16)
         if (cfg_scale := kwargs.pop("cfg_scale", None)) is not None:
             if kwargs.get("guidance_scale") is not None:
-                raise ValueError(
+                raise UserError(
                     "`cfg_scale` and `guidance_scale` are one setting, the second 1 above; give one of them."
                 )
             kwargs["guidance_scale"] = _number("cfg_scale", cfg_scale, 0) + 1
@@ -119,10 +120,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         known = set(vars(GenerationConfig())) | {"_from_model_config", "_commit_hash", "generation_kwargs"}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            raise ValueError(f"Unknown generation setting(s) {unknown}; see DiffusionGenerationConfig.")
+            raise UserError(f"Unknown generation setting(s) {unknown}; see DiffusionGenerationConfig.")
         for name in sorted(set(kwargs) - HONOURED):
             if kwargs[name] not in (None, False, 0, NEUTRAL.get(name)):
-                raise ValueError(f"`{name}` is not supported when decoding by unmasking, got {kwargs[name]!r}.")
+                raise UserError(f"`{name}` is not supported when decoding by unmasking, got {kwargs[name]!r}.")
         kwargs.setdefault("max_new_tokens", 128)
         copies = kwargs.pop("num_return_sequences", None)  # the host allows them under `do_sample` alone
         super().__init__(**kwargs)
@@ -153,25 +154,25 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name in whole:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) and (value is not None or name == "seed"):
-                raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+                raise UserError(f"`{name}` must be a whole number, got {value!r}.")
             if value is not None and value < 1 and name not in ("seed", "top_k", "draft_outcomes"):
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+                raise UserError(f"`{name}` must be at least 1, got {value}.")
         if self.draft_outcomes is not None and self.draft_outcomes < 0:
-            raise ValueError(f"`draft_outcomes` must not be negative, got {self.draft_outcomes}.")
+            raise UserError(f"`draft_outcomes` must not be negative, got {self.draft_outcomes}.")
         if self.verify not in (None, True, False):
-            raise ValueError(f"`verify` must be true or false, got {self.verify!r}.")
+            raise UserError(f"`verify` must be true or false, got {self.verify!r}.")
         for name in ("threshold", "top_p", "temperature"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | None):
-                raise ValueError(f"`{name}` must be a number, got {value!r}.")
+                raise UserError(f"`{name}` must be a number, got {value!r}.")
             if value is not None and name != "temperature" and not 0 < value <= 1:
-                raise ValueError(f"`{name}` must be in (0, 1], got {value}.")
+                raise UserError(f"`{name}` must be in (0, 1], got {value}.")
         if self.temperature < 0:
-            raise ValueError(f"`temperature` must not be negative, got {self.temperature}.")
+            raise UserError(f"`temperature` must not be negative, got {self.temperature}.")
         if self.remasking not in CONFIDENCES:
-            raise ValueError(f"`remasking` must be one of {CONFIDENCES}, got {self.remasking!r}.")
+            raise UserError(f"`remasking` must be one of {CONFIDENCES}, got {self.remasking!r}.")
         if self.revision not in (None, *REVISIONS):
-            raise ValueError(f"`revision` must be one of {REVISIONS} or None, got {self.revision!r}.")
+            raise UserError(f"`revision` must be one of {REVISIONS} or None, got {self.revision!r}.")
 
     def _check_more_ranges(self) -> None:
         ranges = {"alg_temp": None, "entropy_bound": None, "guidance_scale": None, "eta": 1, "editing_threshold": 1}
@@ -180,14 +181,14 @@ class DiffusionGenerationConfig(GenerationConfig):
                 _number(name, getattr(self, name), 0, highest)
         for name in ("factor", "repetition_penalty"):
             if getattr(self, name) is not None and not _number(name, getattr(self, name), 0):
-                raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
+                raise UserError(f"`{name}` must be above 0, got {getattr(self, name)!r}.")
         if self.length_quantile is not None and not 0 < _number("length_quantile", self.length_quantile, 0) < 1:
-            raise ValueError(f"`length_quantile` must be in (0, 1), got {self.length_quantile}.")
+            raise UserError(f"`length_quantile` must be in (0, 1), got {self.length_quantile}.")
         least = {"max_post_steps": 0, "num_return_sequences": 1, "length_margin": 0, "initial_length": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < lowest):
-                raise ValueError(f"`{name}` must be a whole number, at least {lowest}, got {value!r}.")
+                raise UserError(f"`{name}` must be a whole number, at least {lowest}, got {value!r}.")
 
     def _check_rules(self) -> None:
         """One rule decides; what would be ignored beside it is refused."""
@@ -195,64 +196,64 @@ class DiffusionGenerationConfig(GenerationConfig):
         rules += ["revision"] if self.revision else []
         chosen = f"`{rules[0]}`={getattr(self, rules[0])!r}" if rules else ""
         if len(rules) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{chosen} and `{rules[1]}`={getattr(self, rules[1])!r}: each is a rule of its own; give one."
             )
         if rules and self.alg_temp:
-            raise ValueError(f"`alg_temp`={self.alg_temp}: {chosen} does not deal out quotas; leave one out.")
+            raise UserError(f"`alg_temp`={self.alg_temp}: {chosen} does not deal out quotas; leave one out.")
         if self.alg_temp and self.remasking in ("random", "left_to_right"):
-            raise ValueError(f"`alg_temp`={self.alg_temp} means nothing where `remasking` is {self.remasking!r}.")
+            raise UserError(f"`alg_temp`={self.alg_temp} means nothing where `remasking` is {self.remasking!r}.")
         if rules and rules[0] in ("threshold", "factor") and self.remasking in ("entropy", "left_to_right"):
-            raise ValueError(f"{chosen} is compared with probabilities, which `remasking`={self.remasking!r} has not.")
+            raise UserError(f"{chosen} is compared with probabilities, which `remasking`={self.remasking!r} has not.")
         if self.revision and not self.steps:
-            raise ValueError(f"{chosen} needs `steps`, over which it is spread.")
+            raise UserError(f"{chosen} needs `steps`, over which it is spread.")
         if self.revision and self.editing_threshold is not None:
-            raise ValueError(f"{chosen} and `editing_threshold`={self.editing_threshold}: give one of them.")
+            raise UserError(f"{chosen} and `editing_threshold`={self.editing_threshold}: give one of them.")
         if self.revision == "p2" and self.remasking in ("random", "left_to_right"):
-            raise ValueError(f"`revision`='p2' plans by confidence, which `remasking`={self.remasking!r} has not.")
+            raise UserError(f"`revision`='p2' plans by confidence, which `remasking`={self.remasking!r} has not.")
         self._check_remdm()
 
     def _check_remdm(self) -> None:
         by_chance = self.revision not in (None, "p2")
         if by_chance != (self.eta is not None):
-            raise ValueError(f"`eta`={self.eta!r} belongs to `revision`='remdm' and its kin, got {self.revision!r}.")
+            raise UserError(f"`eta`={self.eta!r} belongs to `revision`='remdm' and its kin, got {self.revision!r}.")
         if by_chance and self.remasking != "random":
-            raise ValueError(
+            raise UserError(
                 f"`revision`={self.revision!r} goes by chance: it needs `remasking`='random', got {self.remasking!r}."
             )
         if self.remdm_loop is None:
             return
         if self.revision != "remdm-loop":
-            raise ValueError(
+            raise UserError(
                 f"`remdm_loop`={self.remdm_loop!r} belongs to `revision`='remdm-loop', got {self.revision!r}."
             )
         times = self.remdm_loop if isinstance(self.remdm_loop, list | tuple) else []
         numbers = [value for value in times if isinstance(value, int | float) and 0 < value < 1]
         if len(times) != 3 or len(numbers) != 3 or numbers[1] >= numbers[0]:
-            raise ValueError(
+            raise UserError(
                 f"`remdm_loop` must be [t_on, t_off, alpha_on], each in (0, 1) and t_off below t_on, got {self.remdm_loop!r}."
             )
 
     def _check_cache(self) -> None:
         kind, steps = self.approximate_cache, self.cache_refresh_steps
         if kind not in (None, "prefix", "dual"):
-            raise ValueError(f"`approximate_cache` must be 'prefix', 'dual' or None, got {kind!r}.")
+            raise UserError(f"`approximate_cache` must be 'prefix', 'dual' or None, got {kind!r}.")
         if kind and self.use_cache is False:
-            raise ValueError(f"`approximate_cache`={kind!r} and `use_cache`=False contradict each other; give one.")
+            raise UserError(f"`approximate_cache`={kind!r} and `use_cache`=False contradict each other; give one.")
         if steps is not None and not kind:
-            raise ValueError(f"`cache_refresh_steps`={steps} belongs to `approximate_cache`, which is not set.")
+            raise UserError(f"`cache_refresh_steps`={steps} belongs to `approximate_cache`, which is not set.")
 
     def _check_words(self) -> None:
         words = self.bad_words_ids
         if words is not None and not (
             isinstance(words, list) and all(isinstance(word, list) and word for word in words)
         ):
-            raise ValueError(f"`bad_words_ids` must be a list of lists of token ids, got {words!r}.")
+            raise UserError(f"`bad_words_ids` must be a list of lists of token ids, got {words!r}.")
         if words and self.revises and any(len(word) > 1 for word in words):
-            raise ValueError("`bad_words_ids` of several tokens cannot be kept out where committed tokens are revised.")
+            raise UserError("`bad_words_ids` of several tokens cannot be kept out where committed tokens are revised.")
         copies = self.num_return_sequences or 1
         if copies > 1 and not (self.temperature or self.alg_temp or self.remasking == "random"):
-            raise ValueError(
+            raise UserError(
                 f"`num_return_sequences`={copies}: greedy decoding has one answer; set `temperature` above 0, or `do_sample`."
             )
 
@@ -262,5 +263,5 @@ def _number(name: str, value: Any, lowest: float, highest: float | None = None) 
     inside = not isinstance(value, bool) and isinstance(value, int | float) and lowest <= value
     if not inside or highest is not None and value > highest:
         wanted = f"at least {lowest}" if highest is None else f"in [{lowest}, {highest}]"
-        raise ValueError(f"`{name}` must be a number, {wanted}, got {value!r}.")
+        raise UserError(f"`{name}` must be a number, {wanted}, got {value!r}.")
     return value

@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from .. import UserError
 from ..models.attention import causal_attention
 from ..models.conversion import set_attention
 from ..models.outputs import DiffusionOutput, eos_ids
@@ -65,16 +66,16 @@ def _settings(
             chosen[name] = getattr(model.generation_config, name, None)
     settings = DiffusionGenerationConfig(**chosen)
     if settings.mask_token_id is None:
-        raise ValueError(
+        raise UserError(
             "`mask_token_id` is missing: the model is not converted; pass it, or call `convert_to_diffusion` first."
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if not 0 <= settings.mask_token_id < rows:
-        raise ValueError(f"`mask_token_id` must be a row of the embedding, [0, {rows}), got {settings.mask_token_id}.")
+        raise UserError(f"`mask_token_id` must be a row of the embedding, [0, {rows}), got {settings.mask_token_id}.")
     words = {"suppress_tokens": [settings.suppress_tokens or []], "bad_words_ids": settings.bad_words_ids or []}
     for name, lists in words.items():
         if outside := [token for word in lists for token in word if not 0 <= token < rows]:
-            raise ValueError(f"`{name}` must be rows of the embedding, [0, {rows}), got {outside}.")
+            raise UserError(f"`{name}` must be rows of the embedding, [0, {rows}), got {outside}.")
     return settings
 
 
@@ -83,7 +84,7 @@ def _use_max_length(kwargs: dict[str, Any], given: GenerationConfig | None, prom
     longest = kwargs.pop("max_length", None) or getattr(given, "max_length", None)
     if longest and kwargs.get("max_new_tokens") is None and getattr(given, "max_new_tokens", None) is None:
         if longest <= prompt_length:
-            raise ValueError(f"`max_length` ({longest}) leaves no room after a prompt of {prompt_length} tokens.")
+            raise UserError(f"`max_length` ({longest}) leaves no room after a prompt of {prompt_length} tokens.")
         kwargs["max_new_tokens"] = longest - prompt_length
 
 
@@ -94,11 +95,11 @@ def _with_canvas(
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
+        raise UserError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
         )
     if input_ids.shape[1] and not bool(attention_mask[:, -1].all()):
-        raise ValueError(
+        raise UserError(
             "`input_ids`: prompts of different lengths must be padded on the left (`tokenizer.padding_side='left'`)."
         )
     new = (0, settings.max_new_tokens)
@@ -136,18 +137,18 @@ def generate(
     """
     input_ids = inputs if input_ids is None else input_ids
     if input_ids is None:
-        raise ValueError("`input_ids` are missing.")
+        raise UserError("`input_ids` are missing.")
     kwargs.pop("token_type_ids", None)  # some tokenizers return them; causal models have no use for them
     for name in HOST_ARGUMENTS & set(kwargs):
         if kwargs.pop(name):
-            raise ValueError(f"`{name}` means nothing when decoding by unmasking; leave it out.")
+            raise UserError(f"`{name}` means nothing when decoding by unmasking; leave it out.")
     base = base_of(model)
     _use_max_length(kwargs, generation_config, input_ids.shape[1])
     settings = _settings(base, generation_config, kwargs)
     canvas, attention_mask = _with_canvas(input_ids, attention_mask, settings)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and canvas.shape[1] > limit:
-        raise ValueError(
+        raise UserError(
             f"`max_new_tokens`: prompt ({input_ids.shape[1]}) and answer ({settings.max_new_tokens}) exceed the model's {limit} positions."
         )
     start = input_ids.shape[1]
@@ -182,34 +183,32 @@ def _refuse(record: DiffusionRecord, settings: DiffusionGenerationConfig, proces
     refuse(record, settings)
     block_length = record.block_length
     if block_length and settings.block_length not in (None, block_length):
-        raise ValueError(
+        raise UserError(
             f"`block_length`: the model was converted with blocks of {block_length}, got {settings.block_length}; leave it out."
         )
     if settings.length_quantile is not None and (block_length or settings.eos_token_id is None):
-        raise ValueError(
+        raise UserError(
             f"`length_quantile`={settings.length_quantile} sizes the canvas of a bidirectional model with an end token; "
             + ("answers in blocks end by themselves; leave it out." if block_length else "`eos_token_id` is None.")
         )
     if not record.mode.drafts:
         if settings.verify:
-            raise ValueError(
+            raise UserError(
                 "`verify`: only an adapter that was trained with `attention='lossless'` drafts for its base; leave it out, or train one."
             )
         return
     if settings.verify is False:
-        raise ValueError(
+        raise UserError(
             "`verify`=False: a lossless adapter was trained on what its base writes; it can only draft for it."
         )
     if not settings.eos_early_stop:
-        raise ValueError(
-            "`eos_early_stop`=False: what the base says behind its end token is not decoded; leave it out."
-        )
+        raise UserError("`eos_early_stop`=False: what the base says behind its end token is not decoded; leave it out.")
     neutral = {"guidance_scale": 1, "repetition_penalty": 1.0}
     names = ("guidance_scale", "repetition_penalty", "bad_words_ids", "revision", "editing_threshold", "alg_temp")
     given = {name: getattr(settings, name) for name in names} | {"logits_processor": processors}
     for name, value in given.items():
         if value and value != neutral.get(name):
-            raise ValueError(f"`{name}`: lossless decoding gives the base's own text, without it; leave it out.")
+            raise UserError(f"`{name}`: lossless decoding gives the base's own text, without it; leave it out.")
 
 
 def warn_of_processors(base: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -258,9 +257,9 @@ def generate_as_loaded(model: torch.nn.Module, **kwargs: Any) -> Any:
     base = base_of(model)
     record = record_of(base)
     if not record.converted:
-        raise ValueError("`model`: not a converted checkpoint; call `convert_to_diffusion` first.")
+        raise UserError("`model`: not a converted checkpoint; call `convert_to_diffusion` first.")
     if record.time_embedding:
-        raise ValueError("`model`: the host's loader leaves the time embedding out; use `load_diffusion_model`.")
+        raise UserError("`model`: the host's loader leaves the time embedding out; use `load_diffusion_model`.")
     if not getattr(base, "_attention_set", False):
         keep_logits(base)
         set_attention(base, record)

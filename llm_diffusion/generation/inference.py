@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .. import UserError
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import record_of
@@ -87,7 +88,7 @@ class DiffusionInference:
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            raise ValueError("`tokenizer` is missing: pass it to DiffusionInference, or use `from_pretrained`.")
+            raise UserError("`tokenizer` is missing: pass it to DiffusionInference, or use `from_pretrained`.")
         return self.tokenizer
 
     @property
@@ -107,7 +108,7 @@ class DiffusionInference:
         attention_mask = batch.get("attention_mask")
         attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
         if not ((ids == self.settings["mask_token_id"]) & attention_mask.bool()).any():
-            raise ValueError(
+            raise UserError(
                 f"`input_ids`: the batch has no mask token (id {self.settings['mask_token_id']}), so there is nothing to fill."
             )
         return fill_masks(self.model, ids, attention_mask, DiffusionGenerationConfig(**self.settings)).sequences
@@ -149,7 +150,7 @@ class DiffusionInference:
             return self.tokenizer.decode(ids, skip_special_tokens=True)
         encoded = self.tokenizer([text], return_tensors="pt").to(self.device)
         if not (encoded["input_ids"] == self.settings["mask_token_id"]).any():
-            raise ValueError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
+            raise UserError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
         filled = fill_masks(
             self.model, encoded["input_ids"], encoded["attention_mask"], DiffusionGenerationConfig(**chosen)
         )

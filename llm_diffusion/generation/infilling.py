@@ -15,6 +15,7 @@ import copy
 import torch
 from transformers import LogitsProcessorList
 
+from .. import UserError
 from ..models.patching import base_of
 from ..models.record import record_of
 from .canvas import fill_masks
@@ -46,17 +47,17 @@ def fill_gaps(
     """
     record = record_of(model)
     if record.mode.has_blocks:
-        raise ValueError(
+        raise UserError(
             f"`attention`={record.attention!r}: the model does not see the text behind a gap; use a bidirectional one."
         )
     if len(pieces) < 2:
-        raise ValueError(f"`pieces`: a gap lies between two pieces of text, got {len(pieces)}.")
+        raise UserError(f"`pieces`: a gap lies between two pieces of text, got {len(pieces)}.")
     if isinstance(max_gap_length, bool) or not isinstance(max_gap_length, int) or max_gap_length < 1:
-        raise ValueError(f"`max_gap_length` must be a whole number, at least 1, got {max_gap_length!r}.")
+        raise UserError(f"`max_gap_length` must be a whole number, at least 1, got {max_gap_length!r}.")
     limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     longest = sum(map(len, pieces)) + max_gap_length * (len(pieces) - 1)
     if limit is not None and longest > limit:
-        raise ValueError(
+        raise UserError(
             f"`max_gap_length`={max_gap_length}: up to {longest} tokens exceed the model's {limit} positions."
         )
     settings = copy.copy(settings)

@@ -141,8 +141,8 @@ def fill_sized(
     was_open = torch.zeros_like(canvas, dtype=torch.bool)
     was_open[:, first:] = True
     nfe, done = torch.zeros_like(canvas[:, 0]), torch.zeros_like(canvas[:, 0])
-    rows, history, sureness = torch.arange(len(canvas), device=canvas.device), [], []
-    certainty = torch.zeros(canvas.shape, device=canvas.device)
+    rows, history, confidences = torch.arange(len(canvas), device=canvas.device), [], []
+    confidence = torch.zeros(canvas.shape, device=canvas.device)
     while rows.numel():
         texts, text_mask = _shifted(canvas[rows], mask[rows], first + done[rows])
         room = settings.max_new_tokens - done[rows]
@@ -160,12 +160,12 @@ def fill_sized(
             lengths: torch.Tensor = lengths,
         ) -> None:
             _write(canvas, rows, first + done[rows], drafts[:, width:], lengths)
-            _write(certainty, rows, first + done[rows], sure[:, width:], lengths)
+            _write(confidence, rows, first + done[rows], sure[:, width:], lengths)
             if settings.output_history:
                 history.append(canvas.clone())
-                sureness.append(certainty.clone())
+                confidences.append(confidence.clone())
             if on_step is not None:
-                on_step(canvas, certainty)
+                on_step(canvas, confidence)
 
         output = fill_masks(model, ids, ids_mask, settings, width, step, processors)
         nfe[rows] += passes + output.nfe
@@ -177,7 +177,7 @@ def fill_sized(
     after = (torch.isin(canvas, ends) & was_open).long().cumsum(-1) > 0
     canvas = torch.where(after & (canvas == settings.mask_token_id), ends[0] if ends.numel() else canvas, canvas)
     output = output_of(canvas, was_open, nfe, ends, history if settings.output_history else None)
-    output.confidence = sureness if settings.output_history else None
+    output.confidence = confidences if settings.output_history else None
     return output
 
 

@@ -28,7 +28,7 @@ class Window:
     masked: torch.Tensor  # (B, k) bool, those that hold a mask
     canvas: torch.Tensor  # (B, L) tokens
     visible: torch.Tensor  # (B, L) bool, committed text: neither padding nor mask
-    certainty: torch.Tensor  # (B, k) probability that every token had when it was committed
+    confidence: torch.Tensor  # (B, k) probability that every token had when it was committed
     keys: torch.Tensor  # (B,) of the noise
     places: torch.Tensor  # (B, k) positions in the text
     step: torch.Tensor  # (B,) passes the row has seen

@@ -64,7 +64,7 @@ def revise(
         kind = settings.revision.removeprefix("remdm").removeprefix("-") or "cap"
         loop = settings.remdm_loop or REMDM_LOOP
         marks = window.masked, window.open, noise
-        chosen, back = revise_remdm(window.steps_left, steps, settings.eta, *marks, kind, window.certainty, loop)
+        chosen, back = revise_remdm(window.steps_left, steps, settings.eta, *marks, kind, window.confidence, loop)
     else:
         judged = torch.where(window.masked, tokens, window.ids)
         score = confidence(logits, judged, settings.remasking)

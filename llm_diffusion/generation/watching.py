@@ -18,6 +18,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from .. import UserError
+
 # (probability from which it is used, colour in the terminal, colour in the file)
 SHADES = (
     (0.95, "green", "#1b7f5c"),
@@ -49,7 +51,7 @@ class Watch(BaseStreamer):
         """The prompt first, then tokens that are final."""
         if not self._prompt_seen:
             if len(value) > 1:
-                raise ValueError(f"`streamer`: one text can be watched at a time, got {len(value)}.")
+                raise UserError(f"`streamer`: one text can be watched at a time, got {len(value)}.")
             self._prompt_seen = True
             if self._live is not None:
                 self._live.start()

@@ -28,6 +28,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from .. import UserError
 from ..objective.attention_masks import annealed
 from .patching import Patch, base_of, wrap_forward
 from .probing import (
@@ -176,8 +177,8 @@ def _lifted_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         args, mask = (), kwargs.get("attention_mask")
         if mask is None or mask.dim() == 2:
             tokens = kwargs["inputs_embeds"][..., 0] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-            documents = torch.ones_like(tokens, dtype=torch.long) if mask is None else mask
-            kwargs["attention_mask"] = annealed(documents, self.lifted_causal_ratio, self.dtype)
+            document_ids = torch.ones_like(tokens, dtype=torch.long) if mask is None else mask
+            kwargs["attention_mask"] = annealed(document_ids, self.lifted_causal_ratio, self.dtype)
     return self._unlifted_forward(*args, **kwargs)
 
 
@@ -228,7 +229,7 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
         ValueError: the architecture stays (partly) causal; nothing is changed then.
     """
     if method not in (None, *METHODS):
-        raise ValueError(f"`method` must be one of {METHODS} or None, got {method!r}.")
+        raise UserError(f"`method` must be one of {METHODS} or None, got {method!r}.")
     check_transformers()
     model = base_of(model)
     check_decoder(model)
@@ -245,7 +246,7 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
             return patch
         patch.undo()
         reasons.append(f"{mechanism}: its {complaint}")
-    raise ValueError(
+    raise UserError(
         f"`model`: {type(model).__name__} cannot be made bidirectional{_why(model)} ({'; '.join(reasons)}). Use an architecture "
         "that honours `config.is_causal`, for example Qwen3, Llama, Mistral, Phi, GPT-2 or StableLM."
     )
@@ -262,7 +263,7 @@ def check_block_attention(model: torch.nn.Module, block_length: int, purpose: st
     """
     name = type(base_of(model)).__name__
     if layers := recurrent_layers(model):
-        raise ValueError(
+        raise UserError(
             f"`model`: {name} has layers that take no 4-D attention masks, which {purpose} needs: {', '.join(layers)} run from left "
             "to right through whatever stands there."
         )
@@ -272,9 +273,9 @@ def check_block_attention(model: torch.nn.Module, block_length: int, purpose: st
         if blind := causal_layers(model, block_length=PROBE_LENGTH):  # one block: everything is seen
             found = f"causal in layers {blind}"
     except Exception as error:  # rejected in as many ways as there are architectures
-        raise ValueError(f"`model`: {name} rejects 4-D attention masks, which {purpose} needs: {error}") from error
+        raise UserError(f"`model`: {name} rejects 4-D attention masks, which {purpose} needs: {error}") from error
     if found != "block":
-        raise ValueError(
+        raise UserError(
             f"`model`: {name} does not follow 4-D attention masks, which {purpose} needs: it attends {found!r}."
         )
 
@@ -303,12 +304,12 @@ def check_decoder(model: PreTrainedModel) -> None:
     try:
         found = probe_attention(model)
     except Exception as error:  # a forward may fail in any way
-        raise ValueError(
+        raise UserError(
             f"`model`: {type(model).__name__} cannot be probed, its forward fails on plain token ids "
             f"({type(error).__name__}: {error})."
         ) from error
     if found == "bidirectional":
-        raise ValueError(
+        raise UserError(
             f"`model`: {type(model).__name__} attends in both directions already, without having been converted: it is an encoder, "
             "not an autoregressive language model; use a decoder."
         )

@@ -15,6 +15,8 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
 
+from .. import UserError
+
 TINY_MODEL_PATH = Path(__file__).parents[1] / "data" / "tiny_base"
 QUANTIZATIONS = ("nf4", "int8")
 
@@ -100,11 +102,9 @@ def check_device(device: str) -> None:
     """Raises ValueError for a device that is unknown or not there."""
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device not in there:
-        raise ValueError(
-            f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
+        raise UserError(f"`device` must be cuda, mps or cpu, got {device!r}; choose one GPU with CUDA_VISIBLE_DEVICES.")
     if not there[device]:
-        raise ValueError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
+        raise UserError(f"`device`: there is no {device} on this machine; leave it out to take the best there is.")
 
 
 def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAndBytesConfig | None:
@@ -117,9 +117,9 @@ def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAn
     if kind is None:
         return None
     if kind not in QUANTIZATIONS:
-        raise ValueError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
+        raise UserError(f"`quantization` must be one of {QUANTIZATIONS} or None, got {kind!r}.")
     if device.startswith("mps"):
-        raise ValueError(
+        raise UserError(
             "`quantization`: bitsandbytes has no kernels for MPS; set `use_qlora` to false on Apple Silicon."
         )
     try:

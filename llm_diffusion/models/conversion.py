@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llm_diffusion
 
+from .. import UserError
 from ..objective.modes import MODES
 from ..objective.noise_schedules import get_noise_schedule
 from . import time_embedding as time_embeddings
@@ -46,22 +47,22 @@ def _new_record(
     """Checked options with their defaults filled in."""
     attention, noise_schedule = attention or "bidirectional", noise_schedule or "linear"
     if attention not in MODES:
-        raise ValueError(f"`attention` must be one of {tuple(MODES)}, got {attention!r}.")
+        raise UserError(f"`attention` must be one of {tuple(MODES)}, got {attention!r}.")
     get_noise_schedule(noise_schedule)
     mode = MODES[attention]
     if mode.has_blocks:
         block_length = mode.default_block_length if block_length is None else block_length
         clean_context = clean_context or "causal"
         if block_length < mode.min_block_length:
-            raise ValueError(
+            raise UserError(
                 f"`block_length` must be at least {mode.min_block_length} with `attention`={attention!r}, got {block_length}."
             )
         if clean_context not in CLEAN_CONTEXTS:
-            raise ValueError(f"`clean_context` must be one of {CLEAN_CONTEXTS}, got {clean_context!r}.")
+            raise UserError(f"`clean_context` must be one of {CLEAN_CONTEXTS}, got {clean_context!r}.")
     elif block_length is not None or clean_context is not None:
-        raise ValueError("`block_length` and `clean_context` belong to `attention`='block'; leave them out.")
+        raise UserError("`block_length` and `clean_context` belong to `attention`='block'; leave them out.")
     if mode.drafts and (clean_context != "causal" or right_shift_logits is False or time_embedding):
-        raise ValueError(
+        raise UserError(
             "`attention`='lossless' drafts behind the base's own text and read-out: `clean_context` is 'causal', `right_shift_logits` "
             "true and `time_embedding` false; leave them out."
         )
@@ -143,12 +144,12 @@ def convert_to_diffusion(
         for name, value in {**asked, "mask_token_id": mask_token_id}.items():
             found = getattr(record, name)
             if value is not None and value != found:
-                raise ValueError(
+                raise UserError(
                     f"`{name}`: the checkpoint was converted with {found!r}, asked for {value!r}; leave it out."
                 )
         set_attention(base, record)
         if tokenizer.mask_token_id != record.mask_token_id:
-            raise ValueError(
+            raise UserError(
                 f"`tokenizer`: its mask token id is {tokenizer.mask_token_id}, the checkpoint's is {record.mask_token_id}; "
                 "load the tokenizer that was saved with the model."
             )

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
+from .. import UserError
 from .checkpoints import from_hub, local_file
 
 MASK_TOKEN = "<|mask|>"
@@ -92,7 +93,7 @@ class Layout:
             if wrong := sorted(
                 {*found["missing_keys"], *found["unexpected_keys"]}
             ):  # the host would draw them at random
-                raise ValueError(
+                raise UserError(
                     f"`model`: {path!r} does not hold LLaDA's weights: {wrong[:5]} are missing or too many."
                 )
         else:
@@ -118,7 +119,7 @@ class Layout:
         else:
             tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         if tokenizer.mask_token_id != self.mask_token_id:
-            raise ValueError(
+            raise UserError(
                 f"`model`: the checkpoint's mask token is id {self.mask_token_id}, but the tokenizer beside it ends at {len(tokenizer)}; "
                 "put the tokenizer that it was trained with into its folder."
             )
@@ -146,7 +147,7 @@ def find_layout(path: str) -> Layout | None:
 def _llada(config: dict[str, Any], path: str) -> Layout:
     for name, right in _LLADA_NEEDS.items():
         if config.get(name) not in right:
-            raise ValueError(
+            raise UserError(
                 f"`model`: {path!r} is a LLaDA checkpoint with `{name}`={config.get(name)!r}; only {right[0]!r} is Llama's layout."
             )
     llama = LlamaConfig(

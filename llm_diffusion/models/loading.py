@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .. import UserError
 from . import time_embedding as time_embeddings
 from .checkpoints import (
     TINY_MODEL_PATH,
@@ -148,7 +149,7 @@ def _check_config(path: str, trust_remote_code: bool, gguf: dict[str, str]) -> P
         gguf = {}
     config = from_hub(AutoConfig, path, trust_remote_code=trust_remote_code, **gguf)
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(
+        raise UserError(
             f"`model`: {path!r} is an encoder-decoder ({config.model_type}); a decoder-only causal LM is needed."
         )
     return config
@@ -161,7 +162,7 @@ def _check_fingerprint(model: PreTrainedModel, record: DiffusionRecord, path: st
     if len(ours) != len(theirs) or any(
         abs(a - b) > 0.02 * max(abs(a), abs(b)) + 1e-5 for a, b in zip(ours, theirs, strict=True)
     ):
-        raise ValueError(
+        raise UserError(
             f"`model`: the adapter {path!r} was trained on another base than {model.config._name_or_path!r} (its weights differ); "
             f"put the base it was trained on, {record.base_model!r}, back."
         )

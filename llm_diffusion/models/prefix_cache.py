@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from .. import UserError
 from ..objective.attention_masks import additive, block_causal
 from .patching import base_of
 from .probing import probe_ids
@@ -47,7 +48,7 @@ def check_clean_prefix(model: torch.nn.Module) -> None:
     base = base_of(model)
     name = type(base).__name__
     if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=base.config).layers):
-        raise ValueError(
+        raise UserError(
             f"`attention`='lossless': {name} has sliding-window attention, whose cache forgets and cannot be cropped; use 'block'."
         )
     ids = probe_ids(base, BLOCK * BLOCKS)
@@ -66,13 +67,13 @@ def check_clean_prefix(model: torch.nn.Module) -> None:
         cache.crop(-BLOCK)
         again = base(**rest, past_key_values=cache, use_cache=True).logits
     except Exception as error:  # in as many ways as there are caches
-        raise ValueError(
+        raise UserError(
             f"`attention`='lossless': the cache of {name} cannot be cropped or read alone: {error}"
         ) from error
     finally:
         base.train(training)
     scale = want.abs().max()
     if not max((read - want).abs().max(), (again - want).abs().max()) <= 0.01 * scale:  # nor what is no number
-        raise ValueError(
+        raise UserError(
             f"`attention`='lossless': {name} gives other logits from its cache than without; use `attention`='block'."
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import UserError
 from ..objective.modes import MODES, Bidirectional
 from .checkpoints import local_file
 from .patching import base_of
@@ -105,16 +106,16 @@ def read_sidecar(path: str) -> DiffusionRecord:
     """
     sidecar = local_file(path, SIDECAR)
     if sidecar is None:
-        raise ValueError(
+        raise UserError(
             f"`model`: {path!r} holds an adapter without {SIDECAR}; it was not saved by llm_diffusion's trainers."
         )
     try:
         values = json.loads(Path(sidecar).read_text())
         missing = {"base_model", "mask_token_id", "attention"} - set(values)
     except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"`model`: {sidecar!r} is malformed: {error}.") from error
+        raise UserError(f"`model`: {sidecar!r} is malformed: {error}.") from error
     if missing:
-        raise ValueError(f"`model`: {sidecar!r} lacks {sorted(missing)}.")
+        raise UserError(f"`model`: {sidecar!r} lacks {sorted(missing)}.")
     return DiffusionRecord.from_dict(values)
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from .. import UserError
 from .patching import Patch, wrap_forward
 from .probing import attention_pattern
 
@@ -63,7 +64,7 @@ def symmetric(mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return torch.where(causal, either | (visible & open_row), visible)
     if not torch.compiler.is_compiling() and bool((mask.masked_fill(~visible, 0) != 0).any() & causal.any()):
-        raise ValueError("its attention mask carries position biases, whose mirror image is unknown")
+        raise UserError("its attention mask carries position biases, whose mirror image is unknown")
     bias = torch.zeros_like(mask).masked_fill(~(either | (visible & open_row)), torch.finfo(mask.dtype).min)
     return torch.where(causal, bias, mask)
 

@@ -12,6 +12,8 @@ import logging
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import UserError
+
 logger = logging.getLogger(__name__)
 
 MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"
@@ -50,7 +52,7 @@ def check_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int | No
         return
     token = _existing(tokenizer, mask_token_id, "mask_token_id")
     if mask_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        raise ValueError(
+        raise UserError(
             f"`mask_token_id`: {mask_token_id} is {token!r}, which ends, starts or pads texts; choose another token."
         )
 
@@ -67,7 +69,7 @@ def use_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: 
         if token_id == getattr(tokenizer, f"{name}_token_id"):
             continue
         if token_id == tokenizer.mask_token_id:
-            raise ValueError(f"`token_ids.{name}`: {token_id} is the mask token {tokenizer.mask_token!r}.")
+            raise UserError(f"`token_ids.{name}`: {token_id} is the mask token {tokenizer.mask_token!r}.")
         if name == "pad" and token_id == len(tokenizer):
             _add(model, tokenizer, "pad", PAD_TOKEN)
         else:
@@ -98,7 +100,7 @@ def _add(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, 
 def _existing(tokenizer: PreTrainedTokenizerBase, token_id: int, key: str) -> str:
     token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
     if token is None:
-        raise ValueError(
+        raise UserError(
             f"`{key}`: {token_id} is no token; the tokenizer has the ids 0 to {len(tokenizer) - 1}, and {len(tokenizer)} would be a new one."
         )
     return token

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import UserError
 from .attention_masks import (
     additive,
     annealed,
@@ -54,28 +55,26 @@ class Annealing:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"`annealing` must be one of {MODES} or None, got {self.mode!r}.")
+            raise UserError(f"`annealing` must be one of {MODES} or None, got {self.mode!r}.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"`annealing_schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
+            raise UserError(f"`annealing_schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
         if self.total_steps < 1:
-            raise ValueError(f"`annealing_steps` must be at least 1, got {self.total_steps}.")
+            raise UserError(f"`annealing_steps` must be at least 1, got {self.total_steps}.")
         if not 0 <= self.final < 1 or not self.final <= self.initial <= 1:
-            raise ValueError(
+            raise UserError(
                 "`initial_causal_ratio` and `final_causal_ratio` must satisfy 0 <= final <= initial <= 1 and final < 1, got "
                 f"{self.initial} and {self.final}."
             )
         if self.mode == "block" and (self.initial, self.final) != (1.0, 0.0):
-            raise ValueError("`annealing`='block' grows from causal to the target; leave the causal ratios at 1 and 0.")
+            raise UserError("`annealing`='block' grows from causal to the target; leave the causal ratios at 1 and 0.")
         if self.schedule == "exponential" and self.decay <= 0:
-            raise ValueError(f"`annealing_decay` must be above 0, got {self.decay}.")
+            raise UserError(f"`annealing_decay` must be above 0, got {self.decay}.")
         if (self.schedule == "step") != bool(self.points):
-            raise ValueError(
+            raise UserError(
                 "`annealing_points` belong to `annealing_schedule`='step', which needs them: [[step, share], …]."
             )
         if any(len(point) != 2 or not 0 <= point[1] <= 1 for point in self.points or []):
-            raise ValueError(
-                f"`annealing_points` must be [step, share] pairs with shares in [0, 1], got {self.points}."
-            )
+            raise UserError(f"`annealing_points` must be [step, share] pairs with shares in [0, 1], got {self.points}.")
 
     def causal_ratio(self, step: int) -> float:
         """How causal attention still is after `step` optimiser steps."""
@@ -99,34 +98,36 @@ class Annealing:
         doublings = max(1, math.ceil(math.log2(target)))
         return min(target, 2 ** (step * doublings // self.total_steps))
 
-    def mask(self, documents: torch.Tensor, step: int, seed: int, longest: int) -> torch.Tensor | None:
+    def mask(self, document_ids: torch.Tensor, step: int, seed: int, longest: int) -> torch.Tensor | None:
         """(B, L) -> (B, 1, L, L) additive mask of this step on the way to bidirectional attention; None: it is reached.
 
         Args:
-            documents: see `attention_masks`.
+            document_ids: see `attention_masks`.
             seed: of the stochastic masks.
             longest: length of the longest text there may be, which growing blocks end at.
         """
         ratio = self.causal_ratio(step)
         if self.mode == "block":
             return (
-                additive(block_causal(documents, self.block_length(step, longest))) if step < self.total_steps else None
+                additive(block_causal(document_ids, self.block_length(step, longest)))
+                if step < self.total_steps
+                else None
             )
         if self.mode == "soft" or step >= self.total_steps:
-            return annealed(documents, ratio) if ratio else None
-        return additive(stochastic(documents, ratio, seed, step))
+            return annealed(document_ids, ratio) if ratio else None
+        return additive(stochastic(document_ids, ratio, seed, step))
 
 
-def stochastic(documents: torch.Tensor, ratio: float, seed: int, step: int) -> torch.Tensor:
+def stochastic(document_ids: torch.Tensor, ratio: float, seed: int, step: int) -> torch.Tensor:
     """Every pair of a token and a later one is open with probability 1 - ratio, one draw a step for all rows and layers.
 
     Args:
-        documents: (B, L), see `attention_masks`.
+        document_ids: (B, L), see `attention_masks`.
         seed, step: key of the draw.
 
     Returns:
         (B, L, L) bool.
     """
-    index = torch.arange(documents.shape[-1], device=documents.device)
+    index = torch.arange(document_ids.shape[-1], device=document_ids.device)
     opened = uniform(seed, step, index[:, None], index, ANNEALING_STREAM) >= ratio
-    return bidirectional(documents) & (opened | (index[:, None] >= index))
+    return bidirectional(document_ids) & (opened | (index[:, None] >= index))

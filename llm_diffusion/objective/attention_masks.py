@@ -16,7 +16,7 @@ allowed key must not become NaN.
     . . x x           x x x ~                                       ....     xxxx
     . . x x           x x x x
 
-All are made from `documents` (B, L): 0 at padding, elsewhere the number of the text a token belongs to, rising from left to right.
+All are made from `document_ids` (B, L): 0 at padding, elsewhere the number of the text a token belongs to, rising from left to right.
 The usual padding mask of 0 and 1 is the case of one text a row. Texts never see each other, and positions and blocks are counted
 from the start of each.
 
@@ -30,6 +30,8 @@ import math
 
 import torch
 
+from .. import UserError
+
 
 def additive(allowed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """(B, Q, K) bool, True = may attend -> (B, 1, Q, K) additive float."""
@@ -37,58 +39,58 @@ def additive(allowed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch
     return bias.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
 
 
-def positions(documents: torch.Tensor) -> torch.Tensor:
+def positions(document_ids: torch.Tensor) -> torch.Tensor:
     """Place of every token in its own text, padding not counted: (B, L) -> (B, L); below 0 in padding on the left."""
-    real = documents > 0
+    real = document_ids > 0
     count = real.cumsum(-1) - 1
-    so_far = documents.cummax(-1).values
-    first = real & (documents > torch.nn.functional.pad(so_far[:, :-1], (1, 0)))
+    so_far = document_ids.cummax(-1).values
+    first = real & (document_ids > torch.nn.functional.pad(so_far[:, :-1], (1, 0)))
     return count - torch.where(first, count, 0).cummax(-1).values
 
 
-def bidirectional(documents: torch.Tensor) -> torch.Tensor:
+def bidirectional(document_ids: torch.Tensor) -> torch.Tensor:
     """Every token of a text sees all of it: (B, L) -> (B, L, L) bool."""
-    return (documents[:, :, None] == documents[:, None, :]) & (documents > 0)[:, None, :]
+    return (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids > 0)[:, None, :]
 
 
-def block_causal(documents: torch.Tensor, block_length: int) -> torch.Tensor:
+def block_causal(document_ids: torch.Tensor, block_length: int) -> torch.Tensor:
     """Bidirectional inside a block, causal between blocks: (B, L) -> (B, L, L) bool. Blocks of one are causal."""
-    block = positions(documents).clamp(min=0) // block_length
-    return (block[:, :, None] >= block[:, None, :]) & bidirectional(documents)
+    block = positions(document_ids).clamp(min=0) // block_length
+    return (block[:, :, None] >= block[:, None, :]) & bidirectional(document_ids)
 
 
-def annealed(documents: torch.Tensor, causal_ratio: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def annealed(document_ids: torch.Tensor, causal_ratio: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Between causal (ratio 1) and bidirectional (ratio 0): (B, L) -> (B, 1, L, L) additive float.
 
     The future keys get log(1 - ratio) before the softmax, which scales their share of attention by 1 - ratio. (Adding 1 - ratio
     itself leaks the future at ratio 1; as a boolean it is fully bidirectional for every ratio below 1.)
     """
     if not 0 <= causal_ratio <= 1:
-        raise ValueError(f"`causal_ratio` must be in [0, 1], got {causal_ratio}.")
+        raise UserError(f"`causal_ratio` must be in [0, 1], got {causal_ratio}.")
     bias = math.log1p(-causal_ratio) if causal_ratio < 1 else torch.finfo(dtype).min
-    future = torch.full((documents.shape[-1],) * 2, bias, dtype=dtype, device=documents.device).triu(1)
-    return (future + additive(bidirectional(documents), dtype)).clamp(min=torch.finfo(dtype).min)
+    future = torch.full((document_ids.shape[-1],) * 2, bias, dtype=dtype, device=document_ids.device).triu(1)
+    return (future + additive(bidirectional(document_ids), dtype)).clamp(min=torch.finfo(dtype).min)
 
 
 def block_decoding(
-    documents: torch.Tensor, block_length: int, clean_context: str, active: torch.Tensor
+    document_ids: torch.Tensor, block_length: int, clean_context: str, active: torch.Tensor
 ) -> torch.Tensor:
     """What block decoding sees at block `active` (B,) of every row, without a cache: (B, L) padding mask -> (B, L, L) bool.
 
     Finished text before the active block attends as in training's clean half; the active block sees all of it and itself in
     both directions; later blocks are seen by nobody before their turn.
     """
-    position = positions(documents)
+    position = positions(document_ids)
     block = position.clamp(min=0) // block_length
     order = position if clean_context == "causal" else block
     inside = order[:, :, None] >= order[:, None, :]
     in_active = block[:, :, None] == active[:, None, None]
     up_to_active = block[:, None, :] <= active[:, None, None]
-    return torch.where(in_active, up_to_active, inside) & (documents > 0)[:, None, :]
+    return torch.where(in_active, up_to_active, inside) & (document_ids > 0)[:, None, :]
 
 
 def block_diffusion(
-    documents: torch.Tensor, block_length: int, clean_context: str, offset: torch.Tensor | int = 0
+    document_ids: torch.Tensor, block_length: int, clean_context: str, offset: torch.Tensor | int = 0
 ) -> torch.Tensor:
     """Training mask over [noisy ; clean] halves of the same L tokens: (B, L) -> (B, 2L, 2L) bool.
 
@@ -96,7 +98,7 @@ def block_diffusion(
         clean_context: how the clean half sees itself, "causal" (what the AR model did) or "block" (block-causal).
         offset: by how many tokens, (B, 1), the first block is shortened.
     """
-    position, text = positions(documents), bidirectional(documents)
+    position, text = positions(document_ids), bidirectional(document_ids)
     block = (position + offset).clamp(min=0) // block_length
     same = (block[:, :, None] == block[:, None, :]) & text
     before = (block[:, :, None] > block[:, None, :]) & text

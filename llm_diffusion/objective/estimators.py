@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import UserError
 from .noise import (
     MASK_STREAM,
     ORDER_STREAM,
@@ -37,9 +38,9 @@ LEAST_LEVEL = 2.0**-24  # half a step of `noise.uniform`: no weight is infinite,
 def check_estimator(estimator: str, n_samples: int, replicates: int) -> None:
     """Raises ValueError for an unknown estimator or samples that cannot be dealt out to the replicates."""
     if estimator not in ESTIMATORS:
-        raise ValueError(f"`estimator` must be one of {ESTIMATORS}, got {estimator!r}.")
+        raise UserError(f"`estimator` must be one of {ESTIMATORS}, got {estimator!r}.")
     if replicates < 2 or n_samples < replicates or n_samples % replicates:
-        raise ValueError(
+        raise UserError(
             "`n_samples` must be a multiple of `replicates` (at least 2), from which the standard error comes; "
             f"got {n_samples} and {replicates}."
         )

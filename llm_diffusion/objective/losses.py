@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from .. import UserError
+
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of every row in nats, fp32: (n, V) logits of any float type and (n,) token ids -> (n,)."""
@@ -27,7 +29,7 @@ CART_DECAY = 0.3  # of "cart": how fast a visible token's help falls with its di
 
 
 def loss_weights(
-    kind: str, elbo_weight: torch.Tensor, probability: torch.Tensor, masked: torch.Tensor, documents: torch.Tensor
+    kind: str, elbo_weight: torch.Tensor, probability: torch.Tensor, masked: torch.Tensor, document_ids: torch.Tensor
 ) -> torch.Tensor:
     """Weight of every token if it is masked: (B, L) each -> (B, L) fp32. Only "elbo" gives a bound.
 
@@ -37,12 +39,12 @@ def loss_weights(
             "cart", half the sum over visible tokens of Geo(0.3) of their distance: context decides, not time.
         probability: mask probability, 1 - alpha.
         masked: bool, which tokens are masked.
-        documents: see `attention_masks`; only tokens of the same text are context.
+        document_ids: see `attention_masks`; only tokens of the same text are context.
 
     References: LLaDA (arXiv 2502.09992, eq. 3) for "elbo", Dream (arXiv 2508.15487, section 3.2) for "cart".
     """
     if kind not in WEIGHTS:
-        raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {kind!r}.")
+        raise UserError(f"`loss_weight` must be one of {WEIGHTS}, got {kind!r}.")
     if kind == "elbo":
         return elbo_weight
     if kind == "uniform":
@@ -54,7 +56,7 @@ def loss_weights(
     index = torch.arange(masked.shape[-1], device=masked.device)
     distance = (index[:, None] - index).abs()
     kernel = 0.5 * CART_DECAY * (1 - CART_DECAY) ** (distance - 1).clamp(min=0).float() * (distance > 0)
-    visible = (~masked & (documents > 0))[:, None, :] & (documents[:, :, None] == documents[:, None, :])
+    visible = (~masked & (document_ids > 0))[:, None, :] & (document_ids[:, :, None] == document_ids[:, None, :])
     return (visible * kernel).sum(-1)
 
 

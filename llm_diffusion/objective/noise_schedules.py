@@ -18,6 +18,8 @@ from collections.abc import Callable
 
 import torch
 
+from .. import UserError
+
 NoiseSchedule = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -72,5 +74,5 @@ NOISE_SCHEDULES: dict[str, NoiseSchedule] = {
 def get_noise_schedule(name: str) -> NoiseSchedule:
     """The schedule called `name`; ValueError when there is none."""
     if name not in NOISE_SCHEDULES:
-        raise ValueError(f"`noise_schedule` must be one of {sorted(NOISE_SCHEDULES)}, got {name!r}.")
+        raise UserError(f"`noise_schedule` must be one of {sorted(NOISE_SCHEDULES)}, got {name!r}.")
     return NOISE_SCHEDULES[name]

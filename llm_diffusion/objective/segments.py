@@ -1,6 +1,6 @@
 """Parts of a row: the texts of a packed row, or the blocks of a text, and where a token stands in its part.
 
-    documents   1 1 1 1 1 2 2 2 0      blocks of 2:   0 0 1 1 2 3 3 4 4      texts:   0 0 0 0 0 1 1 1 0
+    document_ids   1 1 1 1 1 2 2 2 0      blocks of 2:   0 0 1 1 2 3 3 4 4      texts:   0 0 0 0 0 1 1 1 0
 
 Trade-off: numbers of parts (B, L), on which everything is one scatter, instead of lists of spans. Alternative: a loop over rows.
 """
@@ -30,12 +30,12 @@ def behind_first(maskable: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     return place > first.gather(-1, part)
 
 
-def parts(documents: torch.Tensor, block_length: int | None, offset: torch.Tensor | int = 0) -> torch.Tensor:
+def parts(document_ids: torch.Tensor, block_length: int | None, offset: torch.Tensor | int = 0) -> torch.Tensor:
     """Number of the block, or without blocks of the text, that every token belongs to, counted through the row: (B, L)."""
     if block_length is None:
-        return (documents - 1).clamp(min=0)
-    position = positions(documents)
-    starts = (((position + offset) % block_length == 0) | (position == 0)) & (documents > 0)
+        return (document_ids - 1).clamp(min=0)
+    position = positions(document_ids)
+    starts = (((position + offset) % block_length == 0) | (position == 0)) & (document_ids > 0)
     return (starts.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -232,7 +232,7 @@ def corrupted_reasoning(trace: Trace, rng: random.Random) -> Iterator[Wrong | No
         yield from cause(kept, rng)
 
 
-RECKONING_ERRORS: dict[str, Callable[[Trace, random.Random], Iterator[Wrong | None]]] = {
+ARITHMETIC_ERRORS: dict[str, Callable[[Trace, random.Random], Iterator[Wrong | None]]] = {
     f.__name__: f
     for f in (
         calculation_slip,

@@ -21,6 +21,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+from .. import UserError
 from .worked_answers import step_spans
 
 INSTRUCTIONS = """You check a worked answer to a question. Its steps are numbered. A right solution is given for comparison; another way to the same \
@@ -44,9 +45,9 @@ class LLMJudge:
 
     def __init__(self, url: str, model: str, *, key: str | None = None, timeout: float = 120, pause: float = 1) -> None:
         if not re.match(r"https?://[^/\s]+", url):
-            raise ValueError(f"`judge`: {url!r} is no URL; give one such as 'http://localhost:8000/v1'.")
+            raise UserError(f"`judge`: {url!r} is no URL; give one such as 'http://localhost:8000/v1'.")
         if not model:
-            raise ValueError("`judge_model` is needed with `judge`: the name of the model that is asked.")
+            raise UserError("`judge_model` is needed with `judge`: the name of the model that is asked.")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.timeout, self.pause = model, timeout, pause
         self.key = os.environ.get("OPENAI_API_KEY") if key is None else key
@@ -88,7 +89,7 @@ class LLMJudge:
         try:
             return json.loads(reply)["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"the reply is no chat completion: {reply[:80]!r}") from error
+            raise UserError(f"the reply is no chat completion: {reply[:80]!r}") from error
 
 
 def _label(reply: str, n_steps: int) -> dict[str, Any]:
@@ -101,4 +102,4 @@ def _label(reply: str, n_steps: int) -> dict[str, Any]:
         right, step = label.get("right"), label.get("first_wrong_step")
         if isinstance(right, bool) and (step is None or type(step) is int and 1 <= step <= n_steps):
             return {"right": right, "first_wrong_step": None if step is None else step - 1}
-    raise ValueError(f"the reply holds no label: {reply[:80]!r}")
+    raise UserError(f"the reply holds no label: {reply[:80]!r}")

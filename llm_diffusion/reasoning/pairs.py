@@ -22,7 +22,8 @@ from fractions import Fraction
 from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
-from .arithmetic_errors import RECKONING_ERRORS, UNIT_FACTORS
+from .. import UserError
+from .arithmetic_errors import ARITHMETIC_ERRORS, UNIT_FACTORS
 from .number_trace import Trace, Wrong
 from .problems import (
     Problem,
@@ -106,7 +107,7 @@ def preference_pairs(
         try:
             problem = read_problem(record)
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"`records`: row {index}: {error}") from error
+            raise UserError(f"`records`: row {index}: {error}") from error
         row = preference_pair(problem, seed, kinds)
         if (problem.prompt[-1]["content"], problem.answer) in seen:
             left_out["are there twice"] += 1
@@ -121,7 +122,7 @@ def preference_pairs(
             "%d of %d records give no pair: %s", sum(left_out.values()), len(rows) + sum(left_out.values()), said
         )
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"`records`: no record gives a pair (kinds {list(kinds or KINDS)}); try other kinds or records."
         )
     return Dataset.from_list(rows, features=FEATURES)
@@ -129,7 +130,7 @@ def preference_pairs(
 
 def check_kinds(kinds: Sequence[str] | None) -> None:
     if kinds is not None and (not kinds or isinstance(kinds, str) or set(kinds) - set(KINDS)):
-        raise ValueError(f"`kinds` must be a non-empty list of names among {list(KINDS)}, got {kinds!r}.")
+        raise UserError(f"`kinds` must be a non-empty list of names among {list(KINDS)}, got {kinds!r}.")
 
 
 def preference_pair(problem: Problem, seed: int = 0, kinds: Sequence[str] | None = None) -> dict | None:
@@ -162,7 +163,7 @@ def _errors(problem: Problem) -> dict[str, Callable[[random.Random], Iterator[Wr
     for kind, make in TEXT_ERRORS.get(problem.form, {}).items():
         found[kind] = lambda rng, make=make: make(problem, rng)
     if (trace := _traced(problem)) is not None:
-        found |= {kind: (lambda rng, make=make: make(trace, rng)) for kind, make in RECKONING_ERRORS.items()}
+        found |= {kind: (lambda rng, make=make: make(trace, rng)) for kind, make in ARITHMETIC_ERRORS.items()}
     return found
 
 
@@ -200,7 +201,7 @@ def is_declared(problem: Problem, kind: str, wrong: Wrong) -> bool:
             final_answer(text) is None and not judge(text).false_steps
         )  # a number cut in two would be a second error
         return whole and (kind == "truncation" or len(set(said)) < len(said))
-    if kind not in RECKONING_ERRORS or _traced(problem) is None:
+    if kind not in ARITHMETIC_ERRORS or _traced(problem) is None:
         return not is_right(problem, text)
     found = judge(text, reference=problem.reference)
     if found.answer is None or found.right != (kind in RIGHT_ANSWER_KINDS):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from .. import UserError
 from ..data.datasets import load_any
 from .number_trace import Wrong
 from .pairs import (
@@ -57,31 +58,29 @@ def checked_pairs(rows: Iterable[dict]) -> Dataset:
     """
     found = [_checked_pair(dict(row), f"`pairs`: row {index}") for index, row in enumerate(rows)]
     if not found:
-        raise ValueError("`pairs`: there is no pair.")
+        raise UserError("`pairs`: there is no pair.")
     return Dataset.from_list(found, features=FEATURES)
 
 
 def _checked_pair(row: dict, where: str) -> dict:
     missing = [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]
     if missing:
-        raise ValueError(
-            f"{where} lacks {missing}, it has {sorted(row)}; `prompt`, `chosen` and `rejected` are needed."
-        )
+        raise UserError(f"{where} lacks {missing}, it has {sorted(row)}; `prompt`, `chosen` and `rejected` are needed.")
     prompt = _as_messages(row["prompt"], "user", f"{where}: `prompt`")
     sides = {name: _as_messages(row[name], "assistant", f"{where}: `{name}`") for name in ("chosen", "rejected")}
     chosen, rejected = (sides[name][-1]["content"] for name in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
-        raise ValueError(f"{where}: `chosen` and `rejected` are the same; change one of them or leave the row out.")
+        raise UserError(f"{where}: `chosen` and `rejected` are the same; change one of them or leave the row out.")
     kind = row.get("kind") or "labelled"
     if kind not in KINDS + NATURAL_KINDS:
-        raise ValueError(f"{where}: `kind` must be one of {list(KINDS + NATURAL_KINDS)}, got {kind!r}.")
+        raise UserError(f"{where}: `kind` must be one of {list(KINDS + NATURAL_KINDS)}, got {kind!r}.")
     span = row.get("span") or list(_changed(chosen, rejected))
     if len(span) != 2 or not 0 <= span[0] <= span[1] <= len(rejected):
-        raise ValueError(f"{where}: `span` must be a start and an end within the rejected answer, got {span}.")
+        raise UserError(f"{where}: `span` must be a start and an end within the rejected answer, got {span}.")
     if kind in KINDS and not is_declared(
         read_problem({"messages": [*prompt, *sides["chosen"]]}), kind, Wrong(rejected, tuple(span))
     ):
-        raise ValueError(f"{where}: the rejected answer is not wrong by {kind}; correct it, or leave `kind` out.")
+        raise UserError(f"{where}: the rejected answer is not wrong by {kind}; correct it, or leave `kind` out.")
     step = row.get("step")
     step = step_at(rejected, span[0]) if step is None else step
     return {"prompt": prompt, **sides, "kind": kind, "step": step, "span": list(span)}
@@ -90,9 +89,9 @@ def _checked_pair(row: dict, where: str) -> dict:
 def _as_messages(side: str | list[dict], role: str, where: str) -> list[dict]:
     messages = [{"role": role, "content": side}] if isinstance(side, str) else list(side)
     if not messages or not all({"role", "content"} <= set(m) for m in messages):
-        raise ValueError(f"{where} must be text or messages with `role` and `content`, got {side!r}.")
+        raise UserError(f"{where} must be text or messages with `role` and `content`, got {side!r}.")
     if not (messages[-1]["content"] or "").strip():
-        raise ValueError(f"{where} is empty; give it a text or leave the row out.")
+        raise UserError(f"{where} is empty; give it a text or leave the row out.")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
@@ -129,7 +128,7 @@ def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
     groups: dict[str, list[dict]] = defaultdict(list)
     for index, row in enumerate(rows):
         if not {"prompt", "answer", "right"} <= set(row) or row["right"] not in (True, False, None):
-            raise ValueError(
+            raise UserError(
                 f"`answers`: row {index} must have `prompt`, `answer` and `right` (true, false or null), got {sorted(row)}."
             )
         prompt = _as_messages(row["prompt"], "user", f"`answers`: row {index}: `prompt`")
@@ -146,7 +145,7 @@ def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
     if left_out:
         logger.warning("%d wrong answers have no right one of about their length and are left out", left_out)
     if not pairs:
-        raise ValueError("`answers`: no prompt has a right and a wrong answer of about the same length.")
+        raise UserError("`answers`: no prompt has a right and a wrong answer of about the same length.")
     return checked_pairs(pairs)
 
 

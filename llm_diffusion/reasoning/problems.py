@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import UserError
 from ..data.datasets import load_any
 from ..data.tiny import tiny_dataset
 from .planning import reaches_countdown, solves_sudoku
@@ -87,10 +88,10 @@ def read_problem(record: dict) -> Problem:
         if columns <= set(given):
             problem = read(given)
             if not all(text.strip() for text in (problem.question, problem.answer, problem.reference)):
-                raise ValueError(f"the question or the answer is empty in the record {_shortened(record)}.")
+                raise UserError(f"the question or the answer is empty in the record {_shortened(record)}.")
             kind = given.get("kind")
             return replace(problem, kind=kind if isinstance(kind, str) else problem.form)
-    raise ValueError(
+    raise UserError(
         f"a record with the columns {sorted(given)} is no problem that can be read; give `messages`, `prompt` + `completion`, "
         "`question` + `answer`, `problem` + `solution`, `input` + `output`, or `options` + `correct_option`."
     )
@@ -108,7 +109,7 @@ def _ask(text: str) -> tuple[dict, ...]:
 def _from_chat(record: dict) -> Problem:
     turns = list(record["messages"])
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise ValueError("`messages` must be a prompt followed by an assistant turn.")
+        raise UserError("`messages` must be a prompt followed by an assistant turn.")
     return _told_by_text(tuple(turns[:-1]), turns[-1]["content"])
 
 
@@ -148,7 +149,7 @@ def _worked(prompt: tuple[dict, ...], answer: str) -> Problem:
 def _from_math(record: dict) -> Problem:
     problem = _worked(_ask(record["problem"]), record["solution"])
     if problem.form == "plain":
-        raise ValueError(f"`solution` has no boxed answer in the record {_shortened(record)}.")
+        raise UserError(f"`solution` has no boxed answer in the record {_shortened(record)}.")
     return problem
 
 
@@ -172,7 +173,7 @@ def logiqa_parts(record: dict) -> tuple[str, str, list[str], int]:
         letter = right.strip().upper()
         index = LETTERS.index(letter) if len(letter) == 1 and letter in LETTERS else right
     if not isinstance(index, int) or not 0 <= index < len(options):
-        raise ValueError(f"the right option must be a letter or an index of {len(options)} options, got {right!r}.")
+        raise UserError(f"the right option must be a letter or an index of {len(options)} options, got {right!r}.")
     context, question = _first(record, "context", "text", "passage"), _first(record, "query", "question")
     return context or "", question or "", options, index
 
@@ -189,7 +190,7 @@ def _first(record: dict, *names: str) -> object:
 def _from_question(record: dict) -> Problem:
     answer = record["answer"]
     if not isinstance(answer, str):
-        raise ValueError(f"`answer` must be text, got {answer!r}.")
+        raise UserError(f"`answer` must be text, got {answer!r}.")
     if final_answer(answer) is not None:
         return _worked(_ask(record["question"]), answer)
     return _from_hotpotqa(record)
@@ -258,7 +259,7 @@ def load_records(name: str, limit: int | None = None, split: str = "train", seed
     loaded = load_any(name) if hub is None or Path(name).exists() else load_any(hub, configuration)
     rows = loaded.get(split) or loaded.get(own_split) or next(iter(loaded.values()))
     if len(rows) == 0:
-        raise ValueError(f"`dataset`: {name!r} is empty.")
+        raise UserError(f"`dataset`: {name!r} is empty.")
     return list(rows.select(range(min(limit or len(rows), len(rows)))))
 
 

@@ -21,6 +21,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from .. import UserError
+
 NUMBER = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+")
 _N = f"(?:{NUMBER.pattern})"
 _ATOM = rf"[($£€\-−]{{0,5}}\s*(?:\\[dt]?frac\{{{_N}\}}\{{{_N}\}}|{_N})\s*\\?%?\){{0,5}}"
@@ -93,9 +95,9 @@ def _value(node: ast.expr) -> Fraction:
     if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
         left, right = _value(node.left), _value(node.right)
         if isinstance(node.op, ast.Pow) and (right.denominator != 1 or abs(right) > _LARGEST_POWER or abs(left) > 1e6):
-            raise ValueError("not a power of numbers that a worked answer holds")
+            raise UserError("not a power of numbers that a worked answer holds")
         return _BINARY[type(node.op)](left, right)
-    raise ValueError("not arithmetic")
+    raise UserError("not arithmetic")
 
 
 def number(text: str) -> Fraction:

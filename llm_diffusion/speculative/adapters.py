@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch.nn import functional as F
 
+from .. import UserError
 from ..models.patching import Patch, base_of
 
 
@@ -112,12 +113,12 @@ def check_adapters(
     modules = list(base_of(model).modules()) if modules is None else modules
     layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
     if not any(isinstance(layer, LoraLayer) for layer in layers):
-        raise ValueError(
+        raise UserError(
             "`attention`='lossless' needs LoRA adapters beside their base; this model has none, or they were merged, and no "
             "autoregressive model is left to verify with. Train with a LoraConfig, or load the adapter unmerged."
         )
     if any(layer.merged for layer in layers):
-        raise ValueError("`attention`='lossless': the adapter is merged into the base; call `unmerge_adapter()` first.")
+        raise UserError("`attention`='lossless': the adapter is merged into the base; call `unmerge_adapter()` first.")
     vocabulary = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
     odd = [type(layer).__name__ for layer in layers if not isinstance(layer, LoraLayer | TrainableTokensLayer)]
     odd += [type(layer).__name__ for layer in layers if isinstance(layer, LoraLayer) and not layer.lora_A]
@@ -132,7 +133,7 @@ def check_adapters(
         if set(rows) - {mask_token_id}
     ]
     if odd:
-        raise ValueError(
+        raise UserError(
             f"`attention`='lossless' knows plain LoRA and the mask token's row, got {', '.join(sorted(set(odd)))}: it would change what the "
             "base says while it verifies; leave it out of `peft_config`."
         )

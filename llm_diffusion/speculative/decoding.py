@@ -28,6 +28,7 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from .. import UserError
 from ..models.outputs import DiffusionOutput, eos_ids, output_of
 from ..models.patching import base_of
 from ..models.record import record_of
@@ -65,7 +66,7 @@ class LosslessDecoder:
         settings: GenerationConfig,
     ) -> None:
         if not bool(attention_mask.any(-1).all()):
-            raise ValueError("`input_ids`: the autoregressive base needs a prompt of at least one token.")
+            raise UserError("`input_ids`: the autoregressive base needs a prompt of at least one token.")
         self.model, self.settings = base_of(model), settings
         self.block_length = record_of(model).block_length
         self.eos = eos_ids(settings, input_ids.device)

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import DynamicCache
 from trl import SFTConfig
 
+from .. import UserError
 from ..models.patching import adapters_off, base_of
 from ..models.prefix_cache import BLOCK, CleanPrefix
 from ..models.probing import probe_ids
@@ -26,17 +27,17 @@ def check_drafter(record: DiffusionRecord, adapted: bool, converted_base: bool, 
     if not record.mode.drafts:
         return
     if not adapted or converted_base:
-        raise ValueError(
+        raise UserError(
             "`attention`='lossless' trains adapters on an autoregressive base, which verifies what they draft; "
             + ("the base is a converted checkpoint itself." if converted_base else "pass a `peft_config`.")
         )
     if args.loss_weight != "elbo":
-        raise ValueError(
+        raise UserError(
             "`loss_weight` weighs noise levels, of which a drafter knows one; leave it out with `attention`='lossless'."
         )
     for name in ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight"):
         if getattr(args, name):
-            raise ValueError(
+            raise UserError(
                 f"`{name}` means nothing to `attention`='lossless', whose clean text is the base's; leave it out."
             )
 
@@ -164,7 +165,7 @@ def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool
             base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False)
     except Exception as error:  # experts, shapes, checkpointing: every host fails in its own way
         hint = "; set `gradient_checkpointing` to false" if base.training else "; leave experts out of `target_modules`"
-        raise ValueError(f"`attention`='lossless': the adapters of {name} cannot draft: {error}{hint}.") from error
+        raise UserError(f"`attention`='lossless': the adapters of {name} cannot draft: {error}{hint}.") from error
     finally:
         if checkpointing:
             base.activation_checkpointing_disable()
@@ -174,7 +175,7 @@ def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool
                 parameter.copy_(value)
     others = torch.arange(want.shape[-1], device=want.device) != mask_token_id  # which is never said
     if not (want - found)[..., others].abs().max() <= 0.01 * want[..., others].abs().max():
-        raise ValueError(
+        raise UserError(
             f"`attention`='lossless': the adapters of {name} are heard otherwise in decoding than in training; adapt linear layers that "
             "see every token, and no experts."
         )

@@ -222,7 +222,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         model must learn where it sees nothing to the right of the token ("causal"); elsewhere ("all") it is biased, for the
         teacher knows nothing of what comes after. The tail of end tokens was never text to the teacher.
 
-            text     p  a  b  c  d  E  E        bidirectional: p a M M d M M   taught "causal":  -  -  -  -  -  x  -
+            text     p  a  b  c  d  E  E        bidirectional: p a M M d M M   teacher_mask "causal":  -  -  -  -  -  x  -
             masked         x  x     x  x        blocks of 3:  (p a M)(M d M) M                   -  -  x  -  -  x  -
 
         Args:
@@ -238,7 +238,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             Of the model's length M (L, or up to 2L with block attention): `inputs`, the model's keywords (`input_ids` (B, M) and
             masks); `targets` (B, M), the token that each hidden state must predict, -100 = none; `weights` (B, M) fp32 of
             these terms in the objective, and `extra_weights` (B, M) beside the bound (AR co-loss, first steps); `levels` (B, M), the mask probability they
-            were seen under, 0 on clean text; `tokens` (B, M), the place in the row of the token that each predicts; `taught`
+            were seen under, 0 on clean text; `tokens` (B, M), the place in the row of the token that each predicts; `teacher_mask`
             (B, M) bool, whether the teacher speaks of it. Further `masked` and `times` (B, L), `first_step` (B,) bool.
         """
         ids, attention_mask = batch["input_ids"], batch["attention_mask"]
@@ -282,12 +282,12 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             replaced = draw_mask(seed, step, rows, self.random_replacement, maskable, REPLACE_STREAM)
             tokens = draw_tokens(seed, step, rows, maskable, self.vocab_size - 1)
             seen = torch.where(replaced, tokens + (tokens >= self.mask_token_id), ids)  # any but the mask
-        taught = self._without_tail(ids, maskable)
+        teacher_mask = self._without_tail(ids, maskable)
         if self.distillation_targets == "causal":
             shown = (attention_mask > 0) & ~(masked | behind if lossless else masked)
-            taught &= nothing_to_the_right(shown, part)
+            teacher_mask &= nothing_to_the_right(shown, part)
         hidden = masked | behind if lossless else masked
-        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, extra, probability, taught, hidden)
+        noised = _Noised(ids, seen, attention_mask, maskable, masked, weights, extra, probability, teacher_mask, hidden)
         laid_out = self._lay_out(noised, block_length, offset)
         return {**laid_out, "masked": masked, "times": times, "first_step": first_step}
 
@@ -295,9 +295,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         self, batch: dict[str, torch.Tensor], masked: torch.Tensor, weights: torch.Tensor, probability: torch.Tensor
     ) -> dict[str, Any]:
         """`corrupt` with given noise: `masked`, `weights` and mask `probability`, each (B, L)."""
-        ids, documents, none = batch["input_ids"], batch["attention_mask"], torch.zeros_like(weights)
-        maskable = (batch["labels"] != IGNORE_INDEX) & documents.bool()
-        noised = _Noised(ids, ids, documents, maskable, masked, weights, none, probability, maskable, masked)
+        ids, document_ids, none = batch["input_ids"], batch["attention_mask"], torch.zeros_like(weights)
+        maskable = (batch["labels"] != IGNORE_INDEX) & document_ids.bool()
+        noised = _Noised(ids, ids, document_ids, maskable, masked, weights, none, probability, maskable, masked)
         return {**self._lay_out(noised, self.block_length, 0), "masked": masked}
 
     def _lay_out(self, noised: _Noised, block_length: int | None, offset: torch.Tensor | int) -> dict[str, Any]:
@@ -329,35 +329,35 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         return torch.where(tail, ratio * probability, probability), torch.where(tail, own, weights)
 
     def _unseen(
-        self, seed: int, step: int, rows: torch.Tensor, maskable: torch.Tensor, documents: torch.Tensor
+        self, seed: int, step: int, rows: torch.Tensor, maskable: torch.Tensor, document_ids: torch.Tensor
     ) -> torch.Tensor:
         """What is masked of a row at its first step: all that is trained, of a text without a prompt what is behind a random place."""
-        whole = maskable | (places(documents) == 0)  # a first token may have nothing to be read from
-        texts = ((documents > 0) <= whole).all(-1)
-        cut = uniform(seed, step, rows, ORDER_STREAM) * (documents > 0).sum(-1)
-        return maskable & (~texts[:, None] | (places(documents) >= cut[:, None]))
+        whole = maskable | (places(document_ids) == 0)  # a first token may have nothing to be read from
+        texts = ((document_ids > 0) <= whole).all(-1)
+        cut = uniform(seed, step, rows, ORDER_STREAM) * (document_ids > 0).sum(-1)
+        return maskable & (~texts[:, None] | (places(document_ids) >= cut[:, None]))
 
     def _whole(self, noised: _Noised) -> dict[str, Any]:
         """Bidirectional attention: the noisy text, and its masked tokens as targets."""
-        documents = noised.documents
+        document_ids = noised.document_ids
         targets = noised.ids.masked_fill(~noised.masked, IGNORE_INDEX)
         targets = align_with_readout(targets, self.right_shift_logits, IGNORE_INDEX)
         weights = align_with_readout(noised.weights, self.right_shift_logits, 0.0)
         # A hidden state of padding predicts nothing.
-        targets = targets.masked_fill(documents == 0, IGNORE_INDEX)
-        inputs = {"input_ids": noised.noisy(self.mask_token_id), "attention_mask": documents}
+        targets = targets.masked_fill(document_ids == 0, IGNORE_INDEX)
+        inputs = {"input_ids": noised.noisy(self.mask_token_id), "attention_mask": document_ids}
         if self.packing:
             # `is_causal=False` ignores position ids, so packed texts would see each other.
-            inputs["attention_mask"] = additive(bidirectional(documents))
-            inputs["position_ids"] = positions(documents).clamp(min=0)
+            inputs["attention_mask"] = additive(bidirectional(document_ids))
+            inputs["position_ids"] = positions(document_ids).clamp(min=0)
         return {
             "inputs": inputs,
             "targets": targets,
             "weights": weights,
             "extra_weights": align_with_readout(noised.extra, self.right_shift_logits, 0.0),
             "levels": align_with_readout(noised.probability, self.right_shift_logits, 0.0),
-            "tokens": align_with_readout(places(documents), self.right_shift_logits, 0),
-            "taught": align_with_readout(noised.taught, self.right_shift_logits, False),
+            "tokens": align_with_readout(places(document_ids), self.right_shift_logits, 0),
+            "teacher_mask": align_with_readout(noised.teacher_mask, self.right_shift_logits, False),
         }
 
     def _drafted(
@@ -382,8 +382,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         That read-out sees no noise, so the expectation over its mask, weight 1 whether masked or not, is taken exactly. The AR
         co-loss adds `ar_loss_weight` times next-token prediction on the clean half.
         """
-        ids, documents, maskable = noised.ids, noised.documents, noised.maskable
-        position = positions(documents).clamp(min=0)
+        ids, document_ids, maskable = noised.ids, noised.document_ids, noised.maskable
+        position = positions(document_ids).clamp(min=0)
         place, lossless = position + offset, self.attention == "lossless"
         from_clean = torch.zeros_like(maskable)
         if self.right_shift_logits:
@@ -397,7 +397,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         length = ids.shape[1]
         used = maskable.any(0)
         first = used.int().argmax()
-        inside = (place % block_length * (documents > 0)).index_select(1, first[None]).max()
+        inside = (place % block_length * (document_ids > 0)).index_select(1, first[None]).max()
         start = int((first - inside) * used.any())
         start = max(start, 0)  # the start of the block it is in
         kept = torch.cat([torch.arange(start, length), torch.arange(length, 2 * length)]).to(ids.device)
@@ -407,7 +407,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             halves = align_with_readout(noisy_half, self.right_shift_logits, fill)
             return torch.cat([halves, align_with_readout(clean_half, True, fill)], -1)[:, kept]
 
-        allowed = block_diffusion(documents, block_length, self.clean_context, offset)[:, kept][:, :, kept]
+        allowed = block_diffusion(document_ids, block_length, self.clean_context, offset)[:, kept][:, :, kept]
         return {
             "inputs": {
                 "input_ids": torch.cat([noised.noisy(self.mask_token_id), noised.seen], -1)[:, kept],
@@ -420,7 +420,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
             "levels": align(noised.probability, torch.zeros_like(noised.probability), 0.0),
             "tokens": align(places(ids), places(ids), 0),
             # The clean half reads from left to right at every token.
-            "taught": align(noised.taught, self._without_tail(ids, maskable), False),
+            "teacher_mask": align(noised.teacher_mask, self._without_tail(ids, maskable), False),
         }
 
     def _without_tail(self, ids: torch.Tensor, maskable: torch.Tensor) -> torch.Tensor:
@@ -438,13 +438,13 @@ class _Noised:
 
     ids: torch.Tensor
     seen: torch.Tensor  # with replacements
-    documents: torch.Tensor
+    document_ids: torch.Tensor
     maskable: torch.Tensor
     masked: torch.Tensor
     weights: torch.Tensor
     extra: torch.Tensor  # weights beside the bound
     probability: torch.Tensor
-    taught: torch.Tensor
+    teacher_mask: torch.Tensor
     hidden: torch.Tensor  # what stands as a mask: the masked tokens, of a drafter more
 
     def noisy(self, mask_token_id: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import DynamicCache
 
+from .. import UserError
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of
 from ..models.record import record_of
@@ -41,7 +42,7 @@ def check_base_stays(configs: list[PeftConfig]) -> None:
     for config in configs:
         start, bias = getattr(config, "init_lora_weights", True), getattr(config, "bias", "none")
         if bias != "none" or start not in (True, False, "gaussian", "orthogonal", "eva"):
-            raise ValueError(
+            raise UserError(
                 f"`peft_config`: bias={bias!r} and init_lora_weights={start!r} change the base itself, which must stay the "
                 "autoregressive model here; use bias='none' and init_lora_weights=True."
             )
@@ -49,24 +50,24 @@ def check_base_stays(configs: list[PeftConfig]) -> None:
 
 def check_teacher(model: torch.nn.Module, adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
     """Refuses distillation where no autoregressive model is left to listen to."""
-    if not args.listens:
+    if not args.uses_teacher:
         return
     config = base_of(model).config
     windows = getattr(config, "causal_windows", None) or any(
         getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers
     )
     if args.packing and windows:
-        raise ValueError(
+        raise UserError(
             "`packing`: the autoregressive model has sliding windows, which the mask of packed texts would take from it while it "
             "teaches; leave one of packing and distillation off."
         )
     if not adapted:
-        raise ValueError(
+        raise UserError(
             "`distillation_weight` and `distillation_hidden_weight` need adapters, under which the autoregressive model stays as "
             "it was; pass a `peft_config`, or set them to 0."
         )
     if converted_base:
-        raise ValueError(
+        raise UserError(
             "`distillation_weight` and `distillation_hidden_weight`: the weights under the adapters are converted themselves, no "
             "autoregressive model is left to listen to; set them to 0."
         )
@@ -118,12 +119,12 @@ def teacher_scores(
     Returns:
         (n, V) logits, the mask token out of reach, and (n, D) inputs of the head.
     """
-    ids, documents = part["input_ids"], part["attention_mask"]
+    ids, document_ids = part["input_ids"], part["attention_mask"]
     wanted, place = asked(ids, rows, tokens - 1)
-    inputs: dict[str, Any] = {"attention_mask": documents}
+    inputs: dict[str, Any] = {"attention_mask": document_ids}
     if packed:
-        mask = additive(block_causal(documents, 1), base_of(adapted).dtype)
-        inputs = {"attention_mask": mask, "position_ids": positions(documents).clamp(min=0)}
+        mask = additive(block_causal(document_ids, 1), base_of(adapted).dtype)
+        inputs = {"attention_mask": mask, "position_ids": positions(document_ids).clamp(min=0)}
     training = adapted.training
     adapted.eval()  # no dropout
     try:

@@ -25,6 +25,7 @@ from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
+from .. import UserError
 from ..models.conversion import fingerprint
 from ..models.lm_head import add_row_scores
 from ..models.patching import base_of, trained_as_before
@@ -46,12 +47,12 @@ from .preparation import (
     prepare_adapter,
     prepare_quantised,
 )
-from .trainer import DiffusionHosting, numbered_rows
+from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
+class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     """`trl.DPOTrainer` whose log-probabilities are scores of a masked-diffusion model. Arguments as the host's.
 
     `model` may be a name (loaded by `load_diffusion_model`), a converted model, or a `PeftModel` of one. The reference is `ref_model`, a
@@ -94,13 +95,13 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
         if not isinstance(args, DiffusionDPOConfig):
             raise TypeError(f"`args` must be a DiffusionDPOConfig, got {type(args).__name__}.")
         if compute_metrics is not None:
-            raise ValueError(
+            raise UserError(
                 "`compute_metrics` would be given logits of noisy text, which no label belongs to; leave it out."
             )
         model, processing_class = converted(model, processing_class, args, quantization_config)
         record = record_of(model)
         if record.mode.drafts:
-            raise ValueError(
+            raise UserError(
                 "`model`: a drafter's words are verified by its base, whose preferences it cannot change; train a 'bidirectional' or "
                 "'block' model."
             )
@@ -149,7 +150,7 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
                 args.max_length,
             )
             if len(prepared) == 0:
-                raise ValueError(
+                raise UserError(
                     f"`{dataset_name}_dataset`: every prompt fills `max_length`={args.max_length}, no answer is left; raise it."
                 )
         return prepared
@@ -200,7 +201,7 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
         with trained_as_before(self.model):
             return super().compute_ref_log_probs(lambda **_: self._say(model, inputs), inputs)
 
-    def _host_loss(
+    def _trl_loss(
         self, said: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """TRL's loss of given scores, with its metrics."""
@@ -220,12 +221,12 @@ class DiffusionDPOTrainer(DiffusionHosting, DPOTrainer):
             reference = dict(zip(REFERENCE_COLUMNS, scores, strict=True))
         if not torch.is_grad_enabled() or self._at_once(inputs):
             said = self._say(model, inputs)
-            loss = self._host_loss(said, inputs, reference)
+            loss = self._trl_loss(said, inputs, reference)
         else:
             with torch.no_grad():
                 said = self._say(model, inputs)
             said.log_probs.requires_grad_()
-            loss = self._host_loss(said, inputs, reference)
+            loss = self._trl_loss(said, inputs, reference)
             (slope,) = torch.autograd.grad(loss, said.log_probs)
             loss = loss.detach() + self._draw_by_draw(model, inputs, slope / said.n_draws, said.n_draws)
         self._metrics["train" if self.model.training else "eval"]["draws"].append(float(said.n_draws))

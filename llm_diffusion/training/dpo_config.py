@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from .. import UserError
 from ..objective.preference_noise import SCORES
-from .sft_config import settle_host_defaults
+from .sft_config import set_trl_defaults
 
 
 @dataclass
@@ -53,40 +54,40 @@ class DiffusionDPOConfig(DPOConfig):
     mask_token_id: int | None = field(default=None, metadata={"help": "A token of the vocabulary as the mask."})
 
     def __post_init__(self) -> None:
-        settle_host_defaults(self)
+        set_trl_defaults(self)
         if self.truncation_mode != "keep_start":
-            raise ValueError(
+            raise UserError(
                 f"`truncation_mode`={self.truncation_mode!r} would cut prompts away; leave it at 'keep_start' and set `max_length`."
             )
         super().__post_init__()
         if not self.beta > 0:
-            raise ValueError(f"`beta` must be above 0, got {self.beta}.")
+            raise UserError(f"`beta` must be above 0, got {self.beta}.")
         if self.score not in SCORES:
-            raise ValueError(f"`score` must be one of {SCORES}, got {self.score!r}.")
+            raise UserError(f"`score` must be one of {SCORES}, got {self.score!r}.")
         for name in ("num_draws", "initial_draws", "initial_diffusion_steps", "num_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+                raise UserError(f"`{name}` must be at least 1, got {value}.")
         for first, last in (("initial_draws", "num_draws"), ("initial_diffusion_steps", "num_steps")):
             low, high = getattr(self, first), getattr(self, last)
             if low is not None and high is not None and low > high:
-                raise ValueError(f"`{first}` ({low}) must not be above `{last}` ({high}).")
-        self._check_host()
+                raise UserError(f"`{first}` ({low}) must not be above `{last}` ({high}).")
+        self._check_trl_settings()
 
-    def _check_host(self) -> None:
+    def _check_trl_settings(self) -> None:
         if self.ld_alpha is not None or self.use_weighting:
             name = "use_weighting" if self.use_weighting else "ld_alpha"
-            raise ValueError(
+            raise UserError(
                 f"`{name}` weighs tokens by autoregressive probabilities, which a score has none of; leave it out."
             )
         if not self.disable_dropout:
-            raise ValueError(
+            raise UserError(
                 "`disable_dropout` must be true: policy and reference are asked about the same masks alike."
             )
         if self.padding_free:
-            raise ValueError("`padding_free` is not supported: rows of a pair are padded to one length.")
+            raise UserError("`padding_free` is not supported: rows of a pair are padded to one length.")
         if self.precompute_ref_log_probs and self.draws_at(0.0) != self.draws_at(1.0):
-            raise ValueError(
+            raise UserError(
                 "`precompute_ref_log_probs` stores scores of a fixed number of draws; leave `initial_draws` and `num_steps` out."
             )
 

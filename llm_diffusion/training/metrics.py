@@ -34,8 +34,8 @@ def metric_values(sums: dict[str, float], bounded: bool) -> dict[str, float]:
         "masked_entropy": ("entropy", "scored"),
         "mask_ratio": ("masked", "maskable"),
         **{f"masked_nll_{name}_noise": (f"nll_{name}", f"n_{name}") for name in LEVELS},
-        "distillation_loss": ("distillation", "taught"),
-        "taught_ratio": ("taught", "listened"),
+        "distillation_loss": ("distillation", "teacher_mask"),
+        "teacher_ratio": ("teacher_mask", "listened"),
         "accepted_length": ("accepted", "blocks"),
     }
     values = {name: sums[over] / sums[under] for name, (over, under) in ratios.items() if sums.get(under)}

@@ -89,21 +89,21 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
         Yields:
             As `DataCollatorForMaskedDiffusion.corrupt`; targets are those that the draw scores.
         """
-        ids, documents = batch["input_ids"], batch["attention_mask"]
+        ids, document_ids = batch["input_ids"], batch["attention_mask"]
         maskable = batch["completion_mask"].bool()
         if rows is None:
-            chosen, rejected = content_keys(ids, documents).chunk(2)
+            chosen, rejected = content_keys(ids, document_ids).chunk(2)
             keys = hash_keys(chosen, rejected)
         else:
             keys = rows
         times = pair_times(seed, step, keys, n_rows if rows is not None else None).repeat(2)
-        part = parts(documents, self.layout.block_length if self.layout.attention == "block" else None)
+        part = parts(document_ids, self.layout.block_length if self.layout.attention == "block" else None)
         rest = (batch["noise_positions"], maskable, part, n_draws)
         if score == "elbo":
             draws = elbo_draws(seed, step, keys.repeat(2), times, *rest)
         else:
             draws = trajectory_draws(seed, step, keys.repeat(2), *rest)
-        clean = {"input_ids": ids, "attention_mask": documents, "labels": ids.masked_fill(~maskable, IGNORE_INDEX)}
+        clean = {"input_ids": ids, "attention_mask": document_ids, "labels": ids.masked_fill(~maskable, IGNORE_INDEX)}
         for masked, weights, probability in draws:
             noisy = self.layout.lay_out(clean, masked, weights, probability)
             noisy["targets"] = noisy["targets"].masked_fill(noisy["weights"] == 0, IGNORE_INDEX)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import UserError
 from ..models.conversion import convert_to_diffusion
 from ..models.patching import base_of
 from ..models.record import DiffusionRecord, record_of
@@ -57,13 +58,13 @@ def check_reference(reference: torch.nn.Module, record: DiffusionRecord) -> None
     """
     theirs = record_of(reference)
     if not theirs.converted:
-        raise ValueError(
+        raise UserError(
             f"`ref_model`: {type(base_of(reference)).__name__} has no mask token and no record of a conversion; convert it with "
             "`convert_to_diffusion`, load it with `load_diffusion_model`, or leave it out: the policy's start is the reference then."
         )
     for name in ("mask_token_id", "attention", "block_length", "clean_context", "right_shift_logits"):
         if getattr(theirs, name) != getattr(record, name):
-            raise ValueError(
+            raise UserError(
                 f"`ref_model`: its `{name}` is {getattr(theirs, name)!r}, the policy's is {getattr(record, name)!r}."
             )
 
@@ -83,7 +84,7 @@ def reference_of(
         return None
     if args.precompute_ref_log_probs:
         if args.fsdp:
-            raise ValueError(
+            raise UserError(
                 "`precompute_ref_log_probs` under FSDP needs a `ref_model`; the host would load an unconverted one."
             )
         return None
@@ -116,9 +117,9 @@ def _is_pair(example: dict[str, Any], row: int, name: str) -> bool:
     for side in ("chosen", "rejected"):
         text, acts = _last_words(example[side])
         if not acts and not (text if isinstance(text, str) else repr(text)).strip():
-            raise ValueError(f"`{name}_dataset`: `{side}` of row {row} is empty; an answer is needed to compare.")
+            raise UserError(f"`{name}_dataset`: `{side}` of row {row} is empty; an answer is needed to compare.")
     if example["chosen"] == example["rejected"]:
-        raise ValueError(
+        raise UserError(
             f"`{name}_dataset`: `chosen` and `rejected` of row {row} are the same; leave the pair out, it prefers nothing."
         )
     return True
@@ -131,9 +132,9 @@ def check_columns(dataset: Any, name: str) -> None:
         ValueError: no row, or a missing column.
     """
     if (first := next(iter(dataset), None)) is None:
-        raise ValueError(f"`{name}_dataset` is empty.")
+        raise UserError(f"`{name}_dataset` is empty.")
     if missing := [side for side in ("chosen", "rejected") if side not in first]:
-        raise ValueError(
+        raise UserError(
             f"`{name}_dataset` lacks {missing}, its columns are {sorted(first)}; a pair has `chosen` and `rejected`, and a `prompt` "
             "of its own or as their common beginning."
         )

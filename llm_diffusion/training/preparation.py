@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 
+from .. import UserError
 from ..data.datasets import as_prompt_completion
 from ..models.attention import check_block_attention
 from ..models.conversion import CONVERSION_OPTIONS, convert_to_diffusion
@@ -64,7 +65,7 @@ def converted(
         model, tokenizer = load_diffusion_model(model, **conversion, **options)
         processing_class, args.model_init_kwargs = processing_class or tokenizer, None
     if processing_class is None:
-        raise ValueError("`processing_class`: pass the tokenizer of the model.")
+        raise UserError("`processing_class`: pass the tokenizer of the model.")
     convert_to_diffusion(model, processing_class, **conversion)
     return model, processing_class
 
@@ -73,7 +74,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
     """Trains the rows of the mask token and of a tail's own token, and the time embedding if there is one, beside the adapters."""
     peft_config = copy.deepcopy(peft_config)
     if not hasattr(peft_config, "trainable_token_indices"):
-        raise ValueError(
+        raise UserError(
             f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
         )
     rows = peft_config.trainable_token_indices
@@ -111,7 +112,7 @@ def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
 def no_router_loss(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
     """Turns off the load-balancing loss of mixtures of experts, which the host computes beside its own objective, not ours."""
     if args.router_aux_loss_coef:
-        raise ValueError(
+        raise UserError(
             f"`router_aux_loss_coef`={args.router_aux_loss_coef} belongs to the host's own objective; leave it out."
         )
     if hasattr(base_of(model).config.get_text_config(), "output_router_logits"):
@@ -163,18 +164,18 @@ def check_canvas(processing_class: PreTrainedTokenizerBase, record: DiffusionRec
     if not args.sizes_canvases:
         return
     if record.mode.has_blocks:
-        raise ValueError(
+        raise UserError(
             "`max_canvas`, `text_tails`, `tail`, `pad_mask_ratio`, `pad_annealing_steps` and `first_step_share` teach where a canvas "
             f"ends; with `attention`={record.attention!r} answers have no canvas, they end where a block does; leave them out."
         )
     if args.packing:
-        raise ValueError("`packing`: canvases are sized row by row; leave it off, or leave out what sizes them.")
+        raise UserError("`packing`: canvases are sized row by row; leave it off, or leave out what sizes them.")
     if processing_class.eos_token_id is None:
-        raise ValueError("`processing_class`: the tokenizer has no end token, so no text can end; set `eos_token`.")
+        raise UserError("`processing_class`: the tokenizer has no end token, so no text can end; set `eos_token`.")
     if args.tail == "pad":
         pad = processing_class.pad_token_id
         if pad is None or pad == processing_class.eos_token_id:
-            raise ValueError(
+            raise UserError(
                 f"`tail`='pad': the tokenizer's padding token ({processing_class.pad_token!r}) is its end token or missing; say "
                 "tail='eos', or give it a padding token of its own."
             )
@@ -183,7 +184,7 @@ def check_canvas(processing_class: PreTrainedTokenizerBase, record: DiffusionRec
 def check_ar_loss(record: DiffusionRecord, args: DiffusionSFTConfig) -> None:
     """Refuses next-token prediction where it would be copying: a block-causal clean half already sees the next token. ValueError."""
     if args.ar_loss_weight and (not record.mode.has_blocks or record.mode.drafts or record.clean_context != "causal"):
-        raise ValueError(
+        raise UserError(
             "`ar_loss_weight` needs block attention with a causal clean half, the model has "
             f"attention={record.attention!r}, clean_context={record.clean_context!r}; set it to 0, or convert so."
         )
@@ -192,7 +193,7 @@ def check_ar_loss(record: DiffusionRecord, args: DiffusionSFTConfig) -> None:
 def check_rows_left(dataset: Any, args: DiffusionSFTConfig) -> None:
     """Refuses data that truncation has left nothing of. ValueError."""
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError(
+        raise UserError(
             f"`train_dataset`: no row has a token left to train on: after truncation to `max_length`={args.max_length} every "
             "label is -100; raise it, shorten the prompts, or look at the labels."
         )
@@ -227,24 +228,26 @@ def has_converted_weights(model: torch.nn.Module) -> bool:
     return file.is_file() and "diffusion" in json.loads(file.read_text())
 
 
-def check_way(model: torch.nn.Module, record: DiffusionRecord, args: DiffusionSFTConfig) -> None:
+def check_annealing(model: torch.nn.Module, record: DiffusionRecord, args: DiffusionSFTConfig) -> None:
     """Refuses a model that does not follow the masks on its way from causal attention."""
-    way = args.way()
+    annealing = args.annealing_to()
     if record.mode.has_blocks:
         if args.max_length is not None and record.block_length > args.max_length:
-            raise ValueError(
+            raise UserError(
                 f"`block_length` ({record.block_length}) is longer than `max_length` ({args.max_length}): no row would have a "
                 "second block; shorten the blocks or raise `max_length`."
             )
-        if way is not None and way.mode != "block":
-            raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
-    elif way is not None or args.packing or args.eval_packing:
-        check_block_attention(model, 1, "`annealing`" if way is not None else "`packing`")
+        if annealing is not None and annealing.mode != "block":
+            raise UserError(f"`annealing`: block attention anneals by growing blocks, 'block', got {annealing.mode!r}.")
+    elif annealing is not None or args.packing or args.eval_packing:
+        check_block_attention(model, 1, "`annealing`" if annealing is not None else "`packing`")
     kept = record.final_causal_ratio
-    if way is not None and record.annealed and way.final != kept:
-        raise ValueError(f"`final_causal_ratio`: the model was annealed to {kept}, asked for {way.final}; leave it so.")
+    if annealing is not None and record.annealed and annealing.final != kept:
+        raise UserError(
+            f"`final_causal_ratio`: the model was annealed to {kept}, asked for {annealing.final}; leave it so."
+        )
     if kept and (args.packing or args.eval_packing):
-        raise ValueError(
+        raise UserError(
             f"`packing`: the model keeps a causal ratio of {kept}, which packed rows would lose; leave it off."
         )
 

@@ -37,13 +37,13 @@ def _scores(keep: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> 
     return Scores(keep, at=keep.nonzero(as_tuple=True), **scores_of_logits(logits, targets))
 
 
-def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor, listening: bool = False) -> Scores:
-    """What `model(**inputs)` says to `targets` (B, M), -100 where there is none; `listening` keeps its logits and hidden states.
+def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor, with_teacher: bool = False) -> Scores:
+    """What `model(**inputs)` says to `targets` (B, M), -100 where there is none; `with_teacher` keeps its logits and hidden states.
 
     `model`: one that `add_row_scores` has seen, bare or wrapped.
     """
     keep = targets != IGNORE_INDEX
-    if not listening:
+    if not with_teacher:
         return Scores(keep, **model(**inputs, score_targets=targets))
     with head_inputs(model) as caught:
         logits = model(**inputs, logits_to_keep=keep).logits
@@ -54,7 +54,11 @@ def score(model: torch.nn.Module, inputs: dict[str, Any], targets: torch.Tensor,
 
 
 def score_drafts(
-    model: torch.nn.Module, adapted: PeftModel, inputs: dict[str, Any], noisy: dict[str, Any], listening: bool = False
+    model: torch.nn.Module,
+    adapted: PeftModel,
+    inputs: dict[str, Any],
+    noisy: dict[str, Any],
+    with_teacher: bool = False,
 ) -> Scores:
     """As `score`, the clean half through the base, whose word on every target comes with it.
 
@@ -64,10 +68,10 @@ def score_drafts(
         noisy: what `corrupt` made: `targets` and `tokens` (B, N + L), `masked` (B, L).
     """
     keep, wanted, place = noisy["targets"] != IGNORE_INDEX, None, None
-    if listening:
+    if with_teacher:
         wanted, place = asked(noisy["masked"], keep.nonzero()[:, 0], noisy["tokens"][keep] - 1)
     logits, said = draft_logits(model, adapted, inputs, noisy["masked"].shape[1], keep, wanted)
     scores = _scores(keep, logits, noisy["targets"][keep])
-    if listening:
+    if with_teacher:
         scores.logits, scores.teacher = logits, unsaid(said[place], adapted)
     return scores

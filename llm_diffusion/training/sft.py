@@ -49,10 +49,10 @@ from .faults import out_of_memory
 from .metrics import by_level, metric_values
 from .preparation import (
     by_length,
+    check_annealing,
     check_ar_loss,
     check_canvas,
     check_rows_left,
-    check_way,
     clean_prompts,
     converted,
     counts_before,
@@ -66,12 +66,12 @@ from .preparation import (
 )
 from .scoring import Scores, score, score_drafts
 from .sft_config import DiffusionSFTConfig
-from .trainer import DiffusionHosting, numbered_rows
+from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
+class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
 
     `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
@@ -79,7 +79,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
 
     Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
     `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
-    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `taught_ratio`. A drafter logs no bound, but
+    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `teacher_ratio`. A drafter logs no bound, but
     `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
@@ -112,7 +112,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         model, processing_class = converted(model, processing_class, args, quantization_config)
         record = record_of(model)
         check_ar_loss(record, args)
-        check_way(model, record, args)
+        check_annealing(model, record, args)
         check_canvas(processing_class, record, args)
         if args.tail == "pad":
             record = update_record(model, tail_token_id=processing_class.pad_token_id)
@@ -123,7 +123,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
                 model, base_fingerprint=fingerprint(base_of(model))
             )  # full training may have moved it
         adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
-        if args.listens or record.mode.drafts:
+        if args.uses_teacher or record.mode.drafts:
             given = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
             check_base_stays(given + ([peft_config] if peft_config is not None else []))
         check_teacher(model, adapted, converted_base, args)
@@ -196,12 +196,12 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
 
     def _update_record(self) -> None:
         tokens, steps = self._tokens_seen.to(self.args.device), self._start["conversion_steps"] + self.state.global_step
-        way = self._way()
+        annealing = self._annealing()
         update_record(
             self.model,
             conversion_steps=steps,
             training_tokens=self._start["training_tokens"] + int(self.accelerator.gather(tokens).sum()),
-            annealed=record_of(self.model).annealed or (way is not None and steps >= way.total_steps),
+            annealed=record_of(self.model).annealed or (annealing is not None and steps >= annealing.total_steps),
         )
 
     def get_batch_samples(
@@ -269,8 +269,8 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         if mode == "train" and self.args.on_policy_share and "noise_rows" in part:
             part, own = self._on_policy(model, part)
         noisy = self._corrupt(part, mode, complement)
-        listens = self.args.listens if mode == "train" else self._drafts
-        scores = self._score(model, noisy, listening=listens)
+        uses_teacher = self.args.uses_teacher if mode == "train" else self._drafts
+        scores = self._score(model, noisy, with_teacher=uses_teacher)
         at, terms, rows = scores.at, scores.nll, scores.at[0]
         weights, extra_weights = noisy["weights"][at], noisy["extra_weights"][at]
         data = ~own[rows]  # the student's own words are no labels
@@ -296,14 +296,14 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
             self._add(mode, accepted=yielded, blocks=blocks)
         objective = terms * data
         if mode == "train" and scores.logits is not None:
-            objective = self._listen(model, part, noisy, scores, objective, data)
+            objective = self._distill(model, part, noisy, scores, objective, data)
         objective = objective * (weights + extra_weights)
         if self.args.normalization == "sequence":
             tokens = (part["labels"] != IGNORE_INDEX).sum(-1).clamp(min=1)
             objective = objective / tokens[rows]
         return nll, share * objective.sum()
 
-    def _listen(
+    def _distill(
         self,
         model: torch.nn.Module,
         part: dict[str, Any],
@@ -313,24 +313,24 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         data: torch.Tensor,
     ) -> torch.Tensor:
         """The objective of every term (n,) with the AR teacher's distribution in place of its share of the labels."""
-        taught, tokens = noisy["taught"][scores.keep], noisy["tokens"][scores.keep]
-        taught &= tokens > 0
-        rows = scores.keep.nonzero()[:, 0][taught]
+        teacher_mask, tokens = noisy["teacher_mask"][scores.keep], noisy["tokens"][scores.keep]
+        teacher_mask &= tokens > 0
+        rows = scores.keep.nonzero()[:, 0][teacher_mask]
         if scores.teacher is not None:
-            logits, hidden = scores.teacher[taught], None
+            logits, hidden = scores.teacher[teacher_mask], None
         else:
             packed = self.diffusion_collator.packing
-            logits, hidden = teacher_scores(model, self.model, part, rows, tokens[taught], packed)
+            logits, hidden = teacher_scores(model, self.model, part, rows, tokens[teacher_mask], packed)
         divergence = total_variation if self.args.distillation_divergence == "tv" else soft_cross_entropy
-        soft = divergence(scores.logits[taught], logits)
+        soft = divergence(scores.logits[teacher_mask], logits)
         # Where the words are its own, the student has no other teacher.
-        share = torch.where(data[taught], self.args.distillation_weight, float(self.args.distillation_weight > 0))
-        mixed = (1 - share) * objective[taught] + share * soft
+        share = torch.where(data[teacher_mask], self.args.distillation_weight, float(self.args.distillation_weight > 0))
+        mixed = (1 - share) * objective[teacher_mask] + share * soft
         if self.args.distillation_hidden_weight:
-            mixed = mixed + self.args.distillation_hidden_weight * relative_error(scores.hidden[taught], hidden)
+            mixed = mixed + self.args.distillation_hidden_weight * relative_error(scores.hidden[teacher_mask], hidden)
         lost = soft.detach() - (entropy(logits) if self.args.distillation_divergence == "kl" else 0)
-        self._add("train", distillation=lost.sum(), taught=taught.sum(), listened=scores.keep.sum())
-        return objective.index_put((taught.nonzero()[:, 0],), mixed)
+        self._add("train", distillation=lost.sum(), teacher_mask=teacher_mask.sum(), listened=scores.keep.sum())
+        return objective.index_put((teacher_mask.nonzero()[:, 0],), mixed)
 
     def _on_policy(self, model: torch.nn.Module, part: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
         """The rows, some of them with the student's own words where another noise had masked them; and which, (B,)."""
@@ -342,7 +342,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         model.eval()
         try:
             with torch.no_grad():
-                scores = self._score(model, noisy, listening=True)
+                scores = self._score(model, noisy, with_teacher=True)
         finally:
             model.train(training)
         keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
@@ -355,7 +355,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
         """The rows under the noise and the attention of this step; in evaluation under fixed noise and at the target."""
         rows = part.get("noise_rows") if mode == "train" else None
         # Phases of one run share a seed and one way from causal attention: all steps so far count.
-        step, way = self._start["conversion_steps"] + self.state.global_step, self._way()
+        step, annealing = self._start["conversion_steps"] + self.state.global_step, self._annealing()
         noisy = self.diffusion_collator.corrupt(
             part,
             seed=self.args.seed if seed is None else seed,
@@ -365,42 +365,42 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
             block_length=self._block_length() if mode == "train" else None,
             complement=complement,
         )
-        if way is not None and self.diffusion_collator.attention == "bidirectional":
+        if annealing is not None and self.diffusion_collator.attention == "bidirectional":
             # Evaluation is at the target, as generation is.
-            at = step if mode == "train" else way.total_steps
-            mask = way.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
+            at = step if mode == "train" else annealing.total_steps
+            mask = annealing.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
             if mask is not None:
                 noisy["inputs"]["attention_mask"] = mask
         return noisy
 
     def _block_length(self) -> int | None:
         """Of this step's blocks, which may still grow; None without blocks."""
-        way, target = self._way(), self.diffusion_collator.block_length
-        if way is None or target is None:
+        annealing, target = self._annealing(), self.diffusion_collator.block_length
+        if annealing is None or target is None:
             return target
-        length = way.block_length(self._start["conversion_steps"] + self.state.global_step, target)
+        length = annealing.block_length(self._start["conversion_steps"] + self.state.global_step, target)
         return max(length, 2) if self._drafts else length  # of a block of one nothing is drafted
 
-    def _way(self) -> Annealing | None:
+    def _annealing(self) -> Annealing | None:
         if self._annealed:
             return None
-        return self.args.way(self._start["conversion_steps"] + self.state.max_steps)
+        return self.args.annealing_to(self._start["conversion_steps"] + self.state.max_steps)
 
-    def _way_metrics(self) -> dict[str, float]:
+    def _annealing_metrics(self) -> dict[str, float]:
         """Where the model is on its way from causal attention."""
-        way, step = self._way(), self._start["conversion_steps"] + self.state.global_step
-        if way is None:
+        annealing, step = self._annealing(), self._start["conversion_steps"] + self.state.global_step
+        if annealing is None:
             return {}
-        if way.mode == "block":
-            return {"annealed_block_length": self._block_length() or way.block_length(step, self.args.max_length)}
-        return {"causal_ratio": way.causal_ratio(step)}
+        if annealing.mode == "block":
+            return {"annealed_block_length": self._block_length() or annealing.block_length(step, self.args.max_length)}
+        return {"causal_ratio": annealing.causal_ratio(step)}
 
-    def _score(self, model: torch.nn.Module, noisy: dict[str, Any], listening: bool = False) -> Scores:
-        """What the model says to the targets; `listening` keeps its logits and hidden states."""
+    def _score(self, model: torch.nn.Module, noisy: dict[str, Any], with_teacher: bool = False) -> Scores:
+        """What the model says to the targets; `with_teacher` keeps its logits and hidden states."""
         inputs = self._model_inputs(noisy)
         if self._drafts:
-            return score_drafts(model, self.model, inputs, noisy, listening)
-        return score(model, inputs, noisy["targets"], listening)
+            return score_drafts(model, self.model, inputs, noisy, with_teacher)
+        return score(model, inputs, noisy["targets"], with_teacher)
 
     def _add(self, mode: str, **new: torch.Tensor) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
@@ -415,7 +415,7 @@ class DiffusionSFTTrainer(DiffusionHosting, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs = {**logs, **self._metric_values("train"), **self._way_metrics()}
+            logs = {**logs, **self._metric_values("train"), **self._annealing_metrics()}
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:

@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from trl import SFTConfig
 
+from .. import UserError
 from ..objective.annealing import Annealing
 from ..objective.losses import WEIGHTS
 from ..objective.noise_schedules import get_noise_schedule
@@ -21,7 +22,7 @@ TAILS = ("eos", "pad")
 NORMALIZATIONS = ("token", "sequence", "length", "masked")
 
 
-def settle_host_defaults(args: TrainingArguments) -> None:
+def set_trl_defaults(args: TrainingArguments) -> None:
     """What every config of ours does before the host looks at it."""
     if args.bf16 is None and not torch.cuda.is_available():
         args.bf16 = False
@@ -145,58 +146,58 @@ class DiffusionSFTConfig(SFTConfig):
     first_step_share: float = field(default=0.0, metadata={"help": "Share of rows masked whole, beside the bound."})
 
     def __post_init__(self) -> None:
-        settle_host_defaults(self)
+        set_trl_defaults(self)
         super().__post_init__()
         self._check_noise()
         self._check_teaching()
         if self.ar_loss_weight < 0:
-            raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
+            raise UserError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
         self._check_canvas()
         if self.packing and self.packing_strategy == "wrapped":
-            raise ValueError(
+            raise UserError(
                 "`packing_strategy`: 'wrapped' forgets where texts end, so they would see each other; use 'bfd'."
             )
         if self.padding_free and not self.packing:
-            raise ValueError("`padding_free` is not supported: rows without padding come from `packing`.")
-        self.way()
+            raise UserError("`padding_free` is not supported: rows without padding come from `packing`.")
+        self.annealing_to()
         if self.loss_type != "nll":
-            raise ValueError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
+            raise UserError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
 
     def _check_noise(self) -> None:
         if self.noise_schedule is not None:
             get_noise_schedule(self.noise_schedule)
         if self.normalization not in NORMALIZATIONS:
-            raise ValueError(f"`normalization` must be one of {NORMALIZATIONS}, got {self.normalization!r}.")
+            raise UserError(f"`normalization` must be one of {NORMALIZATIONS}, got {self.normalization!r}.")
         if self.loss_weight not in WEIGHTS:
-            raise ValueError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
+            raise UserError(f"`loss_weight` must be one of {WEIGHTS}, got {self.loss_weight!r}.")
         if not 0 <= self.min_mask_probability < self.max_mask_probability <= 1:
-            raise ValueError(
+            raise UserError(
                 "`min_mask_probability` and `max_mask_probability` must satisfy 0 <= min < max <= 1, got "
                 f"{self.min_mask_probability} and {self.max_mask_probability}."
             )
         if self.exact_mask_count and (self.min_mask_probability, self.max_mask_probability) != (0.0, 1.0):
-            raise ValueError(
+            raise UserError(
                 "`exact_mask_count` draws every count from one to all; leave the mask probabilities at 0 and 1."
             )
         if self.exact_mask_count and self.complementary_masks:
             # A row with every token masked has an empty complement, so the second pass never sees a full mask.
-            raise ValueError("`exact_mask_count` and `complementary_masks` together are biased; choose one of them.")
+            raise UserError("`exact_mask_count` and `complementary_masks` together are biased; choose one of them.")
 
     def _check_canvas(self) -> None:
         for name, least in (("eos_tail", 0), ("eos_tail_weight", 0), ("max_canvas", 1), ("pad_annealing_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+                raise UserError(f"`{name}` must be at least {least}, got {value}.")
         for name in ("random_canvas", "first_step_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+                raise UserError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if not 0 < self.pad_mask_ratio <= 1:
-            raise ValueError(f"`pad_mask_ratio` must be in (0, 1], got {self.pad_mask_ratio}.")
+            raise UserError(f"`pad_mask_ratio` must be in (0, 1], got {self.pad_mask_ratio}.")
         if self.tail not in TAILS:
-            raise ValueError(f"`tail` must be one of {TAILS}, got {self.tail!r}.")
+            raise UserError(f"`tail` must be one of {TAILS}, got {self.tail!r}.")
         for name in ("exact_mask_count", "complementary_masks"):
             if getattr(self, name) and (self.pad_mask_ratio < 1 or self.pad_annealing_steps or self.first_step_share):
-                raise ValueError(
+                raise UserError(
                     f"`{name}` counts masks at one rate for all tokens; leave it, or leave `pad_mask_ratio`, `pad_annealing_steps` and "
                     "`first_step_share` out."
                 )
@@ -208,39 +209,39 @@ class DiffusionSFTConfig(SFTConfig):
         return not plain or self.text_tails or self.pad_mask_ratio < 1 or self.first_step_share > 0
 
     @property
-    def listens(self) -> bool:
+    def uses_teacher(self) -> bool:
         """Whether the autoregressive model is asked anything."""
         return bool(self.distillation_weight or self.distillation_hidden_weight)
 
     def _check_teaching(self) -> None:
         for name in ("distillation_weight", "on_policy_share", "full_mask_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+                raise UserError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
         if not 0 <= self.random_replacement < 1:
-            raise ValueError(f"`random_replacement` must be in [0, 1), got {self.random_replacement}.")
+            raise UserError(f"`random_replacement` must be in [0, 1), got {self.random_replacement}.")
         if self.distillation_hidden_weight < 0:
-            raise ValueError(
+            raise UserError(
                 f"`distillation_hidden_weight` must not be negative, got {self.distillation_hidden_weight}."
             )
         if self.distillation_divergence not in DIVERGENCES:
-            raise ValueError(
+            raise UserError(
                 f"`distillation_divergence` must be one of {DIVERGENCES}, got {self.distillation_divergence!r}."
             )
         if self.distillation_targets not in TARGETS:
-            raise ValueError(f"`distillation_targets` must be one of {TARGETS}, got {self.distillation_targets!r}.")
+            raise UserError(f"`distillation_targets` must be one of {TARGETS}, got {self.distillation_targets!r}.")
         if self.on_policy_share and not self.distillation_weight:
-            raise ValueError(
+            raise UserError(
                 "`on_policy_share`: the model's own words have no labels, only the AR model can judge them; set "
                 "`distillation_weight` too."
             )
 
-    def way(self, last_step: int = 1) -> Annealing | None:
+    def annealing_to(self, last_step: int = 1) -> Annealing | None:
         """The checked settings of annealing, if there is any; `last_step` is where this run ends."""
         if self.annealing is None:
             if self.final_causal_ratio:
-                raise ValueError("`final_causal_ratio` belongs to `annealing`; set that to 'soft' or 'stochastic'.")
+                raise UserError("`final_causal_ratio` belongs to `annealing`; set that to 'soft' or 'stochastic'.")
             return None
-        way = Annealing(
+        annealing = Annealing(
             mode=self.annealing,
             total_steps=max(last_step, 1) if self.annealing_steps is None else self.annealing_steps,
             schedule=self.annealing_schedule,
@@ -249,8 +250,8 @@ class DiffusionSFTConfig(SFTConfig):
             decay=self.annealing_decay,
             points=self.annealing_points,
         )
-        if way.mode == "block" and self.max_length is None:
-            raise ValueError("`annealing`='block' needs a `max_length`, at which blocks stop growing.")
-        if self.attention in ("block", "lossless") and way.mode != "block":
-            raise ValueError(f"`annealing`: block attention anneals by growing blocks, 'block', got {way.mode!r}.")
-        return way
+        if annealing.mode == "block" and self.max_length is None:
+            raise UserError("`annealing`='block' needs a `max_length`, at which blocks stop growing.")
+        if self.attention in ("block", "lossless") and annealing.mode != "block":
+            raise UserError(f"`annealing`: block attention anneals by growing blocks, 'block', got {annealing.mode!r}.")
+        return annealing

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from .. import UserError
 from ..models.attention import in_attention
 from ..models.patching import base_of
 from ..models.time_embedding import NAME as TIME_EMBEDDING
@@ -80,7 +81,7 @@ def select_parameters(model: torch.nn.Module, trains: str, adapters: set[str]) -
         parameter.requires_grad_(chosen)
         trained += chosen
     if not trained:
-        raise ValueError(f"`stages.trains`: {trains!r} leaves nothing to train in {type(base_of(model)).__name__}.")
+        raise UserError(f"`stages.trains`: {trains!r} leaves nothing to train in {type(base_of(model)).__name__}.")
 
 
 def run_stages(
@@ -115,7 +116,7 @@ def run_stages(
     """
     folders = stage_folders([stage.name for stage in stages], output)
     if len(set(folders.values())) < len(stages):
-        raise ValueError(
+        raise UserError(
             f"`stages`: only the last one may be called 'sft' (but for 'dpo' behind it), because the result is saved as `sft_model`, got {list(folders)}."
         )
     finished = 0
@@ -203,7 +204,7 @@ def _trainable(model: torch.nn.Module) -> set[str]:
 def _merged(model: torch.nn.Module) -> torch.nn.Module:
     """The adapters in the weights, so that everything can train."""
     if getattr(base_of(model), "is_quantized", False):
-        raise ValueError(
+        raise UserError(
             "`stages.trains`: 'everything' cannot train a quantised base; set `use_qlora` to false, or train adapters."
         )
     return model.merge_and_unload() if isinstance(model, PeftModel) else model

@@ -32,7 +32,7 @@ def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts
         batch["n_noise_rows"] = seen * processes
 
 
-class DiffusionHosting:
+class DiffusionTrainerMixin:
     """Goes before a trainer of the host in the bases of a class."""
 
     _saving = False
@@ -70,7 +70,7 @@ class DiffusionHosting:
             return
         folder, self._saving = Path(super()._get_output_dir(trial)), True
         try:
-            save_whole(self, lambda: super(DiffusionHosting, self)._save_checkpoint(model, trial), folder)
+            save_whole(self, lambda: super(DiffusionTrainerMixin, self)._save_checkpoint(model, trial), folder)
         finally:
             self._saving = False
 

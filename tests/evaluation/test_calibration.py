@@ -1,8 +1,8 @@
 """Calibration against models whose confidence is known to be right or wrong; ends of answers; traces."""
 
 import pytest
-from oracle import MarkovChain
 from evaluation.test_likelihood import Oracle, Row, Whole
+from oracle import MarkovChain
 from transformers.modeling_outputs import CausalLMOutput
 
 import llm_diffusion as ld

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from generation.test_blocks import block_model, left_padded
-from training.test_engine import Waits
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
+from training.test_engine import Waits
 from transformers import AutoTokenizer
 
 from llm_diffusion import convert_to_diffusion, generate

@@ -339,14 +339,14 @@ def test_remdm_keeps_the_share_of_masks(eta: float, kind: str) -> None:
     assert (again > 0) == (eta > 0)
 
 
-def remdm(left, steps, eta, masked, kind, certainty):
+def remdm(left, steps, eta, masked, kind, confidence):
     """Of one row: how likely every position changes, by the formulas of the paper, position by position."""
     t, s = left / steps, (left - 1) / steps
     alpha_t, alpha_s = 1 - share_of_masks(t, kind), 1 - share_of_masks(s, kind)
     highest = min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0
-    total = sum(math.exp(-p) for p, m in zip(certainty, masked, strict=True) if not m)
+    total = sum(math.exp(-p) for p, m in zip(confidence, masked, strict=True) if not m)
     rates = []
-    for p, m in zip(certainty, masked, strict=True):
+    for p, m in zip(confidence, masked, strict=True):
         if kind == "conf":  # of masks the paper's psi is infinite, their share nothing
             sigma = 0.0 if m else math.exp(-p) / total * eta * highest
         elif kind == "loop" and not LOOP[1] < t <= LOOP[0]:
@@ -367,18 +367,18 @@ def remdm(left, steps, eta, masked, kind, certainty):
 def test_remdm_rates_are_the_papers(seed: int, kind: str, left: int, eta: float) -> None:
     """A number just below the rate of a position changes it, one just above does not."""
     generator = torch.Generator().manual_seed(seed)
-    certainty = torch.rand(3, 7, generator=generator)
+    confidence = torch.rand(3, 7, generator=generator)
     masked = torch.rand(3, 7, generator=generator) < 0.5
     open_ = torch.ones(3, 8, dtype=torch.bool)
     open_[:, 7] = False
     pad = torch.nn.functional.pad
     want = torch.tensor(
-        [remdm(left, 10, eta, m, kind, c) for m, c in zip(masked.tolist(), certainty.tolist(), strict=True)]
+        [remdm(left, 10, eta, m, kind, c) for m, c in zip(masked.tolist(), confidence.tolist(), strict=True)]
     )
     for offset, changes in ((-1e-5, True), (1e-5, False)):
         noise = (want + offset).clamp(0, 1)
         rules = torch.full((3,), left), 10, eta, pad(masked, (0, 1)), open_, pad(noise, (0, 1))
-        commit, remask = revise_remdm(*rules, kind, pad(certainty, (0, 1)), LOOP)
+        commit, remask = revise_remdm(*rules, kind, pad(confidence, (0, 1)), LOOP)
         sure = (want > 1e-4) & (want < 1 - 1e-4) if not changes else want > 1e-4
         assert torch.equal((commit | remask)[:, :7][sure], torch.full_like(masked[sure], changes))
         assert not (commit & ~pad(masked, (0, 1))).any() and not (remask & pad(masked, (0, 1))).any()

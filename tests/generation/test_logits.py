@@ -27,7 +27,7 @@ def window_of(canvas, open_, columns=None):
         masked=masked.gather(-1, columns),
         canvas=canvas,
         visible=(canvas != 0) & ~masked,  # 0 is padding here
-        certainty=torch.zeros(columns.shape),
+        confidence=torch.zeros(columns.shape),
         keys=zero,
         places=columns,
         step=zero,

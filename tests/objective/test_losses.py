@@ -307,14 +307,14 @@ def test_relative_error_is_one_for_nothing_and_zero_for_the_same() -> None:
     assert relative_error(hidden.bfloat16(), torch.zeros_like(hidden)).isfinite().all()
 
 
-def taught(targets: str, n_rows: int = N_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n,) weighted terms of a flawed student at taught tokens of different texts: with labels, with the teacher's word."""
+def teacher_mask(targets: str, n_rows: int = N_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n,) weighted terms of a flawed student at teacher_mask tokens of different texts: with labels, with the teacher's word."""
     collator = collator_for("linear")
     collator.distillation_targets = targets
     x = CHAIN.sample(n_rows, seed=3)
     batch = {"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x)}
     noisy = collator.corrupt(batch, seed=0, step=0, rows=torch.arange(n_rows), n_rows=n_rows)
-    keep = (noisy["targets"] != IGNORE_INDEX) & noisy["taught"] & (noisy["tokens"] > 0)
+    keep = (noisy["targets"] != IGNORE_INDEX) & noisy["teacher_mask"] & (noisy["tokens"] > 0)
     rows, tokens = keep.nonzero()[:, 0], noisy["tokens"][keep]
     # Sharper than the truth, so that label and teacher do not cost the same by accident.
     student = (1.7 * CHAIN.log_conditionals(noisy["inputs"]["input_ids"], ~noisy["masked"])[keep]).clamp(min=-1e4)
@@ -325,11 +325,11 @@ def taught(targets: str, n_rows: int = N_ROWS) -> tuple[torch.Tensor, torch.Tens
 
 def test_the_teacher_costs_what_labels_do_where_nothing_to_the_right_is_seen() -> None:
     """And is less noisy there; everywhere else it is wrong, because it does not know what comes after."""
-    labels, soft = taught("causal")
+    labels, soft = teacher_mask("causal")
     gap = labels - soft
     assert len(gap) > 1000
     assert abs(gap.mean()) < 3 * gap.std() / len(gap) ** 0.5
     assert soft.var() < labels.var()
-    labels, soft = taught("all")
+    labels, soft = teacher_mask("all")
     gap = labels - soft
     assert abs(gap.mean()) > 10 * gap.std() / len(gap) ** 0.5

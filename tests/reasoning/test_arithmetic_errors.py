@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm_diffusion.reasoning.arithmetic_errors import RECKONING_ERRORS
+from llm_diffusion.reasoning.arithmetic_errors import ARITHMETIC_ERRORS
 from llm_diffusion.reasoning.pairs import RIGHT_ANSWER_KINDS, checked, verified
 from llm_diffusion.reasoning.problems import read_problem
 
@@ -54,7 +54,7 @@ def worked(draw):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(worked(), st.integers(0, 3))
-@pytest.mark.parametrize("kind", [*RECKONING_ERRORS, "truncation", "repetition"])
+@pytest.mark.parametrize("kind", [*ARITHMETIC_ERRORS, "truncation", "repetition"])
 def test_every_kind_is_wrong_as_it_says(kind, record, seed):
     problem = read_problem(record)
     assert checked(problem) and problem.answer == record["answer"]
@@ -106,7 +106,7 @@ def propagated(steps, final, where):
     assert final == chain[-1][1]
 
 
-@pytest.mark.parametrize("kind", list(RECKONING_ERRORS))
+@pytest.mark.parametrize("kind", list(ARITHMETIC_ERRORS))
 def test_every_kind_comes_about(kind):
     """On fixed problems of four and five steps, so that the property above is not empty."""
     long = "So after that she has "

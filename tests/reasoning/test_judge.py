@@ -115,7 +115,7 @@ def test_one_clear_error_in_the_end(serve, failure, tries, message) -> None:
 
 
 def test_nobody_there_and_nobody_answering() -> None:
-    with socket.socket() as bound:  # nobody listens
+    with socket.socket() as bound:  # nobody uses_teacher
         bound.bind(("127.0.0.1", 0))
         judge = LLMJudge(f"http://127.0.0.1:{bound.getsockname()[1]}", "wise", pause=0.001, timeout=0.1)
         with pytest.raises(ConnectionError, match="refused"):

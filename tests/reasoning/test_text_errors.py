@@ -67,7 +67,7 @@ def test_the_bridge_leads_elsewhere():
     (found,) = made(HOTPOTQA, "wrong_bridge_entity")
     body = "Emma Blue is a novel by John Doe, who never saw it printed. John Doe was born in Bath."
     assert found == (body + "\nThe answer is Jane Roe.", "John Doe")  # hop one is taken for the answer
-    bare = {"question": "Who taught the pupil of Corliss Archer in the film Kiss Me?", "answer": "Chief Protocol"}
+    bare = {"question": "Who teacher_mask the pupil of Corliss Archer in the film Kiss Me?", "answer": "Chief Protocol"}
     assert ("The answer is Corliss Archer.", "Corliss Archer") in made(bare, "wrong_bridge_entity")
 
 

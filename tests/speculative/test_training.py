@@ -104,13 +104,13 @@ def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
     noisy = trainer._corrupt(batch, "train")
     keep = noisy["targets"] != IGNORE_INDEX
-    assert noisy["taught"][keep].all()  # whole blocks see nothing to the right
+    assert noisy["teacher_mask"][keep].all()  # whole blocks see nothing to the right
     scores = trainer._score(trainer.model, noisy)
     rows, tokens = keep.nonzero()[:, 0], noisy["tokens"][keep]
     logits = tiny_model().eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logits = logits[rows, tokens - 1]
     logits[:, trainer.diffusion_collator.mask_token_id] = -torch.inf
-    p, q = logits.softmax(-1), trainer._score(trainer.model, noisy, listening=True).logits.softmax(-1)
+    p, q = logits.softmax(-1), trainer._score(trainer.model, noisy, with_teacher=True).logits.softmax(-1)
     want = -(p * q.log()).sum(-1) if divergence == "kl" else (p - q).clamp(min=0).sum(-1)
     assert loss.item() == pytest.approx(want.sum().item(), rel=1e-3)
     assert scores.logits is None

@@ -309,7 +309,7 @@ def test_the_teacher_speaks_where_nothing_to_the_right_is_seen(right_shift: bool
         token, answer = int(noisy["tokens"][row, place]), batch["input_ids"][row].tolist()
         assert answer[token] == noisy["targets"][row, place]
         want = EOS not in answer[:token] and not seen_to_the_right(noisy, row, place, len(answer), right_shift)
-        assert bool(noisy["taught"][row, place]) == want
+        assert bool(noisy["teacher_mask"][row, place]) == want
         found.add(want)
     assert found == {True, False}
 
@@ -327,7 +327,7 @@ def test_the_teacher_of_a_whole_canvas_speaks_behind_its_last_visible_token() ->
             masked = noisy["masked"][0]
             last = max(i for i in range(10) if not masked[i])
             want = [i for i in (1, 2, 3, 4, 7, 8, 9) if masked[i] and (targets == "all" or i > last)]
-            assert (noisy["taught"][0] & masked).nonzero().flatten().tolist() == want
+            assert (noisy["teacher_mask"][0] & masked).nonzero().flatten().tolist() == want
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "block"])
@@ -337,7 +337,7 @@ def test_replacements_change_what_is_seen_and_not_what_is_asked(attention: str) 
     batch = plain(many_answers(200))
     key = {"seed": 0, "step": 3, "rows": torch.arange(200), "n_rows": 200}
     one, other = plain.corrupt(batch, **key), noisy.corrupt(batch, **key)
-    for name in ("targets", "weights", "masked", "levels", "taught"):
+    for name in ("targets", "weights", "masked", "levels", "teacher_mask"):
         assert torch.equal(one[name], other[name])
     before, after = one["inputs"]["input_ids"], other["inputs"]["input_ids"]
     assert torch.equal(before == MASK, after == MASK)  # a replacement is never the mask token

@@ -69,18 +69,18 @@ def test_the_objective_is_its_formula(tmp_path, tokenizer, settings, targets) ->
         teacher = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     teacher[..., trainer.diffusion_collator.mask_token_id] = -torch.inf
     teacher = teacher.softmax(-1)
-    want, taught = 0.0, 0
+    want, teacher_mask = 0.0, 0
     for row, place in (noisy["targets"] != IGNORE_INDEX).nonzero().tolist():
         target, token = noisy["targets"][row, place], int(noisy["tokens"][row, place])
         assert batch["input_ids"][row, token] == target
         term = -student[row, place, target]
-        if noisy["taught"][row, place]:
-            taught += 1
+        if noisy["teacher_mask"][row, place]:
+            teacher_mask += 1
             soft = -(teacher[row, token - 1] * student[row, place]).sum()
             far = student_hidden[0][row, place] - hidden[0][row, token - 1]
             term = 0.3 * term + 0.7 * soft + 0.3 * far.square().sum() / hidden[0][row, token - 1].square().sum()
         want += term * (noisy["weights"] + noisy["extra_weights"])[row, place]
-    assert taught > 0
+    assert teacher_mask > 0
     assert got.item() == pytest.approx(want.item(), rel=1e-4)
 
 
@@ -88,7 +88,7 @@ def test_what_is_learnt_from_the_teacher_is_logged(tmp_path, tokenizer) -> None:
     trainer = make(tmp_path, tokenizer, peft_config=LORA, distillation_weight=1.0, attention="block", max_steps=1)
     trainer.train()
     row = trainer.state.log_history[0]
-    assert row["distillation_loss"] > 0 and 0.3 < row["taught_ratio"] < 1
+    assert row["distillation_loss"] > 0 and 0.3 < row["teacher_ratio"] < 1
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer) -> None:
@@ -103,7 +103,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer)
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
     sums = trainer._sums["train"]
-    assert sums["taught"] == sums["listened"] == len(rows)
+    assert sums["teacher_mask"] == sums["listened"] == len(rows)
     masks_share = logits.softmax(-1)[:, trainer.diffusion_collator.mask_token_id]
     assert sums["distillation"].item() == pytest.approx(-(1 - masks_share).log().sum().item(), rel=1e-3)
 
@@ -196,7 +196,7 @@ def test_own_words_have_no_labels(tmp_path, tokenizer) -> None:
     assert trainer._sums["train"]["maskable"] == 0 and trainer._sums["train"]["nll"] == 0
     part, _ = trainer._on_policy(trainer.model, batch)
     noisy = trainer._corrupt(part, "train")
-    rows, places = (noisy["taught"] & (noisy["targets"] != IGNORE_INDEX)).nonzero().unbind(-1)
+    rows, places = (noisy["teacher_mask"] & (noisy["targets"] != IGNORE_INDEX)).nonzero().unbind(-1)
     logits, _ = teacher_scores(trainer.model, trainer.model, part, rows, noisy["tokens"][rows, places])
     student = trainer.model(**noisy["inputs"]).logits[rows, places].log_softmax(-1)
     terms = -(logits.softmax(-1) * student).sum(-1)

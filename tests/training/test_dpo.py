@@ -161,11 +161,11 @@ def test_every_loss_starts_at_equal_policies(tmp_path, tokenizer, reference, att
         trainer.label_smoothing = 0.001
         for loss_type, expected in AT_START.items():
             trainer.loss_types = [loss_type]
-            assert trainer._host_loss(said, batch, scores).item() == pytest.approx(expected, abs=2e-6), loss_type
+            assert trainer._trl_loss(said, batch, scores).item() == pytest.approx(expected, abs=2e-6), loss_type
         trainer.loss_types = ["sigmoid"]
         for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
             trainer.f_divergence_type = divergence
-            assert trainer._host_loss(said, batch, scores).item() == pytest.approx(LOG2, abs=2e-6), divergence
+            assert trainer._trl_loss(said, batch, scores).item() == pytest.approx(LOG2, abs=2e-6), divergence
 
 
 def test_supervised_term_is_the_nelbo_a_token(tmp_path, tokenizer):
@@ -223,7 +223,7 @@ def test_gradient_of_one_draw_at_a_time_is_the_gradient_of_all(tmp_path, tokeniz
     reference = trainer.compute_ref_log_probs(trainer.ref_model, batch)
     said = trainer._say(model, batch)
     names = ("ref_chosen_logps", "ref_rejected_logps")
-    (trainer._host_loss(said, batch, dict(zip(names, reference, strict=True))) / 2).backward()
+    (trainer._trl_loss(said, batch, dict(zip(names, reference, strict=True))) / 2).backward()
     largest = max(parameter.grad.abs().max() for parameter in model.parameters())
     assert largest > 1e-3
     for name, parameter in model.named_parameters():
@@ -267,8 +267,8 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer):
 def test_a_loss_that_is_no_number_stops_before_the_weights(tmp_path, tokenizer):
     trainer = start(tmp_path, tokenizer, "fresh adapter", max_steps=2)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    plain = trainer._host_loss
-    trainer._host_loss = lambda *args: plain(*args) * float("nan")
+    plain = trainer._trl_loss
+    trainer._trl_loss = lambda *args: plain(*args) * float("nan")
     with pytest.raises(FloatingPointError, match="nan at step 0"):
         trainer.train()
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))

@@ -456,7 +456,7 @@ def test_annealed_steps_follow_their_mask_and_evaluation_the_target(tmp_path, to
     noisy = trainer.diffusion_collator.corrupt(
         batch, seed=trainer.args.seed, step=5, rows=batch["noise_rows"], n_rows=batch["n_noise_rows"]
     )
-    way = trainer.args.way()
+    way = trainer.args.annealing_to()
     bias = way.mask(batch["attention_mask"], 5, trainer.args.seed, trainer.args.max_length)
     logits = trainer.model(input_ids=noisy["inputs"]["input_ids"], attention_mask=bias, use_cache=False).logits
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), noisy["targets"], reduction="none")

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from models.test_attention import CONFIGS
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
