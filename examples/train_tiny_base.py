@@ -1,7 +1,7 @@
-"""Trains the tiny autoregressive base model that the package ships (`llm_diffusion/tiny_base`) from scratch.
+"""Trains the tiny autoregressive base model that the package ships (`llm_diffusion/data/tiny_base`) from scratch.
 
-    python examples/train_tiny_base.py --output llm_diffusion/tiny_base            # about an hour on two CPU cores
-    python examples/train_tiny_base.py --output llm_diffusion/tiny_base --eval-only  # prints greedy exact match
+    python examples/train_tiny_base.py --output llm_diffusion/data/tiny_base            # about an hour on two CPU cores
+    python examples/train_tiny_base.py --output llm_diffusion/data/tiny_base --eval-only  # prints greedy exact match
 
 The model is a Qwen3 with 1.9 million parameters, trained in fp32 and stored in 16 bit. The tokenizer is a byte-level BPE
 with single digits, a ChatML template with generation markers, and spare rows in the embedding, as real Qwen3 has.

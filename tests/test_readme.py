@@ -76,8 +76,3 @@ def test_command_lines_are_real(line):
     else:
         options = dict(zip(arguments[::2], arguments[1::2], strict=True))
         resolve(options.get("--preset"), options.get("--config"), options.get("--hyper-parameters-json"))
-
-
-def test_files_and_papers_named_in_the_readme_exist():
-    for name in re.findall(r"`(\w+/?\w+\.py)`", TEXT):
-        assert (ROOT / "llm_diffusion" / name).exists(), name

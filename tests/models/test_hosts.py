@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from trl import LogCompletionsCallback
 
 import llm_diffusion as ld
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.publishing import save_custom_generate
 
 
@@ -17,7 +18,7 @@ from llm_diffusion.models.publishing import save_custom_generate
 def pushed(request, tmp_path_factory, random_llama):
     """A full checkpoint as the trainers save it, and what our own loader decodes from it."""
     folder = tmp_path_factory.mktemp("pushed")
-    tokenizer = AutoTokenizer.from_pretrained(ld.tiny.TINY_MODEL_PATH)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
     options = {"attention": "block", "block_length": 4} if request.param == "block" else {}
     model = ld.convert_to_diffusion(random_llama(), tokenizer, **options)
     model.save_pretrained(folder)

@@ -52,7 +52,7 @@ def halves(model, checkpointing: bool):
 def test_two_passes_are_one(random_llama, checkpointing) -> None:
     logits, together, gradient, gradient_together = halves(random_llama(vocab_size=64), checkpointing)
     torch.testing.assert_close(logits, together, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, gradient_together, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(gradient, gradient_together, rtol=1e-4, atol=1e-7)
 
 
 def test_who_can_hold_clean_text(random_llama) -> None:

@@ -69,7 +69,7 @@ TWO = """
 import json, sys
 from small_trainers import make
 from transformers import AutoTokenizer
-from llm_diffusion.training.callbacks import AnswersCallback
+from llm_diffusion.evaluation.callbacks import AnswersCallback
 from llm_diffusion.data.tiny import TINY_MODEL_PATH, tiny_dataset
 
 trainer = make(sys.argv[1], AutoTokenizer.from_pretrained(TINY_MODEL_PATH), evaluation=tiny_dataset(4, split="test"))
