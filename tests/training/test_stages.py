@@ -234,4 +234,4 @@ def test_stages_keep_their_own_records(base, tmp_path):
     run(base, tmp_path, [Stage("one", "adapters", first), Stage("two", "adapters", second)])
     record = read_record(tmp_path / "one_model")
     assert (record.final_causal_ratio, record.noise_schedule) == (0.5, "cosine")
-    assert read_record(tmp_path / "sft_model")["noise_schedule"] == "linear"
+    assert read_record(tmp_path / "sft_model").noise_schedule == "linear"
