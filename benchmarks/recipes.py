@@ -34,7 +34,7 @@ from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.data.tiny import KINDS, tiny_dataset
 from llm_diffusion.evaluation.answers import evaluate_answers
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
-from llm_diffusion.objective.noise import IGNORE_INDEX
+from llm_diffusion.objective.modes import IGNORE_INDEX
 
 FULL, HEAD = "full", "fresh head"
 RANK, LEARNING_RATE, FULL_LEARNING_RATE = 32, 2e-3, 3e-4

@@ -31,8 +31,7 @@ from .generation.config import DiffusionGenerationConfig
 from .models.special_tokens import TOKEN_IDS
 from .pipelines import check_pipeline as known_pipeline
 from .pipelines import check_scratch
-from .training.dpo_config import DiffusionDPOConfig
-from .training.sft_config import DiffusionSFTConfig
+from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 from .training.stages import TRAINS
 
 PRESETS = Path(__file__).parent / "presets"

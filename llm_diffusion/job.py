@@ -43,17 +43,17 @@ from .evaluation.ends import foresee_ends, plot_ends
 from .evaluation.job_report import decoding, show
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
-from .models.conversion import CONVERSION_OPTIONS, convert_to_diffusion
+from .models.conversion import convert_to_diffusion
 from .models.loading import load_diffusion_model
 from .models.patching import base_of
+from .models.record import CONVERSION_OPTIONS
 from .models.special_tokens import use_tokens
 from .pipelines import check_positions, scratch_model
 from .reasoning.pairs import preference_pairs
 from .training.callbacks import LogLinesCallback, plot_loss
-from .training.dpo_config import DiffusionDPOConfig
+from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 from .training.preference_preparation import check_pairs
 from .training.sft import DiffusionSFTTrainer
-from .training.sft_config import DiffusionSFTConfig
 from .training.stages import Stage, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training

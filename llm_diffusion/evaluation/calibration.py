@@ -15,9 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..generation.generate import generate
 from ..models.patching import base_of
 from ..models.sampling import BANNED
-from ..objective.noise import (
-    IGNORE_INDEX,
-)
+from ..objective.modes import IGNORE_INDEX
 from .answers import AnswerReport, encode_prompts, prompt_and_reference
 from .likelihood import (
     in_batches,
@@ -74,7 +72,7 @@ def calibration(
                 noisy = collator.corrupt(clean, seed=seed, step=number)
                 keep = (noisy["targets"] != IGNORE_INDEX) & (noisy["levels"] > 0)
                 logits = kept_logits(model, noisy["inputs"], keep).float()
-                logits[:, collator.mask_token_id] = BANNED  # never proposed
+                logits[:, collator.record.mask_token_id] = BANNED  # never proposed
                 confidence, best = logits.softmax(-1).double().max(-1)
                 right = (best == noisy["targets"][keep]).double()
                 index = (confidence * BINS).long().clamp(max=BINS - 1).cpu()

@@ -31,12 +31,8 @@ from ..objective.estimators import (
     share_masked,
 )
 from ..objective.losses import token_nll
-from ..objective.noise import (
-    IGNORE_INDEX,
-    align_with_readout,
-    content_keys,
-    hash_keys,
-)
+from ..objective.modes import IGNORE_INDEX, align_with_readout
+from ..objective.noise import content_keys, hash_keys
 from ..training.collator import DataCollatorForMaskedDiffusion
 from .processes import dealt, gathered
 from .windows import (
@@ -159,16 +155,7 @@ def _longest_first(rows: Sequence[Row]) -> list[int]:
 
 def plain_collator(model: torch.nn.Module) -> DataCollatorForMaskedDiffusion:
     """Lays rows out as the model was converted, and adds nothing to them."""
-    record = record_of(model)
-    return DataCollatorForMaskedDiffusion(
-        pad_token_id=0,  # hidden by the attention mask
-        mask_token_id=record.mask_token_id,
-        right_shift_logits=record.right_shift_logits,
-        attention=record.attention,
-        block_length=record.block_length,
-        clean_context=record.clean_context or "causal",
-        time_embedding=record.time_embedding,
-    )
+    return DataCollatorForMaskedDiffusion(record_of(model), pad_token_id=0)  # hidden by the attention mask
 
 
 def in_batches(items: Iterable, size: int) -> Iterator[list]:
@@ -206,7 +193,7 @@ def _terms(
         masked[number, row.first : len(row.ids)] = item.masked
         levels[number, : len(row.ids)] = item.level
     clean, masked, levels = {k: v.to(device) for k, v in clean.items()}, masked.to(device), levels.to(device)
-    noisy = collator.lay_out(clean, masked, masked.float(), levels)
+    noisy = collator.process.lay_out(clean, masked, masked.float(), levels)
     keep = noisy["targets"] != IGNORE_INDEX
     nll = token_nll(kept_logits(model, noisy["inputs"], keep), noisy["targets"][keep])
     found = torch.zeros(2, *masked.shape, dtype=torch.float64)
@@ -261,13 +248,13 @@ def bound_rows(
         rows = block_rows(rows, block_length)
     collator = plain_collator(model)
     for row in rows:
-        if not (1 if collator.right_shift_logits else 0) <= row.first < len(row.ids):
+        if not (1 if collator.record.right_shift_logits else 0) <= row.first < len(row.ids):
             raise UserError(
                 f"`rows`: text {row.text} has nothing to score, or no context before its first scored token."
             )
     if estimator == "left_to_right":
         n_samples = replicates = 1
-    clean_first = bool(own) and collator.right_shift_logits
+    clean_first = bool(own) and collator.record.right_shift_logits
     draws = {"estimator": estimator, "n_samples": n_samples, "replicates": replicates, "seed": seed}
     estimates: dict[int, torch.Tensor] = {}
     totals = torch.zeros(2, LEVELS, dtype=torch.float64)  # NLL and number of masked tokens

@@ -20,20 +20,16 @@ import llm_diffusion
 from .. import UserError
 from ..objective.modes import MODES
 from ..objective.noise_schedules import get_noise_schedule
+from ..objective.settings import check_settings
 from . import time_embedding as time_embeddings
 from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
 from .patching import Patch, base_of, bind, keep_logits
 from .prefix_cache import check_clean_prefix
 from .probing import recurrent_layers
-from .record import DiffusionRecord, record_of
+from .record import ConversionSettings, DiffusionRecord, record_of
 from .special_tokens import check_mask_token, set_mask_token
 
 logger = logging.getLogger(__name__)
-
-CLEAN_CONTEXTS = ("causal", "block")
-CONVERSION_OPTIONS = (
-    *("attention", "block_length", "clean_context", "right_shift_logits", "time_embedding", "mask_token_id"),
-)
 
 
 def _new_record(
@@ -46,8 +42,7 @@ def _new_record(
 ) -> DiffusionRecord:
     """Checked options with their defaults filled in."""
     attention, noise_schedule = attention or "bidirectional", noise_schedule or "linear"
-    if attention not in MODES:
-        raise UserError(f"`attention` must be one of {tuple(MODES)}, got {attention!r}.")
+    check_settings(ConversionSettings(attention, block_length, clean_context))
     get_noise_schedule(noise_schedule)
     mode = MODES[attention]
     if mode.has_blocks:
@@ -57,8 +52,6 @@ def _new_record(
             raise UserError(
                 f"`block_length` must be at least {mode.min_block_length} with `attention`={attention!r}, got {block_length}."
             )
-        if clean_context not in CLEAN_CONTEXTS:
-            raise UserError(f"`clean_context` must be one of {CLEAN_CONTEXTS}, got {clean_context!r}.")
     elif block_length is not None or clean_context is not None:
         raise UserError("`block_length` and `clean_context` belong to `attention`='block'; leave them out.")
     if mode.drafts and (clean_context != "causal" or right_shift_logits is False or time_embedding):

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..objective.losses import entropy, token_nll
-from ..objective.noise import IGNORE_INDEX
+from ..objective.modes import IGNORE_INDEX
 from .patching import Patch, base_of, wrap_forward
 from .token_rows import trained_rows
 

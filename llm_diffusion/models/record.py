@@ -15,6 +15,7 @@ import torch
 
 from .. import UserError
 from ..objective.modes import MODES, Bidirectional
+from ..objective.settings import setting
 from .checkpoints import local_file
 from .patching import base_of
 
@@ -67,7 +68,7 @@ class DiffusionRecord:
     @property
     def mode(self) -> Bidirectional:
         """The object that knows how this model attends."""
-        return MODES[self.attention](self.block_length, self.clean_context, self.right_shift_logits)
+        return MODES[self.attention](self.block_length, self.clean_context or "causal", self.right_shift_logits)
 
     @property
     def converted(self) -> bool:
@@ -77,6 +78,30 @@ class DiffusionRecord:
     def trained(self) -> bool:
         """Whether it has seen noise: here, or, if there is no record of a conversion, elsewhere."""
         return self.conversion_steps > 0 or self.annealed or not self.converted
+
+
+@dataclass
+class ConversionSettings:
+    """How a model that is not converted yet is converted; None: the recommended choice, or as the checkpoint was."""
+
+    attention: str | None = setting(
+        None,
+        "`bidirectional` (the default); `block`: bidirectional inside a block, blocks from left to right; `lossless`: adapters draft, "
+        "the base verifies.",
+        choices=tuple(MODES),
+    )
+    block_length: int | None = setting(None, "Tokens of a block (4; 8 of a lossless draft).", min=1)
+    clean_context: str | None = setting(
+        None, "How finished blocks see themselves: `causal` (the default) or `block`.", choices=("causal", "block")
+    )
+    right_shift_logits: bool | None = setting(None, "Hidden state i - 1 predicts token i, as in the AR model.")
+    time_embedding: bool | None = setting(None, "Tell the model the noise level (off by default).")
+    mask_token_id: int | None = setting(
+        None, "A token of the vocabulary as the mask; else the tokenizer's, or a new one."
+    )
+
+
+CONVERSION_OPTIONS = tuple(field.name for field in dataclasses.fields(ConversionSettings))
 
 
 def record_of(model: torch.nn.Module) -> DiffusionRecord:

@@ -1,9 +1,7 @@
-"""The way from causal to bidirectional attention, as a function of the optimiser step.
+"""From causal to bidirectional attention, as a function of the optimiser step.
 
-Three ways: a soft bias on the future (`attention_masks.annealed`), a random 0/1 mask of it (`stochastic`), and blocks that grow.
-The soft mask is the mean of the random one, without its noise.
-Trade-off: an annealed step needs a 4-D mask, which costs the fastest kernels; at the target it is gone. Alternative: no annealing
-at all, which under LoRA and at small budgets is often no worse: measure.
+Three kinds: a soft bias on the future (`attention_masks.annealed`), a random 0/1 mask of it (`stochastic`), and blocks that grow.
+The soft mask is the mean of the random one, without its noise. An annealed step needs a 4-D mask; at the target it is gone.
 
 References: DiffuLLaMA (arXiv 2410.17891, section 3.2) for random masks, LLaDA 2.0 (arXiv 2512.15745) for growing blocks.
 """
@@ -16,80 +14,90 @@ from dataclasses import dataclass
 import torch
 
 from .. import UserError
-from .attention_masks import (
-    additive,
-    annealed,
-    bidirectional,
-    block_causal,
-)
+from .attention_masks import additive, annealed, bidirectional, block_causal
 from .noise import uniform
+from .settings import setting
 
 SCHEDULES = ("linear", "cosine", "exponential", "step")
-MODES = ("soft", "stochastic", "block")
+KINDS = ("soft", "stochastic", "block")
 ANNEALING_STREAM = 4
 
 
 @dataclass
-class Annealing:
-    """Settings of the way, and what they say of every optimiser step.
+class AnnealingSettings:
+    """Settings of annealing from causal attention."""
 
-    Args:
-        mode: "soft", "stochastic" or "block".
-        total_steps: optimiser steps until the target is reached.
-        schedule: of the causal ratio: "linear", "cosine", "exponential" or "step".
-        initial, final: causal ratio at the start and for good; 1 is causal, 0 bidirectional.
-        decay: of "exponential": exp(-decay * progress), rescaled so that it ends at `final` without a jump.
-        points: of "step", (step, share) pairs: from that step on, this share of the way is still to go.
+    annealing: str | None = setting(
+        None,
+        "From causal attention by a soft bias, random masks or growing blocks (with block attention: `block`); None: at once.",
+        choices=KINDS,
+    )
+    annealing_steps: int | None = setting(
+        None,
+        "Optimiser steps since the model was autoregressive until the target is reached; None: to the end of this run.",
+        min=1,
+    )
+    annealing_schedule: str = setting("cosine", "How the causal ratio falls.", choices=SCHEDULES)
+    initial_causal_ratio: float = setting(1.0, "Causal ratio at the start; 1 is causal.", min=0, max=1)
+    final_causal_ratio: float = setting(
+        0.0, "Causal ratio for good, in evaluation and generation too; 0 is bidirectional.", min=0, below=1
+    )
+    annealing_decay: float = setting(
+        5.0, "Of `exponential`: exp(-decay * progress), rescaled so that it ends without a jump.", above=0
+    )
+    annealing_points: list | None = setting(
+        None, "Of `step`: [[step, share], …]: from that step on, this share of the distance is still to go."
+    )
 
-    Raises:
-        ValueError: unknown mode or schedule, or a number out of range.
-    """
-
-    mode: str
-    total_steps: int
-    schedule: str = "cosine"
-    initial: float = 1.0
-    final: float = 0.0
-    decay: float = 5.0
-    points: list[list[float]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"`annealing` must be one of {MODES} or None, got {self.mode!r}.")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"`annealing_schedule` must be one of {SCHEDULES}, got {self.schedule!r}.")
-        if self.total_steps < 1:
-            raise UserError(f"`annealing_steps` must be at least 1, got {self.total_steps}.")
-        if not 0 <= self.final < 1 or not self.final <= self.initial <= 1:
+    def check_annealing(self) -> None:
+        """Raises UserError for settings that do not go together."""
+        if self.annealing is None and self.final_causal_ratio:
+            raise UserError("`final_causal_ratio` belongs to `annealing`; set that to 'soft' or 'stochastic'.")
+        if self.final_causal_ratio > self.initial_causal_ratio:
             raise UserError(
-                "`initial_causal_ratio` and `final_causal_ratio` must satisfy 0 <= final <= initial <= 1 and final < 1, got "
-                f"{self.initial} and {self.final}."
+                f"`final_causal_ratio` ({self.final_causal_ratio}) must not be above `initial_causal_ratio` "
+                f"({self.initial_causal_ratio})."
             )
-        if self.mode == "block" and (self.initial, self.final) != (1.0, 0.0):
+        if self.annealing == "block" and (self.initial_causal_ratio, self.final_causal_ratio) != (1.0, 0.0):
             raise UserError("`annealing`='block' grows from causal to the target; leave the causal ratios at 1 and 0.")
-        if self.schedule == "exponential" and self.decay <= 0:
-            raise UserError(f"`annealing_decay` must be above 0, got {self.decay}.")
-        if (self.schedule == "step") != bool(self.points):
+        if (self.annealing_schedule == "step") != bool(self.annealing_points):
             raise UserError(
                 "`annealing_points` belong to `annealing_schedule`='step', which needs them: [[step, share], …]."
             )
-        if any(len(point) != 2 or not 0 <= point[1] <= 1 for point in self.points or []):
-            raise UserError(f"`annealing_points` must be [step, share] pairs with shares in [0, 1], got {self.points}.")
+        if any(len(point) != 2 or not 0 <= point[1] <= 1 for point in self.annealing_points or []):
+            raise UserError(
+                f"`annealing_points` must be [step, share] pairs with shares in [0, 1], got {self.annealing_points}."
+            )
+
+
+@dataclass
+class Annealing:
+    """What the settings mean at every optimiser step, `total_steps` of which lead to the target."""
+
+    settings: AnnealingSettings
+    total_steps: int
+
+    @property
+    def grows_blocks(self) -> bool:
+        return self.settings.annealing == "block"
 
     def causal_ratio(self, step: int) -> float:
         """How causal attention still is after `step` optimiser steps."""
         if step >= self.total_steps:
-            return self.final
-        progress = step / self.total_steps
-        if self.schedule == "linear":
+            return self.settings.final_causal_ratio
+        settings, progress = self.settings, step / self.total_steps
+        if settings.annealing_schedule == "linear":
             share = 1 - progress
-        elif self.schedule == "cosine":
+        elif settings.annealing_schedule == "cosine":
             share = 0.5 * (1 + math.cos(math.pi * progress))
-        elif self.schedule == "exponential":
-            share = math.expm1(self.decay * (1 - progress)) / math.expm1(self.decay)
+        elif settings.annealing_schedule == "exponential":
+            decay = settings.annealing_decay
+            share = math.expm1(decay * (1 - progress)) / math.expm1(decay)
         else:
-            share = next((share for start, share in sorted(self.points or [], reverse=True) if step >= start), 1.0)
-        return self.final + share * (self.initial - self.final)
+            points = sorted(settings.annealing_points or [], reverse=True)
+            share = next((share for start, share in points if step >= start), 1.0)
+        final = settings.final_causal_ratio
+        return final + share * (settings.initial_causal_ratio - final)
 
     def block_length(self, step: int, target: int) -> int:
         """Blocks of 1, 2, 4, … up to `target` tokens, each length equally long; blocks of one are causal."""
@@ -99,7 +107,7 @@ class Annealing:
         return min(target, 2 ** (step * doublings // self.total_steps))
 
     def mask(self, document_ids: torch.Tensor, step: int, seed: int, longest: int) -> torch.Tensor | None:
-        """(B, L) -> (B, 1, L, L) additive mask of this step on the way to bidirectional attention; None: it is reached.
+        """(B, L) -> (B, 1, L, L) additive mask of this step towards bidirectional attention; None: it is reached.
 
         Args:
             document_ids: see `attention_masks`.
@@ -107,13 +115,13 @@ class Annealing:
             longest: length of the longest text there may be, which growing blocks end at.
         """
         ratio = self.causal_ratio(step)
-        if self.mode == "block":
+        if self.grows_blocks:
             return (
                 additive(block_causal(document_ids, self.block_length(step, longest)))
                 if step < self.total_steps
                 else None
             )
-        if self.mode == "soft" or step >= self.total_steps:
+        if self.settings.annealing == "soft" or step >= self.total_steps:
             return annealed(document_ids, ratio) if ratio else None
         return additive(stochastic(document_ids, ratio, seed, step))
 

@@ -48,6 +48,26 @@ def positions(document_ids: torch.Tensor) -> torch.Tensor:
     return count - torch.where(first, count, 0).cummax(-1).values
 
 
+def column_index(ids: torch.Tensor) -> torch.Tensor:
+    """The column of every token of a batch: (B, L) -> (B, L)."""
+    return torch.arange(ids.shape[-1], device=ids.device).expand_as(ids)
+
+
+def segments(document_ids: torch.Tensor, block_length: int | None, offset: torch.Tensor | int = 0) -> torch.Tensor:
+    """Number of the block, or without blocks of the text, that every token belongs to, counted through the row: (B, L).
+
+        document_ids   1 1 1 1 1 2 2 2 0      blocks of 2:   0 0 1 1 2 3 3 4 4      texts:   0 0 0 0 0 1 1 1 0
+
+    Args:
+        offset: by how many tokens, (B, 1), the first block of a text is shortened.
+    """
+    if block_length is None:
+        return (document_ids - 1).clamp(min=0)
+    position = positions(document_ids)
+    starts = (((position + offset) % block_length == 0) | (position == 0)) & (document_ids > 0)
+    return (starts.cumsum(-1) - 1).clamp(min=0)
+
+
 def bidirectional(document_ids: torch.Tensor) -> torch.Tensor:
     """Every token of a text sees all of it: (B, L) -> (B, L, L) bool."""
     return (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids > 0)[:, None, :]

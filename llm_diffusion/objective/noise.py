@@ -1,22 +1,13 @@
-"""The forward process: seeded noise, which tokens are masked, and which logit predicts which token.
+"""Seeded noise: times, masks, orders and replacements as a hash of (seed, step, row of the global batch, position).
 
-Noise is a hash of (seed, step, row of the global batch, position), made of integer torch operations. So it depends on
-neither device, padding, loader workers, processes nor accumulation steps, and a resumed run draws what an uninterrupted one
-would. Trade-off: a hash costs a few integer operations a token, which is nothing beside a forward. Alternative: torch
-generators, whose state must be saved, is per device, and moves with the batch shape.
-
-The convention which hidden state predicts which token is owned here too (`align_with_readout`, `readout_positions`): loss,
-likelihood and sampler all call these two.
-
-    position          0    1    2    3            own position:   hidden[i] predicts token i       (LLaDA, SDAR)
-    hidden state      h0   h1   h2   h3           right-shifted:  hidden[i-1] predicts token i     (AR read-out; Dream)
+The hash is made of integer torch operations, so noise depends on neither device, padding, loader workers, processes nor
+accumulation steps, and a resumed run draws what an uninterrupted one would.
 """
 
 from __future__ import annotations
 
 import torch
 
-IGNORE_INDEX = -100  # label of a position that is never masked and never scored
 MIN_TIME = 1e-3  # LLaDA's epsilon: times are drawn from [MIN_TIME, 1]
 
 _MASK_32 = 0xFFFFFFFF
@@ -78,14 +69,14 @@ def stratified_times(seed: int, step: int, rows: torch.Tensor, n_rows: int, low:
     return low + (high - low) * ((stratum + offset) / n_rows).clamp(max=1.0)
 
 
-def times_of_parts(times: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """One time for every part (block, packed text) of a row, spread evenly: (B,) row times, (B, L) part numbers -> (B, L).
+def times_of_segments(times: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """One time for every segment (block, packed text) of a row, spread evenly: (B,) row times, (B, L) segment numbers -> (B, L).
 
-    Part k takes the row's time plus k golden ratios, wrapped around: each alone is uniform, and neighbours differ widely.
+    Segment k takes the row's time plus k golden ratios, wrapped around: each alone is uniform, and neighbours differ widely.
 
     References: BD3LM (arXiv 2503.09573, section 5.3) for one time a block.
     """
-    unit = (times[:, None] - MIN_TIME) / (1 - MIN_TIME) + part * 0.6180339887498949
+    unit = (times[:, None] - MIN_TIME) / (1 - MIN_TIME) + segment_ids * 0.6180339887498949
     return MIN_TIME + (1 - MIN_TIME) * (unit % 1.0)
 
 
@@ -119,26 +110,28 @@ def draw_tokens(seed: int, step: int, rows: torch.Tensor, maskable: torch.Tensor
     return hash_keys(seed, step, rows[:, None], position, TOKEN_STREAM) % vocab_size
 
 
-def ranks(noise: torch.Tensor, maskable: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Place of every maskable token in its part's random order, and how many the part has, at least 1.
+def ranks(noise: torch.Tensor, maskable: torch.Tensor, segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Place of every maskable token in its segment's random order, and how many the segment has, at least 1.
 
     Args:
         noise: (B, L) below 1, independent numbers.
         maskable: (B, L) bool.
-        part: (B, L) number of the text or block of every token, rising from the left.
+        segment_ids: (B, L) number of the text or block of every token, rising from the left.
 
     Returns:
         (B, L) from 0, at tokens that are not maskable behind all others; and (B, L).
     """
     noise = noise.masked_fill(~maskable, 2.0)
-    # Sorted by part, and in each by noise; the rank of a token is its distance from the start of its part.
+    # Sorted by segment, and in each by noise; the rank of a token is its distance from the start of its segment.
     order = noise.argsort(-1)
-    order = order.gather(-1, part.gather(-1, order).argsort(dim=-1, stable=True))
-    index = torch.arange(part.shape[-1], device=part.device).expand_as(part)
-    parts = part.gather(-1, order)
+    order = order.gather(-1, segment_ids.gather(-1, order).argsort(dim=-1, stable=True))
+    index = torch.arange(segment_ids.shape[-1], device=segment_ids.device).expand_as(segment_ids)
+    parts = segment_ids.gather(-1, order)
     first = torch.nn.functional.pad(parts[:, 1:] != parts[:, :-1], (1, 0), value=True)
-    rank = torch.zeros_like(part).scatter(-1, order, index - torch.where(first, index, 0).cummax(-1).values)
-    return rank, torch.zeros_like(part).scatter_add(-1, part, maskable.long()).gather(-1, part).clamp(min=1)
+    rank = torch.zeros_like(segment_ids).scatter(-1, order, index - torch.where(first, index, 0).cummax(-1).values)
+    return rank, torch.zeros_like(segment_ids).scatter_add(-1, segment_ids, maskable.long()).gather(
+        -1, segment_ids
+    ).clamp(min=1)
 
 
 def draw_exact_mask(
@@ -147,18 +140,18 @@ def draw_exact_mask(
     rows: torch.Tensor,
     times: torch.Tensor,
     maskable: torch.Tensor,
-    part: torch.Tensor,
+    segment_ids: torch.Tensor,
     position: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks exactly k of the n maskable tokens of every part, k uniform on 1 … n: less noise than one draw a token.
+    """Masks exactly k of the n maskable tokens of every segment, k uniform on 1 … n: less noise than one draw a token.
 
     Weighted n / k it estimates the same bound, whatever the schedule, because the number of masks is all that a time decides.
 
     Args:
         rows: (B,) keys of the rows.
-        times: (B, L) times of the parts, uniform on [MIN_TIME, 1], which decide k.
+        times: (B, L) times of the segments, uniform on [MIN_TIME, 1], which decide k.
         maskable: (B, L) bool.
-        part: (B, L) number of the text or block of every token, rising from the left.
+        segment_ids: (B, L) number of the text or block of every token, rising from the left.
         position: (B, L) key of every maskable token in its row; None: its count. Rows of one key share the noise of equal ones.
 
     Returns:
@@ -167,20 +160,9 @@ def draw_exact_mask(
     References: LLaDA (arXiv 2502.09992, eq. 6).
     """
     position = maskable.long().cumsum(-1) if position is None else position
-    rank, n = ranks(uniform(seed, step, rows[:, None], position, MASK_STREAM), maskable, part)
+    rank, n = ranks(uniform(seed, step, rows[:, None], position, MASK_STREAM), maskable, segment_ids)
     k = torch.maximum(torch.ceil((times - MIN_TIME) / (1 - MIN_TIME) * n), torch.ones_like(times)).clamp(max=n)
     return maskable & (rank < k), k / n
-
-
-def align_with_readout(per_token: torch.Tensor, right_shift: bool, fill: float) -> torch.Tensor:
-    """Moves values that belong to tokens to the hidden states that predict them: (B, L) -> (B, L).
-
-    With the right-shifted read-out hidden state i holds the value of token i + 1, and the last one `fill`; token 0 has no
-    predictor.
-    """
-    if not right_shift:
-        return per_token
-    return torch.nn.functional.pad(per_token[:, 1:], (0, 1), value=fill)
 
 
 def readout_positions(positions: torch.Tensor, right_shift: bool) -> torch.Tensor:

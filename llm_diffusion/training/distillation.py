@@ -25,12 +25,9 @@ from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of
 from ..models.record import record_of
 from ..objective.attention_masks import additive, block_causal, positions
-from ..objective.noise import (
-    IGNORE_INDEX,
-    TOKEN_STREAM,
-    uniform,
-)
-from .sft_config import DiffusionSFTConfig
+from ..objective.modes import IGNORE_INDEX
+from ..objective.noise import TOKEN_STREAM, uniform
+from .config import DiffusionSFTConfig
 
 
 def check_base_stays(configs: list[PeftConfig]) -> None:

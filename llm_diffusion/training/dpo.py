@@ -31,8 +31,8 @@ from ..models.lm_head import add_row_scores
 from ..models.patching import base_of, trained_as_before
 from ..models.record import record_of, update_record
 from ..models.token_rows import train_rows_alone
-from .dpo_config import DiffusionDPOConfig
-from .preference_collator import REFERENCE_COLUMNS
+from .collator import REFERENCE_COLUMNS
+from .config import DiffusionDPOConfig
 from .preference_preparation import (
     check_columns,
     check_pairs,

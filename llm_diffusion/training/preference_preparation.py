@@ -16,24 +16,20 @@ from .. import UserError
 from ..models.conversion import convert_to_diffusion
 from ..models.patching import base_of
 from ..models.record import DiffusionRecord, record_of
-from .collator import DataCollatorForMaskedDiffusion
-from .dpo_config import DiffusionDPOConfig
-from .preference_collator import DataCollatorForDiffusionPreference
+from ..objective.forward_process import NoiseSettings
+from .collator import DataCollatorForDiffusionPreference, DataCollatorForMaskedDiffusion
+from .config import DiffusionDPOConfig
 
 
 def make_collator(
     processing_class: PreTrainedTokenizerBase, record: DiffusionRecord, args: DiffusionDPOConfig
 ) -> DataCollatorForDiffusionPreference:
     layout = DataCollatorForMaskedDiffusion(
+        record,
         pad_token_id=processing_class.pad_token_id,
-        mask_token_id=record.mask_token_id,
         eos_token_id=processing_class.eos_token_id,
-        right_shift_logits=record.right_shift_logits,
-        attention=record.attention,
-        block_length=record.block_length,
-        clean_context=record.clean_context,
+        settings=NoiseSettings(eos_tail=0, random_canvas=0.0),
         pad_to_multiple_of=args.pad_to_multiple_of,
-        time_embedding=record.time_embedding,
     )
     return DataCollatorForDiffusionPreference(layout, max_length=args.max_length)
 

@@ -20,13 +20,13 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerSta
 from .. import UserError
 from ..data.datasets import as_prompt_completion
 from ..models.attention import check_block_attention
-from ..models.conversion import CONVERSION_OPTIONS, convert_to_diffusion
+from ..models.conversion import convert_to_diffusion
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
-from ..models.record import DiffusionRecord, read_record
+from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, read_record
 from ..models.time_embedding import NAME as TIME_EMBEDDING
 from .collator import DataCollatorForMaskedDiffusion
-from .sft_config import DiffusionSFTConfig
+from .config import DiffusionSFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -126,36 +126,14 @@ def make_collator(
     max_positions: int | None = None,
 ) -> DataCollatorForMaskedDiffusion:
     return DataCollatorForMaskedDiffusion(
+        record,
         pad_token_id=processing_class.pad_token_id,
-        mask_token_id=record.mask_token_id,
         eos_token_id=processing_class.eos_token_id,
-        eos_tail=args.eos_tail,
-        random_canvas=args.random_canvas,
-        max_canvas=args.max_canvas,
-        text_tails=args.text_tails,
-        tail_token_id=record.tail_token_id,
-        eos_tail_weight=args.eos_tail_weight,
-        pad_mask_ratio=args.pad_mask_ratio,
-        pad_annealing_steps=args.pad_annealing_steps,
-        first_step_share=args.first_step_share,
-        noise_schedule=args.noise_schedule or record.noise_schedule,
-        loss_weight=args.loss_weight,
-        right_shift_logits=record.right_shift_logits,
-        attention=record.attention,
-        block_length=record.block_length,
-        clean_context=record.clean_context,
-        ar_loss_weight=args.ar_loss_weight,
-        min_mask_probability=args.min_mask_probability,
-        max_mask_probability=args.max_mask_probability,
-        exact_mask_count=args.exact_mask_count,
-        random_replacement=args.random_replacement,
+        settings=args,
         vocab_size=max(len(processing_class), record.mask_token_id + 1),
-        distillation_targets=args.distillation_targets,
-        full_mask_share=args.full_mask_share,
         max_positions=max_positions,
         pad_to_multiple_of=args.pad_to_multiple_of,
         packing=args.packing or bool(args.eval_packing),
-        time_embedding=record.time_embedding,
     )
 
 
@@ -237,14 +215,14 @@ def check_annealing(model: torch.nn.Module, record: DiffusionRecord, args: Diffu
                 f"`block_length` ({record.block_length}) is longer than `max_length` ({args.max_length}): no row would have a "
                 "second block; shorten the blocks or raise `max_length`."
             )
-        if annealing is not None and annealing.mode != "block":
-            raise UserError(f"`annealing`: block attention anneals by growing blocks, 'block', got {annealing.mode!r}.")
+        if annealing is not None and not annealing.grows_blocks:
+            raise UserError(f"`annealing`: block attention anneals by growing blocks, 'block', got {args.annealing!r}.")
     elif annealing is not None or args.packing or args.eval_packing:
         check_block_attention(model, 1, "`annealing`" if annealing is not None else "`packing`")
     kept = record.final_causal_ratio
-    if annealing is not None and record.annealed and annealing.final != kept:
+    if annealing is not None and record.annealed and args.final_causal_ratio != kept:
         raise UserError(
-            f"`final_causal_ratio`: the model was annealed to {kept}, asked for {annealing.final}; leave it so."
+            f"`final_causal_ratio`: the model was annealed to {kept}, got {args.final_causal_ratio}; leave it so."
         )
     if kept and (args.packing or args.eval_packing):
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from ..models.lm_head import scores_of_logits
-from ..objective.noise import IGNORE_INDEX
+from ..objective.modes import IGNORE_INDEX
 from ..speculative.training import draft_logits
 from .distillation import asked, head_inputs, unsaid
 

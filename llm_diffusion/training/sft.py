@@ -37,8 +37,10 @@ from ..objective.losses import (
     soft_cross_entropy,
     total_variation,
 )
-from ..objective.noise import IGNORE_INDEX, uniform
+from ..objective.modes import IGNORE_INDEX
+from ..objective.noise import uniform
 from ..speculative.training import accepted_lengths, check_drafter, ready_drafter
+from .config import DiffusionSFTConfig
 from .distillation import (
     check_base_stays,
     check_teacher,
@@ -65,7 +67,6 @@ from .preparation import (
     with_canvases,
 )
 from .scoring import Scores, score, score_drafts
-from .sft_config import DiffusionSFTConfig
 from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
@@ -290,7 +291,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         )
         if scores.teacher is not None:
             best = scores.logits.detach().argmax(-1) == scores.teacher.argmax(-1)
-            whole, b = (noisy["levels"][at] == 1) & data, self.diffusion_collator.block_length
+            whole, b = (noisy["levels"][at] == 1) & data, self.diffusion_collator.record.block_length
             b = (self._block_length() or b) if mode == "train" else b
             yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][at], whole, b)
             self._add(mode, accepted=yielded, blocks=blocks)
@@ -346,7 +347,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         finally:
             model.train(training)
         keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
-        special = collator.mask_token_id, collator.eos_token_id
+        special = collator.record.mask_token_id, collator.eos_token_id
         return with_own_words(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
 
     def _corrupt(
@@ -365,7 +366,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             block_length=self._block_length() if mode == "train" else None,
             complement=complement,
         )
-        if annealing is not None and self.diffusion_collator.attention == "bidirectional":
+        if annealing is not None and not self.diffusion_collator.record.mode.has_blocks:
             # Evaluation is at the target, as generation is.
             at = step if mode == "train" else annealing.total_steps
             mask = annealing.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
@@ -375,7 +376,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
 
     def _block_length(self) -> int | None:
         """Of this step's blocks, which may still grow; None without blocks."""
-        annealing, target = self._annealing(), self.diffusion_collator.block_length
+        annealing, target = self._annealing(), self.diffusion_collator.record.block_length
         if annealing is None or target is None:
             return target
         length = annealing.block_length(self._start["conversion_steps"] + self.state.global_step, target)
@@ -391,7 +392,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         annealing, step = self._annealing(), self._start["conversion_steps"] + self.state.global_step
         if annealing is None:
             return {}
-        if annealing.mode == "block":
+        if annealing.grows_blocks:
             return {"annealed_block_length": self._block_length() or annealing.block_length(step, self.args.max_length)}
         return {"causal_ratio": annealing.causal_ratio(step)}
 

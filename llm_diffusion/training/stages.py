@@ -31,8 +31,8 @@ from .. import UserError
 from ..models.attention import in_attention
 from ..models.patching import base_of
 from ..models.time_embedding import NAME as TIME_EMBEDDING
+from .config import DiffusionDPOConfig
 from .dpo import DiffusionDPOTrainer
-from .dpo_config import DiffusionDPOConfig
 from .sft import DiffusionSFTTrainer
 
 TRAINS = ("attention", "adapters", "everything")

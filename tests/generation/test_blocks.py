@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from collators import collator_of
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm_diffusion import (
@@ -12,8 +13,7 @@ from llm_diffusion import (
 )
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.objective.attention_masks import additive, block_decoding
-from llm_diffusion.objective.noise import IGNORE_INDEX
-from llm_diffusion.training.collator import DataCollatorForMaskedDiffusion
+from llm_diffusion.objective.modes import IGNORE_INDEX
 
 MODES = [("causal", True), ("causal", False), ("block", True), ("block", False)]
 
@@ -114,7 +114,7 @@ def test_training_forward_gives_the_logits_of_decoding(clean, shift, prompt):
     b, length = 4, 12
     model = block_model(b, clean, shift)
     ids = left_padded([length, length])["input_ids"]
-    collator = DataCollatorForMaskedDiffusion(
+    collator = collator_of(
         0,
         model.config.diffusion["mask_token_id"],
         right_shift_logits=shift,
@@ -157,7 +157,7 @@ def test_blocks_of_one_are_the_autoregressive_model():
     """With a causal clean half and the shifted read-out every token is read from clean text: the bound is the AR loss."""
     model = block_model(block_length=1)
     ids = left_padded([14, 14])["input_ids"]
-    collator = DataCollatorForMaskedDiffusion(
+    collator = collator_of(
         0, model.config.diffusion["mask_token_id"], attention="block", block_length=1, right_shift_logits=True
     )
     noisy = collator.corrupt(collator([{"input_ids": row} for row in ids.tolist()]), seed=0, step=0)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from llm_diffusion import DiffusionInference, load_diffusion_model, probe_attention
 from llm_diffusion.models.diffugpt import load_published
-from llm_diffusion.objective.noise import IGNORE_INDEX, align_with_readout
+from llm_diffusion.objective.modes import IGNORE_INDEX, align_with_readout
 
 
 def published(folder, rows=50257, weights="safetensors", mask_token=None):

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from collators import collator_of
 
 from llm_diffusion import generate
 from llm_diffusion.models.attention import patch_causal_attention
 from llm_diffusion.models.conversion import convert_to_diffusion
 from llm_diffusion.models.time_embedding import TimeEmbedding, attach
-from llm_diffusion.training.collator import DataCollatorForMaskedDiffusion
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
 BLOCKS = {"attention": "block", "block_length": 4}
@@ -80,7 +80,7 @@ def test_a_copy_embeds_with_its_own_weights(timed):
 @pytest.mark.parametrize("options", [{}, BLOCKS])
 def test_training_hands_over_the_mask_probability(options):
     settings = {"pad_token_id": 0, "mask_token_id": 500, "time_embedding": True, "noise_schedule": "cosine", **options}
-    collator = DataCollatorForMaskedDiffusion(**settings)
+    collator = collator_of(**settings)
     batch = collator([{"input_ids": list(range(3, 23))}, {"input_ids": list(range(3, 14))}])
     noisy = collator.corrupt(batch, seed=0, step=0, rows=torch.arange(2), n_rows=2)
     noise = noisy["inputs"]["timesteps"]

@@ -7,21 +7,32 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_diffusion.objective.annealing import SCHEDULES, Annealing, stochastic
+from llm_diffusion import UserError
+from llm_diffusion.objective.annealing import SCHEDULES, Annealing, AnnealingSettings, stochastic
 from llm_diffusion.objective.attention_masks import (
     additive,
     annealed,
     bidirectional,
     block_causal,
 )
+from llm_diffusion.objective.settings import check_settings
 
 ONE_TEXT = torch.ones(1, 12, dtype=torch.long)
 
 
-def way(schedule="linear", total_steps=100, mode="soft", **options):
+NAMES = {
+    "initial": "initial_causal_ratio",
+    "final": "final_causal_ratio",
+    "decay": "annealing_decay",
+    "points": "annealing_points",
+}
+
+
+def annealing(schedule="linear", total_steps=100, mode="soft", **options):
     if schedule == "step":
         options.setdefault("points", [[10, 0.8], [50, 0.25]])
-    return Annealing(mode, total_steps, schedule, **options)
+    options = {NAMES[name]: value for name, value in options.items()}
+    return Annealing(AnnealingSettings(annealing=mode, annealing_schedule=schedule, **options), total_steps)
 
 
 def attend(bias, seed=0):
@@ -43,21 +54,21 @@ def attend(bias, seed=0):
 )
 def test_schedules(schedule, formula):
     for step in range(100):
-        assert way(schedule).causal_ratio(step) == pytest.approx(formula(step / 100), abs=1e-12)
-        between = way(schedule, initial=0.9, final=0.2).causal_ratio(step)
+        assert annealing(schedule).causal_ratio(step) == pytest.approx(formula(step / 100), abs=1e-12)
+        between = annealing(schedule, initial=0.9, final=0.2).causal_ratio(step)
         assert between == pytest.approx(0.2 + 0.7 * formula(step / 100), abs=1e-12)
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(0, 300))
 def test_the_ratio_falls_from_its_start_to_its_end_and_stays(schedule, step):
-    path = way(schedule, final=0.1)
+    path = annealing(schedule, final=0.1)
     assert path.causal_ratio(0) == pytest.approx(1.0)
     assert path.causal_ratio(step) >= path.causal_ratio(step + 1)
     assert path.causal_ratio(100 + step) == 0.1
 
 
 def test_blocks_double_until_the_target():
-    path = way(mode="block", total_steps=30)
+    path = annealing(mode="block", total_steps=30)
     assert [path.block_length(step, 8) for step in (0, 9, 10, 19, 20, 29, 30, 99)] == [1, 1, 2, 2, 4, 4, 8, 8]
     assert [path.block_length(step, 6) for step in (0, 10, 20, 29, 30)] == [1, 2, 4, 4, 6]
     assert path.block_length(0, 1) == path.block_length(50, 1) == 1
@@ -65,9 +76,9 @@ def test_blocks_double_until_the_target():
 
 @pytest.mark.parametrize("mode", ["soft", "stochastic", "block"])
 def test_every_way_starts_causal_and_ends_without_a_mask(mode):
-    start = way(mode=mode).mask(ONE_TEXT, 0, seed=0, longest=12)
+    start = annealing(mode=mode).mask(ONE_TEXT, 0, seed=0, longest=12)
     torch.testing.assert_close(attend(start), attend(additive(block_causal(ONE_TEXT, 1))), atol=0, rtol=0)
-    assert way(mode=mode).mask(ONE_TEXT, 100, seed=0, longest=12) is None
+    assert annealing(mode=mode).mask(ONE_TEXT, 100, seed=0, longest=12) is None
 
 
 def test_a_soft_mask_scales_the_shares_of_the_future():
@@ -95,28 +106,31 @@ def test_stochastic_masks_open_the_future_at_the_asked_rate():
 @pytest.mark.parametrize("step", [0, 40, 99])
 def test_annealed_texts_of_a_packed_row_never_see_each_other_or_padding(mode, step):
     documents = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 0, 0]])
-    mask = way(mode=mode).mask(documents, step, seed=0, longest=16)
+    mask = annealing(mode=mode).mask(documents, step, seed=0, longest=16)
     hidden = ~bidirectional(documents)[:, None]
     assert (mask[hidden] == torch.finfo(mask.dtype).min).all()
     assert (mask[0, 0].diagonal()[:8] == 0).all()
 
 
 @pytest.mark.parametrize(
-    ("options", "match"),
+    ("options", "field"),
     [
-        ({"mode": "hard"}, "`annealing` must be one of"),
-        ({"schedule": "sudden"}, "`annealing_schedule` must be one of"),
-        ({"total_steps": 0}, "`annealing_steps` must be at least 1"),
-        ({"initial": 1.5}, "0 <= final <= initial <= 1"),
-        ({"final": 1.0}, "final < 1"),
-        ({"initial": 0.2, "final": 0.5}, "0 <= final <= initial <= 1"),
-        ({"mode": "block", "final": 0.5}, "leave the causal ratios"),
-        ({"schedule": "exponential", "decay": 0}, "`annealing_decay` must be above 0"),
-        ({"schedule": "step"}, "`annealing_points`"),
-        ({"points": [[1, 0.5]]}, "`annealing_points`"),
-        ({"schedule": "step", "points": [[1, 2.0]]}, "shares in"),
+        ({"annealing": "hard"}, "annealing"),
+        ({"annealing_schedule": "sudden"}, "annealing_schedule"),
+        ({"annealing_steps": 0}, "annealing_steps"),
+        ({"initial_causal_ratio": 1.5}, "initial_causal_ratio"),
+        ({"final_causal_ratio": 1.0}, "final_causal_ratio"),
+        ({"initial_causal_ratio": 0.2, "final_causal_ratio": 0.5}, "final_causal_ratio"),
+        ({"annealing": None, "final_causal_ratio": 0.5}, "final_causal_ratio"),
+        ({"annealing": "block", "final_causal_ratio": 0.5}, "annealing"),
+        ({"annealing_decay": 0}, "annealing_decay"),
+        ({"annealing_schedule": "step"}, "annealing_points"),
+        ({"annealing_points": [[1, 0.5]]}, "annealing_points"),
+        ({"annealing_schedule": "step", "annealing_points": [[1, 2.0]]}, "annealing_points"),
     ],
 )
-def test_bad_settings_are_named(options, match):
-    with pytest.raises(ValueError, match=match):
-        Annealing(**{"mode": "soft", "total_steps": 10, **options})
+def test_bad_settings_are_named(options, field):
+    chosen = AnnealingSettings(**{"annealing": "soft", **options})
+    with pytest.raises(UserError, match=f"`{field}`"):
+        check_settings(chosen)
+        chosen.check_annealing()

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from collators import collator_of
 from oracle import MarkovChain
 
 from llm_diffusion.objective.losses import (
@@ -17,7 +18,8 @@ from llm_diffusion.objective.losses import (
     soft_cross_entropy,
     token_nll,
 )
-from llm_diffusion.objective.noise import IGNORE_INDEX, stratified_times
+from llm_diffusion.objective.modes import IGNORE_INDEX
+from llm_diffusion.objective.noise import stratified_times
 from llm_diffusion.objective.noise_schedules import NOISE_SCHEDULES, get_noise_schedule
 from llm_diffusion.training.collator import DataCollatorForMaskedDiffusion
 
@@ -122,7 +124,7 @@ def estimates(
 ) -> torch.Tensor:
     """(B,) fp64: every row's own sum of w * nll, the oracle being the model."""
     logits = chain(noisy["inputs"]["input_ids"])
-    if collator.right_shift_logits:
+    if collator.record.right_shift_logits:
         logits = logits.roll(-1, dims=1)  # state i - 1 holds what is known of token i; nothing asks for token 0
     keep = noisy["targets"] != IGNORE_INDEX
     weights = noisy["weights"][keep]
@@ -141,7 +143,7 @@ def repeated(x: torch.Tensor, n_rows: int, prompt: int = 0) -> dict[str, torch.T
 
 
 def collator_for(schedule: str, right_shift: bool = False) -> DataCollatorForMaskedDiffusion:
-    return DataCollatorForMaskedDiffusion(
+    return collator_of(
         pad_token_id=0,
         mask_token_id=CHAIN.mask_token_id,
         noise_schedule=schedule,
@@ -165,7 +167,7 @@ def test_loss_estimates_the_exact_likelihood(schedule: str, right_shift: bool, p
 def test_uniform_weights_are_no_likelihood() -> None:
     """Guards the test above: it can tell a wrong weight from the right one."""
     collator, x = collator_for("linear"), CHAIN.sample(1, seed=1)
-    collator.loss_weight = "uniform"
+    collator.settings.loss_weight = "uniform"
     values = estimates(collator, collator.corrupt(repeated(x, 512), seed=0, step=0, rows=torch.arange(512), n_rows=512))
     exact = -CHAIN.log_prob(x).item()
     assert abs(values.mean().item() - exact) > 10 * (values.std() / 512**0.5).item()
@@ -199,7 +201,7 @@ def test_stratified_times_lower_the_variance(schedule: str, size: int) -> None:
 
 def exact_count(right_shift: bool = False) -> DataCollatorForMaskedDiffusion:
     collator = collator_for("linear", right_shift)
-    collator.exact_mask_count = True
+    collator.settings.exact_mask_count = True
     return collator
 
 
@@ -278,9 +280,14 @@ def random_order_cost(chain: MarkovChain, x: list[int]) -> float:
 def test_replaced_context_costs_what_enumeration_says() -> None:
     """With the weights as they are; and never less than the likelihood."""
     chain = MarkovChain(n_states=3, length=4, flips=0.3)
-    collator, x = collator_for("linear"), chain.sample(1, seed=1)
-    collator.mask_token_id, collator.vocab_size = chain.mask_token_id, chain.n_states + 1
-    collator.random_replacement = chain.flips
+    x = chain.sample(1, seed=1)
+    collator = collator_of(
+        mask_token_id=chain.mask_token_id,
+        noise_schedule="linear",
+        right_shift_logits=False,
+        vocab_size=chain.n_states + 1,
+    )
+    collator.settings.random_replacement = chain.flips
     noisy = collator.corrupt(repeated(x, N_ROWS), seed=0, step=0, rows=torch.arange(N_ROWS), n_rows=N_ROWS)
     values = estimates(collator, noisy, chain)
     exact, error = random_order_cost(chain, x[0].tolist()), (values.std() / N_ROWS**0.5).item()
@@ -310,7 +317,7 @@ def test_relative_error_is_one_for_nothing_and_zero_for_the_same() -> None:
 def teacher_mask(targets: str, n_rows: int = N_ROWS) -> tuple[torch.Tensor, torch.Tensor]:
     """(n,) weighted terms of a flawed student at teacher_mask tokens of different texts: with labels, with the teacher's word."""
     collator = collator_for("linear")
-    collator.distillation_targets = targets
+    collator.settings.distillation_targets = targets
     x = CHAIN.sample(n_rows, seed=3)
     batch = {"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x)}
     noisy = collator.corrupt(batch, seed=0, step=0, rows=torch.arange(n_rows), n_rows=n_rows)

@@ -9,13 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_diffusion.objective.modes import IGNORE_INDEX, align_with_readout
 from llm_diffusion.objective.noise import (
-    IGNORE_INDEX,
     MASK_STREAM,
     MIN_TIME,
     ORDER_STREAM,
     TIME_STREAM,
-    align_with_readout,
     content_keys,
     draw_exact_mask,
     draw_mask,

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from collators import collator_of
 from oracle import MarkovChain
 
 from llm_diffusion.models.lm_head import scores_of_logits
-from llm_diffusion.objective.noise import IGNORE_INDEX
-from llm_diffusion.objective.preference_noise import (
-    aligned_positions,
-    elbo_draws,
-    pair_times,
-    trajectory_draws,
-)
-from llm_diffusion.training.collator import DataCollatorForMaskedDiffusion
-from llm_diffusion.training.preference_collator import DataCollatorForDiffusionPreference
+from llm_diffusion.objective.estimators import aligned_positions, elbo_draws, pair_times, trajectory_draws
+from llm_diffusion.objective.modes import IGNORE_INDEX
+from llm_diffusion.training.collator import DataCollatorForDiffusionPreference
 from llm_diffusion.training.preference_scores import compute_diffusion_score
 
 LENGTH = 32
@@ -38,9 +33,7 @@ def as_model(chain: MarkovChain, shift: bool = False):
 
 def collator(**options) -> DataCollatorForDiffusionPreference:
     options = {"right_shift_logits": False, **options}
-    return DataCollatorForDiffusionPreference(
-        DataCollatorForMaskedDiffusion(pad_token_id=0, mask_token_id=CHAIN.mask_token_id, **options)
-    )
+    return DataCollatorForDiffusionPreference(collator_of(pad_token_id=0, mask_token_id=CHAIN.mask_token_id, **options))
 
 
 def pairs(n: int, prompt: int = 8, errors: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Parts of rows, against loops over their tokens."""
+"""Segments of rows, against loops over their tokens."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_diffusion.objective.segments import (
-    behind_first,
-    first_of,
-    nothing_to_the_right,
-    parts,
-)
+from llm_diffusion.objective.attention_masks import segments
+from llm_diffusion.objective.forward_process import behind_first, nothing_shown_behind
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 documents = st.lists(st.integers(1, 6), min_size=1, max_size=4)
@@ -23,29 +19,27 @@ def row_of(lengths: list[int], padding: int) -> torch.Tensor:
 
 @few
 @given(lengths=documents, padding=st.integers(0, 3), block=st.integers(1, 4))
-def test_parts_are_blocks_of_every_text(lengths: list[int], padding: int, block: int) -> None:
+def test_segments_are_blocks_of_every_text(lengths: list[int], padding: int, block: int) -> None:
     row, want, number = row_of(lengths, padding), [], -1
     for n in lengths:
         for place in range(n):
             number += place % block == 0
             want.append(number)
-    part = parts(row, block)
-    assert part[0].tolist() == want + [number] * padding
-    assert parts(row, None)[0].tolist() == [max(n - 1, 0) for n in row[0].tolist()]
-    starts = [i for i in range(len(want)) if i == 0 or want[i] != want[i - 1]]
-    assert first_of(part)[0].nonzero().flatten().tolist() == starts
+    ids = segments(row, block)
+    assert ids[0].tolist() == want + [number] * padding
+    assert segments(row, None)[0].tolist() == [max(n - 1, 0) for n in row[0].tolist()]
 
 
 @few
 @given(lengths=documents, marks=st.integers(0, 2**24))
-def test_what_stands_before_and_behind_in_the_same_part(lengths: list[int], marks: int) -> None:
-    part = parts(row_of(lengths, 0), None)
-    n = part.shape[1]
+def test_what_stands_before_and_behind_in_the_same_segment(lengths: list[int], marks: int) -> None:
+    ids = segments(row_of(lengths, 0), None)
+    n = ids.shape[1]
     marked = torch.tensor([[bool(marks >> i & 1) for i in range(n)]])
-    same = part[0][:, None] == part[0]
+    same = ids[0][:, None] == ids[0]
     index = torch.arange(n)
     behind = [not any(marked[0, j] and same[i, j] and j >= i for j in range(n)) for i in range(n)]
     before = [any(marked[0, j] and same[i, j] and j < i for j in range(n)) for i in range(n)]
-    assert nothing_to_the_right(marked, part)[0].tolist() == behind
-    # A part without a mark has nothing to stand behind.
-    assert behind_first(marked, part)[0].tolist() == before, index
+    assert nothing_shown_behind(marked, ids)[0].tolist() == behind
+    # A segment without a mark has nothing to stand behind.
+    assert behind_first(marked, ids)[0].tolist() == before, index

@@ -18,7 +18,7 @@ from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.models.patching import base_of
 from llm_diffusion.models.probing import probe_attention
-from llm_diffusion.objective.noise import IGNORE_INDEX
+from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.speculative.adapters import AdapterSwitch
 from llm_diffusion.speculative.training import accepted_lengths
 
@@ -109,7 +109,7 @@ def test_the_base_teaches_from_the_clean_pass(tmp_path, tokenizer, divergence) -
     rows, tokens = keep.nonzero()[:, 0], noisy["tokens"][keep]
     logits = tiny_model().eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logits = logits[rows, tokens - 1]
-    logits[:, trainer.diffusion_collator.mask_token_id] = -torch.inf
+    logits[:, trainer.diffusion_collator.record.mask_token_id] = -torch.inf
     p, q = logits.softmax(-1), trainer._score(trainer.model, noisy, with_teacher=True).logits.softmax(-1)
     want = -(p * q.log()).sum(-1) if divergence == "kl" else (p - q).clamp(min=0).sum(-1)
     assert loss.item() == pytest.approx(want.sum().item(), rel=1e-3)
@@ -147,7 +147,7 @@ def test_the_next_question_is_not_seen(tmp_path, tokenizer) -> None:
         for q in (noisy["targets"][0, :n] != IGNORE_INDEX).nonzero().flatten().tolist():
             seen = (inputs["attention_mask"][0, 0, q, :n] == 0).nonzero().flatten()
             later = inputs["position_ids"][0, seen] > noisy["tokens"][0, q]
-            assert (inputs["input_ids"][0, seen][later] == collator.mask_token_id).all()
+            assert (inputs["input_ids"][0, seen][later] == collator.record.mask_token_id).all()
             asked += 1
     assert asked > 100
 

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from collators import collator_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_diffusion.objective.noise import IGNORE_INDEX, MIN_TIME
+from llm_diffusion.objective.modes import IGNORE_INDEX
+from llm_diffusion.objective.noise import MIN_TIME
 from llm_diffusion.training.collator import DataCollatorForMaskedDiffusion
 
 PAD, MASK, EOS, NEWLINE = 0, 1, 2, 3
@@ -21,7 +23,7 @@ Row = dict[str, list[int]]
 
 
 def collator_with(**options: Any) -> DataCollatorForMaskedDiffusion:
-    return DataCollatorForMaskedDiffusion(**{"pad_token_id": PAD, "mask_token_id": MASK, "eos_token_id": EOS} | options)
+    return collator_of(**{"pad_token_id": PAD, "mask_token_id": MASK, "eos_token_id": EOS} | options)
 
 
 def answer_row(prompt: list[int], answer: list[int], after: tuple[int, ...] = (), trained_after: bool = False) -> Row:

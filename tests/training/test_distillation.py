@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from llm_diffusion.models.attention import causal_attention
 from llm_diffusion.models.loading import load_diffusion_model
-from llm_diffusion.objective.noise import IGNORE_INDEX
+from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.distillation import head_inputs, teacher_scores, with_own_words
 
 LAYOUTS = [
@@ -32,7 +32,7 @@ def test_the_teacher_is_the_base_as_it_was(tmp_path, tokenizer, settings) -> Non
     plain = tiny_model().eval()  # never converted, no adapters
     with torch.no_grad(), head_inputs(plain) as caught:
         expected = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected[..., trainer.diffusion_collator.mask_token_id] = torch.finfo(torch.float32).min
+    expected[..., trainer.diffusion_collator.record.mask_token_id] = torch.finfo(torch.float32).min
     torch.testing.assert_close(logits, expected[rows, tokens - 1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(hidden, caught[0][rows, tokens - 1], rtol=1e-4, atol=1e-4)
 
@@ -46,7 +46,7 @@ def test_texts_of_a_packed_row_are_taught_as_if_alone(tmp_path, tokenizer) -> No
     rows, tokens = (documents == 2).nonzero().unbind(-1)
     rows, tokens = rows[rows == 0], tokens[rows == 0]
     logits, _ = teacher_scores(trainer.model, trainer.model, batch, rows[1:], tokens[1:], packed=True)
-    mask = trainer.diffusion_collator.mask_token_id
+    mask = trainer.diffusion_collator.record.mask_token_id
     alone = tiny_model().eval()(input_ids=batch["input_ids"][0, tokens][None]).logits[0, :-1]
     others = [token for token in range(512) if token != mask]
     torch.testing.assert_close(logits[:, others], alone[:, others], rtol=1e-4, atol=1e-4)
@@ -67,7 +67,7 @@ def test_the_objective_is_its_formula(tmp_path, tokenizer, settings, targets) ->
     plain = tiny_model().eval()
     with torch.no_grad(), head_inputs(plain) as hidden:
         teacher = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    teacher[..., trainer.diffusion_collator.mask_token_id] = -torch.inf
+    teacher[..., trainer.diffusion_collator.record.mask_token_id] = -torch.inf
     teacher = teacher.softmax(-1)
     want, teacher_mask = 0.0, 0
     for row, place in (noisy["targets"] != IGNORE_INDEX).nonzero().tolist():
@@ -104,7 +104,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer)
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
     sums = trainer._sums["train"]
     assert sums["teacher_mask"] == sums["listened"] == len(rows)
-    masks_share = logits.softmax(-1)[:, trainer.diffusion_collator.mask_token_id]
+    masks_share = logits.softmax(-1)[:, trainer.diffusion_collator.record.mask_token_id]
     assert sums["distillation"].item() == pytest.approx(-(1 - masks_share).log().sum().item(), rel=1e-3)
 
 
@@ -153,7 +153,7 @@ def test_own_words_stand_where_another_noise_had_masks(tmp_path, tokenizer) -> N
     masked = trainer._corrupt(batch, "train", seed=trainer.args.seed + 1)["masked"]
     assert not (changed & ~(masked & own[:, None])).any()
     assert changed.sum() > 0.5 * (masked & own[:, None]).sum()  # a random student is rarely right
-    assert not (part["input_ids"] == trainer.diffusion_collator.mask_token_id).any()
+    assert not (part["input_ids"] == trainer.diffusion_collator.record.mask_token_id).any()
 
 
 def test_own_words_follow_the_students_distribution() -> None:

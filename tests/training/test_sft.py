@@ -21,8 +21,7 @@ from llm_diffusion import (
 )
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.objective.attention_masks import annealed, positions
-from llm_diffusion.objective.noise import IGNORE_INDEX
-from llm_diffusion.training.collator import _Noised
+from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.preparation import by_length
 
 
@@ -287,13 +286,13 @@ def test_metrics_are_logged(tmp_path, tokenizer):
         ({"annealing": "block", "max_length": None}, "max_length"),
         ({"annealing": "hard"}, "annealing"),
         ({"final_causal_ratio": 0.2}, "final_causal_ratio"),
-        ({"attention": "block", "annealing": "soft"}, "growing blocks"),
+        ({"attention": "block", "annealing": "soft"}, "annealing"),
         ({"loss_type": "dft"}, "loss_type"),
         ({"distillation_weight": 1.5}, "distillation_weight"),
         ({"distillation_hidden_weight": -1.0}, "distillation_hidden_weight"),
         ({"distillation_targets": "right"}, "distillation_targets"),
         ({"on_policy_share": 2.0, "distillation_weight": 1.0}, "on_policy_share"),
-        ({"on_policy_share": 0.5}, "no labels"),
+        ({"on_policy_share": 0.5}, "on_policy_share"),
         ({"random_replacement": 1.0}, "random_replacement"),
     ],
 )
@@ -508,12 +507,9 @@ def test_packed_texts_are_scored_as_if_alone(tmp_path, tokenizer, settings):
     masked = torch.zeros_like(alone["labels"], dtype=torch.bool)
     for row, mask in enumerate(got):
         masked[row, : len(mask)] = mask
-    maskable = alone["labels"] != IGNORE_INDEX
-    ones, ids = torch.ones(alone["labels"].shape), alone["input_ids"]
-    noised = _Noised(
-        ids, ids, (alone["attention_mask"] > 0).long(), maskable, masked, ones, 0 * ones, ones, maskable, masked
-    )
-    laid = collator._blocks(noised, collator.block_length) if settings else collator._whole(noised)
+    ones = torch.ones(alone["labels"].shape)
+    alone["attention_mask"] = (alone["attention_mask"] > 0).long()
+    laid = collator.process.lay_out(alone, masked, ones, ones)
     want = trainer._score(model, laid).nll
     assert len(want) == len(terms) and places.max() == 13
     torch.testing.assert_close(terms.sort().values, want.sort().values, atol=1e-4, rtol=1e-4)
@@ -692,7 +688,7 @@ def test_what_stays_of_the_causal_mask_stays_in_later_runs(tmp_path, tokenizer):
     first.train()
     model, own = first.model.eval(), first.processing_class
     assert model.config.diffusion["final_causal_ratio"] == 0.5
-    with pytest.raises(ValueError, match="`packing`: the model keeps a causal ratio of 0.5"):
+    with pytest.raises(ValueError, match="packing"):
         make(tmp_path, own, model, packing=True)
     ids = torch.arange(3, 12)[None]
     want = model(ids, attention_mask=annealed(torch.ones(1, 9, dtype=torch.long), 0.5)).logits
@@ -714,9 +710,9 @@ def test_a_model_that_was_annealed_keeps_its_target(tmp_path, tokenizer):
     first = make(tmp_path, tokenizer, annealing="soft", final_causal_ratio=0.5)
     first.train()
     model, own = first.model, first.processing_class
-    with pytest.raises(ValueError, match="`final_causal_ratio`: the model was annealed to 0.5, asked for 0.0"):
+    with pytest.raises(ValueError, match="final_causal_ratio"):
         make(tmp_path, own, model, annealing="soft")
-    with pytest.raises(ValueError, match="`packing`: the model keeps a causal ratio of 0.5"):
+    with pytest.raises(ValueError, match="packing"):
         make(tmp_path, own, model, packing=True, annealing="soft", final_causal_ratio=0.5)
 
 

@@ -14,6 +14,13 @@ from typing import Any
 from .. import UserError
 
 
+class _Declaration(dict):
+    """Metadata of a field; transformers' HfArgumentParser hands a `copy()` of it to argparse, which knows no bounds."""
+
+    def copy(self) -> dict[str, Any]:
+        return {name: self[name] for name in ("help", "choices") if name in self}
+
+
 def setting(
     default: Any,
     help: str,
@@ -26,7 +33,7 @@ def setting(
 ) -> Any:
     """A dataclass field; `above` and `below` are bounds that the value must not reach. None is a value only as the default."""
     given = {"choices": choices, "min": min, "max": max, "above": above, "below": below}
-    metadata = {"help": help, **{name: value for name, value in given.items() if value is not None}}
+    metadata = _Declaration(help=help, **{name: value for name, value in given.items() if value is not None})
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
