@@ -37,7 +37,7 @@ from .pipelines import (
     scratch_model,
 )
 from .training.callbacks import plot_loss
-from .training.preparation import clean_prompts
+from .training.rows import clean_prompts
 
 
 def trainer(

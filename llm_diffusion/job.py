@@ -52,7 +52,7 @@ from .pipelines import check_positions, scratch_model
 from .reasoning.pairs import preference_pairs
 from .training.callbacks import LogLinesCallback, plot_loss
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
-from .training.preference_preparation import check_pairs
+from .training.rows import check_pairs
 from .training.sft import DiffusionSFTTrainer
 from .training.stages import Stage, run_stages, stage_folders
 

@@ -1,0 +1,1 @@
+"""What is scored: noise, the forward process, losses, attention masks and modes; pure tensors."""

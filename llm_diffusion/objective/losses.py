@@ -3,9 +3,6 @@
     NELBO(x) = E_t E_m [ w(t) * sum over masked i of -log p(x_i | visible) ]
 
 Only masked positions are ever scored, so the functions take gathered rows: (n, V) logits and (n,) targets.
-Trade-off: terms are returned, never means, because the right denominator (maskable tokens of the whole accumulated, gathered
-batch) is known to the trainer alone. Alternative: a mean per micro-batch, which makes the gradient depend on how a batch is
-cut up.
 
 References: MDLM (arXiv 2406.07524, eq. 11), LLaDA (arXiv 2502.09992, eq. 3).
 """

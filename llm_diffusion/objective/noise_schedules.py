@@ -4,8 +4,6 @@ A schedule is the survival probability alpha(t), falling from 1 at t=0 to 0 at t
 p(t) = 1 - alpha(t), and in the negative ELBO its cross-entropy weighs w(t) = -alpha'(t) / (1 - alpha(t)).
 The NELBO does not depend on the schedule (substitute u = p(t)); only the variance of its estimate does.
 
-Trade-off: one plain function a schedule, closed forms in fp32, no classes. Alternative: `diffusers` schedulers, which carry
-state and step logic that a masked objective does not need.
 
 References: MDLM (arXiv 2406.07524, eq. 10-11), LLaDA (arXiv 2502.09992, eq. 3), SMDM (arXiv 2410.18514), DDPM (arXiv 2006.11239,
 section 4) and Improved DDPM (arXiv 2102.09672, eq. 17) for the schedules by beta.

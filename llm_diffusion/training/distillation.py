@@ -2,10 +2,8 @@
 
 1. `teacher_scores`: what the AR model expects after every clean prefix. One forward without gradients, no second copy of the model.
 2. `head_inputs`: the hidden states that reach the vocabulary, of teacher and student alike.
-3. `with_own_words`: rows in which the student's own guesses stand in place of masked text, for the teacher to judge.
+3. `with_own_tokens`: rows in which the student's own guesses stand in place of masked text, for the teacher to judge.
 
-Trade-off: the teacher knows nothing of what comes after a token, so it is asked, by default, only where the student sees nothing of it
-either (`DataCollatorForMaskedDiffusion.corrupt`). Alternative: a second, bidirectional teacher, which would have to be trained and held.
 
 References: knowledge distillation (arXiv 1503.02531), on-policy distillation (GKD, arXiv 2306.13649).
 """
@@ -46,7 +44,7 @@ def check_base_stays(configs: list[PeftConfig]) -> None:
 
 
 def check_teacher(model: torch.nn.Module, adapted: bool, converted_base: bool, args: DiffusionSFTConfig) -> None:
-    """Refuses distillation where no autoregressive model is left to listen to."""
+    """Refuses distillation where no autoregressive model is left to learn from."""
     if not args.uses_teacher:
         return
     config = base_of(model).config
@@ -66,7 +64,7 @@ def check_teacher(model: torch.nn.Module, adapted: bool, converted_base: bool, a
     if converted_base:
         raise UserError(
             "`distillation_weight` and `distillation_hidden_weight`: the weights under the adapters are converted themselves, no "
-            "autoregressive model is left to listen to; set them to 0."
+            "autoregressive model is left to learn from; set them to 0."
         )
 
 
@@ -82,7 +80,7 @@ def head_inputs(model: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def asked(like: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def positions_mask(like: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (n,) of which some may be named twice, in the noisy and in the clean half -> each once, as a mask (B, L) like `like`,
     and (n,) where in its order the answers stand."""
     wanted = torch.zeros_like(like, dtype=torch.bool)
@@ -90,7 +88,7 @@ def asked(like: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tupl
     return wanted, (wanted.flatten().cumsum(0) - 1)[rows * like.shape[1] + columns]
 
 
-def unsaid(logits: torch.Tensor, adapted: PeftModel) -> torch.Tensor:
+def without_mask_token(logits: torch.Tensor, adapted: PeftModel) -> torch.Tensor:
     """The AR model's logits (n, V), changed in place: the mask token, which it never knew, out of reach."""
     logits[:, record_of(adapted).mask_token_id] = torch.finfo(logits.dtype).min
     return logits
@@ -117,7 +115,7 @@ def teacher_scores(
         (n, V) logits, the mask token out of reach, and (n, D) inputs of the head.
     """
     ids, document_ids = part["input_ids"], part["attention_mask"]
-    wanted, place = asked(ids, rows, tokens - 1)
+    wanted, place = positions_mask(ids, rows, tokens - 1)
     inputs: dict[str, Any] = {"attention_mask": document_ids}
     if packed:
         mask = additive(block_causal(document_ids, 1), base_of(adapted).dtype)
@@ -130,10 +128,10 @@ def teacher_scores(
     finally:
         adapted.train(training)
     hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
-    return unsaid(logits[place], adapted), hidden[place]
+    return without_mask_token(logits[place], adapted), hidden[place]
 
 
-def with_own_words(
+def with_own_tokens(
     part: dict[str, Any],
     noisy: dict[str, Any],
     logits: torch.Tensor,
@@ -143,9 +141,9 @@ def with_own_words(
     mask_token_id: int,
     eos_token_id: int | None,
 ) -> dict[str, Any]:
-    """The rows, with what the student says to their masked tokens in place of these, sampled from its own distribution.
+    """The rows, with what the student predicts in place of their masked tokens, sampled from its own distribution.
 
-    Behind an end token that it says, the rest of the answer becomes end tokens, as in decoding.
+    Behind an end token among them, the rest of the answer becomes end tokens, as in decoding.
 
     Args:
         part, noisy: the rows (`input_ids`, `labels`), and what `corrupt` made of them.
@@ -156,17 +154,17 @@ def with_own_words(
     rows, _ = keep.nonzero().unbind(-1)
     tokens = noisy["tokens"][keep]
     # A token may be predicted twice, in both halves; the one that counts to the bound is the sampler's.
-    says = noisy["masked"][rows, tokens] & chosen[rows] & (noisy["weights"][keep] > 0)
+    sampled = noisy["masked"][rows, tokens] & chosen[rows] & (noisy["weights"][keep] > 0)
     seed, step, row_keys = keys
-    noise = uniform(seed, step, row_keys[rows], tokens, TOKEN_STREAM)[says]
-    logits = logits[says].float()
+    noise = uniform(seed, step, row_keys[rows], tokens, TOKEN_STREAM)[sampled]
+    logits = logits[sampled].float()
     logits[:, mask_token_id] = -torch.inf
     drawn = (logits.softmax(-1).cumsum(-1) < noise[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
     ids = part["input_ids"].clone()
-    ids[rows[says], tokens[says]] = drawn
+    ids[rows[sampled], tokens[sampled]] = drawn
     if eos_token_id is not None:
         ended, trained = torch.zeros_like(ids), part["labels"] != IGNORE_INDEX
-        ended[rows[says], tokens[says]] = (drawn == eos_token_id).long()
+        ended[rows[sampled], tokens[sampled]] = (drawn == eos_token_id).long()
         earlier = torch.where(trained, 0, ended.cumsum(-1)).cummax(-1).values  # of answers before this one
         ids = ids.masked_fill(trained & (ended.cumsum(-1) - ended > earlier), eos_token_id)
     return {**part, "input_ids": ids}

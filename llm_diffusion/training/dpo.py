@@ -1,18 +1,17 @@
 """Diffusion-DPO on TRL's `DPOTrainer`: preference optimisation whose log-probabilities are estimates of the ELBO.
 
 1. A masked-diffusion model has no log p(y | x); a score stands for it, the mean over draws of weighted log-probabilities of masked tokens.
-2. Policy and reference are asked under the same masks, and the two answers of a pair share the noise of what they have in common, so that
+2. Policy and reference see the same masks, and the two answers of a pair share the noise of what they have in common, so that
    most of the noise cancels in the difference that the loss is a function of (VRPO).
-3. The loss is the host's: all its loss types, divergences, weights and metrics read our scores where they read log-probabilities.
+3. The loss is TRL's: all its loss types, divergences, weights and metrics read our scores where they read log-probabilities.
 4. Memory of one forward: the scores are taken without gradient, the loss's slope in each is computed, and then one draw after the other
    is scored again and sent back with its slope. That is the gradient of the whole, by the chain rule.
 5. The reference is the adapters off, a frozen copy "ref" of trained adapters, or a frozen copy of a model that trains whole.
-
-Trade-off: every draw costs two forwards instead of one. Alternative: keeping the graphs of all draws.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -26,45 +25,40 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from trl import DPOTrainer
 
 from .. import UserError
-from ..models.conversion import fingerprint
+from ..models.conversion import convert_to_diffusion
 from ..models.lm_head import add_row_scores
 from ..models.patching import base_of, trained_as_before
-from ..models.record import record_of, update_record
+from ..models.record import DiffusionRecord, record_of
 from ..models.token_rows import train_rows_alone
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig
-from .preference_preparation import (
-    check_columns,
-    check_pairs,
-    complete_ref_adapter,
-    make_collator,
-    reference_of,
-)
-from .preference_scores import DiffusionScore, compute_diffusion_score, score_draw
 from .preparation import (
     converted,
+    make_preference_collator,
     no_router_loss,
     prepare_adapter,
     prepare_quantised,
 )
+from .rows import check_columns, check_pairs
+from .scoring import DiffusionScore, compute_diffusion_score, score_draw
 from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
 
 
 class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
-    """`trl.DPOTrainer` whose log-probabilities are scores of a masked-diffusion model. Arguments as the host's.
+    """`trl.DPOTrainer` whose log-probabilities are scores of a masked-diffusion model. Arguments as there.
 
     `model` may be a name (loaded by `load_diffusion_model`), a converted model, or a `PeftModel` of one. The reference is `ref_model`, a
     converted model, or without it: with a `peft_config` the model without the new adapters; of a `PeftModel` a frozen copy of its
     adapters and trained token rows; of a model that trains whole a frozen copy of it.
 
-    Metrics have the host's names: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen` and
+    Metrics have TRL's names: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen` and
     `logps/rejected` (scores in nats), `entropy`, `mean_token_accuracy`, `logits/chosen`, `logits/rejected`; and `draws`, the forwards that
     a score took.
 
     Noise is hashed from (seed, optimiser step, pair of the global batch, token); in evaluation, and with `precompute_ref_log_probs` in
-    training too, from the pair's content, so that stored scores are of the masks that the policy is asked under.
+    training too, from the pair's content, so that stored scores are of the masks that the policy sees.
 
     References: Diffusion-DPO (arXiv 2311.12908), VRPO (LLaDA 1.5, arXiv 2505.19223), DPO (arXiv 2305.18290).
 
@@ -106,17 +100,16 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
                 "'block' model."
             )
         if train_dataset is not None:
-            check_columns(train_dataset, "train")  # the host looks at the first row before it prepares any
+            check_columns(train_dataset, "train")  # TRL looks at the first row before it prepares any
         prepare_quantised(model, args)
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record)
-            update_record(model, base_fingerprint=fingerprint(base_of(model)))
         no_router_loss(model, args)
         adapted = peft_config is not None or isinstance(model, PeftModel)
         ref_model = reference_of(model, ref_model, adapted, processing_class, args)
-        for asked in filter(None, (model, ref_model)):  # now: the host may ask the reference before it returns
-            add_row_scores(asked)
-        self.diffusion_collator = make_collator(processing_class, record, args)
+        for scored in filter(None, (model, ref_model)):  # now: TRL may score the reference before it returns
+            add_row_scores(scored)
+        self.diffusion_collator = make_preference_collator(processing_class, record, args)
         self._copies_adapters = isinstance(model, PeftModel) and ref_model is None
         super().__init__(
             model=model,
@@ -133,7 +126,7 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         train_rows_alone(self.model)
 
     def _complete_reference(self) -> None:
-        """Once: what the host left out of its copy of the adapters."""
+        """Once: what TRL left out of its copy of the adapters."""
         if self._copies_adapters:
             complete_ref_adapter(self.model)
         self._copies_adapters = False
@@ -157,7 +150,7 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._complete_reference()
-        # The host's cache knows the data and the weights; these scores depend on the noise and the attention too.
+        # TRL's cache knows the data and the weights; these scores depend on the noise and the attention too.
         noise = (self.args.seed, self.args.score, self.args.draws_at(1.0), record_of(self.model))
         weights, self._precompute_model_hash = (
             self._precompute_model_hash,
@@ -191,7 +184,7 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             n_draws=self.args.draws_at(progress),
         )
 
-    def _say(self, model: torch.nn.Module, inputs: dict[str, Any]) -> DiffusionScore:
+    def _score(self, model: torch.nn.Module, inputs: dict[str, Any]) -> DiffusionScore:
         return compute_diffusion_score(model, self._draws(inputs), self._model_inputs)
 
     def compute_ref_log_probs(
@@ -199,15 +192,15 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference's scores of the chosen and the rejected answers, (B,) each."""
         with trained_as_before(self.model):
-            return super().compute_ref_log_probs(lambda **_: self._say(model, inputs), inputs)
+            return super().compute_ref_log_probs(lambda **_: self._score(model, inputs), inputs)
 
     def _trl_loss(
-        self, said: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
+        self, policy: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """TRL's loss of given scores, with its metrics."""
-        stored, self.precompute_ref_logps = self.precompute_ref_logps, True  # the reference has been asked
+        stored, self.precompute_ref_logps = self.precompute_ref_logps, True  # the reference has been scored
         try:
-            return super()._compute_loss(lambda **_: said, {**inputs, **reference}, False)
+            return super()._compute_loss(lambda **_: policy, {**inputs, **reference}, False)
         finally:
             self.precompute_ref_logps = stored
 
@@ -220,16 +213,16 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             scores = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
             reference = dict(zip(REFERENCE_COLUMNS, scores, strict=True))
         if not torch.is_grad_enabled() or self._at_once(inputs):
-            said = self._say(model, inputs)
-            loss = self._trl_loss(said, inputs, reference)
+            policy = self._score(model, inputs)
+            loss = self._trl_loss(policy, inputs, reference)
         else:
             with torch.no_grad():
-                said = self._say(model, inputs)
-            said.log_probs.requires_grad_()
-            loss = self._trl_loss(said, inputs, reference)
-            (slope,) = torch.autograd.grad(loss, said.log_probs)
-            loss = loss.detach() + self._draw_by_draw(model, inputs, slope / said.n_draws, said.n_draws)
-        self._metrics["train" if self.model.training else "eval"]["draws"].append(float(said.n_draws))
+                policy = self._score(model, inputs)
+            policy.log_probs.requires_grad_()
+            loss = self._trl_loss(policy, inputs, reference)
+            (slope,) = torch.autograd.grad(loss, policy.log_probs)
+            loss = loss.detach() + self._draw_by_draw(model, inputs, slope / policy.n_draws, policy.n_draws)
+        self._metrics["train" if self.model.training else "eval"]["draws"].append(float(policy.n_draws))
         return loss
 
     def _at_once(self, inputs: dict[str, Any]) -> bool:
@@ -245,7 +238,7 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             if number == n_draws:
                 break
             with self.accelerator.no_sync(model):
-                # As the host does with what is returned.
+                # As TRL does with what is returned.
                 scale = 1 / self.current_gradient_accumulation_steps
                 self.accelerator.backward(scale * self._share(model, noisy, slope))
         last = self._share(model, noisy, slope)
@@ -263,3 +256,69 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
         return super().prediction_step(model, inputs, True, ignore_keys)
+
+
+def reference_of(
+    model: torch.nn.Module,
+    reference: PreTrainedModel | None,
+    adapted: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DiffusionDPOConfig,
+) -> PreTrainedModel | None:
+    """The model to hand to TRL as the reference; None: adapters off, a copy of them, or scores stored before the first step."""
+    if reference is not None:
+        check_reference(reference, record_of(model))
+        return reference
+    if adapted:
+        return None
+    if args.precompute_ref_log_probs:
+        if args.fsdp:
+            raise UserError(
+                "`precompute_ref_log_probs` under FSDP needs a `ref_model`; TRL would load an unconverted one."
+            )
+        return None
+    # TRL would load the checkpoint again, which need not be converted, and has not been trained in memory.
+    return frozen_copy(model, tokenizer)
+
+
+def frozen_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A converted model of the same weights that does not train.
+
+    Built anew: trainers bind forwards to a model that keep calling it from a deep copy.
+    """
+    base = base_of(model)
+    reference = type(base)._from_config(copy.deepcopy(base.config), dtype=base.dtype)
+    convert_to_diffusion(reference, tokenizer)
+    reference.load_state_dict(base.state_dict())
+    return reference.to(base.device).requires_grad_(False).eval()
+
+
+def check_reference(reference: torch.nn.Module, record: DiffusionRecord) -> None:
+    """Refuses a reference that cannot be scored as the policy is.
+
+    Raises:
+        ValueError: not converted, with another mask token, attention or read-out.
+    """
+    theirs = record_of(reference)
+    if not theirs.converted:
+        raise UserError(
+            f"`ref_model`: {type(base_of(reference)).__name__} has no mask token and no record of a conversion; convert it with "
+            "`convert_to_diffusion`, load it with `load_diffusion_model`, or leave it out: the policy's start is the reference then."
+        )
+    for name in ("mask_token_id", "attention", "block_length", "clean_context", "right_shift_logits"):
+        if getattr(theirs, name) != getattr(record, name):
+            raise UserError(
+                f"`ref_model`: its `{name}` is {getattr(theirs, name)!r}, the policy's is {getattr(record, name)!r}."
+            )
+
+
+def complete_ref_adapter(model: PeftModel) -> None:
+    """Makes TRL's "ref" adapter what "default" is now: it leaves out trained token rows and what has no dot behind its name."""
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if "default" in (parts := name.split(".")):
+                parameters[".".join("ref" if part == "default" else part for part in parts)].copy_(parameter)
+    for name, parameter in parameters.items():
+        if "ref" in name.split("."):
+            parameter.requires_grad_(False)

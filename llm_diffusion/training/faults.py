@@ -1,7 +1,4 @@
-"""What a trainer does when a step goes wrong: memory runs out, the loss is no number, a checkpoint is cut short.
-
-Trade-off: after running out of memory, seconds are spent on tracing what would have helped. Alternative: advice without figures.
-"""
+"""What a trainer does when a step goes wrong: memory runs out, the loss is non-finite, a checkpoint is cut short."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is
 
 
 def save_bad_batch(folder: Path, step: int, seed: int, batch: dict[str, Any], loss: torch.Tensor) -> FloatingPointError:
-    """Keeps the rows that made the loss no number; the error that says so."""
+    """Keeps the rows that made the loss non-finite; the error that says so."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"bad_batch-{step}.pt"
     kept = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
@@ -36,14 +33,14 @@ def save_bad_batch(folder: Path, step: int, seed: int, batch: dict[str, Any], lo
 
 def out_of_memory(model: torch.nn.Module, args: Any, shape: torch.Size, error: Exception) -> torch.OutOfMemoryError:
     """The error with the three settings that save most, each with the GiB that a step takes then."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     try:
         now, changes = remedies(model, args, shape)
     except Exception:  # a model that cannot be traced; the error itself must come through
-        return torch.OutOfMemoryError(said)
+        return torch.OutOfMemoryError(reason)
     rows = "; ".join(f"{text} ({gib:.2f} GiB)" for text, gib in changes[:3])
     return torch.OutOfMemoryError(
-        f"{said} A step of {shape[0]} x {shape[1]} tokens takes {now:.2f} GiB by estimate (`llm-diffusion analyze`). What helps most: {rows}."
+        f"{reason} A step of {shape[0]} x {shape[1]} tokens takes {now:.2f} GiB by estimate (`llm-diffusion analyze`). What helps most: {rows}."
     )
 
 
@@ -86,7 +83,7 @@ def _single_changes(setup: TrainingSetup, args: Any) -> Iterator[tuple[str, Trai
 
 
 def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
-    """Lets `write` write a checkpoint aside, and gives it its name when it is whole; then old ones go, as many as the host would.
+    """Lets `write` write a checkpoint aside, and gives it its name when it is whole; then old ones go, as many as TRL would.
 
     A process that dies, or a disk that is full, leaves the checkpoints that were there before.
     """

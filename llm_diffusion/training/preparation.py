@@ -1,7 +1,4 @@
-"""What trainers do to models, adapters, data and batches before the first step.
-
-Trade-off: plain functions, so that every trainer is ready in the same way. Alternative: a common base class of the trainers.
-"""
+"""What trainers do to models, adapters and collators before the first step."""
 
 from __future__ import annotations
 
@@ -13,43 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 
 from .. import UserError
-from ..data.datasets import as_prompt_completion
 from ..models.attention import check_block_attention
-from ..models.conversion import convert_to_diffusion
+from ..models.conversion import convert_to_diffusion, fingerprint
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
-from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, read_record
+from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, read_record, record_of, update_record
 from ..models.time_embedding import NAME as TIME_EMBEDDING
-from .collator import DataCollatorForMaskedDiffusion
-from .config import DiffusionSFTConfig
+from ..objective.forward_process import NoiseSettings
+from ..speculative.training import check_drafter
+from .collator import DataCollatorForDiffusionPreference, DataCollatorForMaskedDiffusion
+from .config import DiffusionDPOConfig, DiffusionSFTConfig
+from .distillation import check_base_stays, check_teacher
 
 logger = logging.getLogger(__name__)
-
-
-def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:
-    """The shorter two thirds and the longer third of a batch's rows, each cut to its own longest row.
-
-    Text lengths are skewed: this saves a third or more of the padding, and changes nothing else, because noise belongs to rows
-    and losses are sums.
-    """
-    lengths = (batch["attention_mask"] > 0).sum(-1)
-    n = len(lengths)
-    if n < 3:
-        return [batch]
-    (ordered, order), parts, first = lengths.sort(stable=True), [], 2 * n // 3
-    ends = torch.stack([ordered[first - 1], ordered[-1]]).tolist()  # both by one wait for the device
-    for rows, longest in zip((order[:first], order[first:]), ends, strict=True):
-        longest = -(-longest // multiple) * multiple
-        part = {name: batch[name][rows, :longest] for name in ("input_ids", "labels", "attention_mask")}
-        if "noise_rows" in batch:
-            part |= {"noise_rows": batch["noise_rows"][rows], "n_noise_rows": batch["n_noise_rows"]}
-        parts.append(part)
-    return parts
 
 
 def converted(
@@ -90,6 +67,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
         unfit = re.compile(rf"(.*\.)?({TIME_EMBEDDING}|router|gate)(\..*)?")
         if any(unfit.fullmatch(name) for name, _ in model.named_modules()):
             peft_config.exclude_modules = unfit.pattern
+    update_record(model, base_fingerprint=fingerprint(base_of(model)))  # full training may have moved it
     return peft_config
 
 
@@ -110,28 +88,52 @@ def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
 
 
 def no_router_loss(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
-    """Turns off the load-balancing loss of mixtures of experts, which the host computes beside its own objective, not ours."""
+    """Turns off the load-balancing loss of mixtures of experts, which TRL adds to its own objective, not ours."""
     if args.router_aux_loss_coef:
         raise UserError(
-            f"`router_aux_loss_coef`={args.router_aux_loss_coef} belongs to the host's own objective; leave it out."
+            f"`router_aux_loss_coef`={args.router_aux_loss_coef} belongs to TRL's own objective; leave it out."
         )
     if hasattr(base_of(model).config.get_text_config(), "output_router_logits"):
         args.router_aux_loss_coef = 0.0
 
 
-def make_collator(
+def prepare_model(
+    model: torch.nn.Module,
     processing_class: PreTrainedTokenizerBase,
-    record: DiffusionRecord,
+    peft_config: PeftConfig | None,
     args: DiffusionSFTConfig,
-    max_positions: int | None = None,
+) -> PeftConfig | None:
+    """Checks what `DiffusionSFTTrainer` is to train, and readies it; returns the adapters' config with the rows that train too."""
+    record = record_of(model)
+    check_ar_loss(record, args)
+    check_annealing(model, record, args)
+    check_canvas(processing_class, record, args)
+    if args.tail == "pad":
+        record = update_record(model, tail_token_id=processing_class.pad_token_id)
+    prepare_quantised(model, args)
+    if peft_config is not None:
+        peft_config = prepare_adapter(model, peft_config, record)
+    adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
+    if args.uses_teacher or record.mode.drafts:
+        given = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+        check_base_stays(given + ([peft_config] if peft_config is not None else []))
+    check_teacher(model, adapted, converted_base, args)
+    check_drafter(record, adapted, converted_base, args)
+    no_router_loss(model, args)
+    return peft_config
+
+
+def make_collator(
+    processing_class: PreTrainedTokenizerBase, model: torch.nn.Module, args: DiffusionSFTConfig
 ) -> DataCollatorForMaskedDiffusion:
+    record = record_of(model)
     return DataCollatorForMaskedDiffusion(
         record,
         pad_token_id=processing_class.pad_token_id,
         eos_token_id=processing_class.eos_token_id,
         settings=args,
         vocab_size=max(len(processing_class), record.mask_token_id + 1),
-        max_positions=max_positions,
+        max_positions=getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None),
         pad_to_multiple_of=args.pad_to_multiple_of,
         packing=args.packing or bool(args.eval_packing),
     )
@@ -168,36 +170,14 @@ def check_ar_loss(record: DiffusionRecord, args: DiffusionSFTConfig) -> None:
         )
 
 
-def check_rows_left(dataset: Any, args: DiffusionSFTConfig) -> None:
-    """Refuses data that truncation has left nothing of. ValueError."""
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise UserError(
-            f"`train_dataset`: no row has a token left to train on: after truncation to `max_length`={args.max_length} every "
-            "label is -100; raise it, shorten the prompts, or look at the labels."
-        )
-
-
 def counts_before(checkpoint: Path) -> dict[str, int]:
     """Steps and tokens that the model had seen when the run that is resumed from `checkpoint` was started."""
     saved = read_record(str(checkpoint))
     done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
     return {
-        "conversion_steps": saved.conversion_steps - done,  # the host counts these steps again
+        "conversion_steps": saved.conversion_steps - done,  # transformers counts these steps again
         "training_tokens": saved.training_tokens,
     }
-
-
-def with_canvases(dataset: Any, collator: DataCollatorForMaskedDiffusion, num_proc: int | None) -> Any:
-    """Tokenised texts as canvases, so that they can be packed."""
-
-    def canvas(example: dict[str, Any]) -> dict[str, list[int]]:
-        ids, labels = collator.canvas(list(example["input_ids"]), list(example["labels"]))
-        return {"input_ids": ids, "labels": labels}
-
-    options = (
-        {"num_proc": num_proc, "desc": "Making canvases"} if isinstance(dataset, Dataset) else {}
-    )  # streams take none
-    return dataset.map(canvas, **options)
 
 
 def has_converted_weights(model: torch.nn.Module) -> bool:
@@ -207,7 +187,7 @@ def has_converted_weights(model: torch.nn.Module) -> bool:
 
 
 def check_annealing(model: torch.nn.Module, record: DiffusionRecord, args: DiffusionSFTConfig) -> None:
-    """Refuses a model that does not follow the masks on its way from causal attention."""
+    """Refuses a model that does not follow the masks of annealing or packing."""
     annealing = args.annealing_to()
     if record.mode.has_blocks:
         if args.max_length is not None and record.block_length > args.max_length:
@@ -230,22 +210,14 @@ def check_annealing(model: torch.nn.Module, record: DiffusionRecord, args: Diffu
         )
 
 
-def report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:
-    if isinstance(given, Dataset) and isinstance(kept, Dataset) and 0 < len(kept) < len(given):
-        logger.warning(
-            "%d of %d rows have nothing left to train on after truncation to `max_length`=%s and are dropped",
-            len(given) - len(kept),
-            len(given),
-            args.max_length,
-        )
-
-
-def clean_prompts(dataset: Any, split: bool) -> Any:
-    """`messages` -> prompt and completion, for one dataset or a dict of them."""
-    if isinstance(dataset, dict):
-        return {name: clean_prompts(part, split) for name, part in dataset.items()}
-    if dataset is None or "messages" not in (dataset.column_names or []):
-        return dataset
-    # The host takes any `prompt` column for prompt and completion; chats are told by `messages` alone.
-    dataset = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
-    return as_prompt_completion(dataset) if split else dataset
+def make_preference_collator(
+    processing_class: PreTrainedTokenizerBase, record: DiffusionRecord, args: DiffusionDPOConfig
+) -> DataCollatorForDiffusionPreference:
+    layout = DataCollatorForMaskedDiffusion(
+        record,
+        pad_token_id=processing_class.pad_token_id,
+        eos_token_id=processing_class.eos_token_id,
+        settings=NoiseSettings(eos_tail=0, random_canvas=0.0),
+        pad_to_multiple_of=args.pad_to_multiple_of,
+    )
+    return DataCollatorForDiffusionPreference(layout, max_length=args.max_length)

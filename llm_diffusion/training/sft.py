@@ -5,9 +5,6 @@
 3. Objective: the NELBO of LLaDA / MDLM on masked positions only; denominator: the maskable tokens of the whole optimiser step,
    over processes and accumulation, so that 1 x 8 and 8 x 1 rows give the same gradient.
 4. Noise: hashed from (seed, optimiser step, row of the global batch, position); in evaluation from the row's content.
-
-Trade-off: the least override of the host that can express this: conversion, collator, loss, saving. Alternative: an own
-training loop, which would lose PEFT, accelerate, hub and callbacks.
 """
 
 from __future__ import annotations
@@ -20,12 +17,12 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
-from ..models.conversion import fingerprint, set_final_causal_ratio
+from ..models.conversion import set_final_causal_ratio
 from ..models.lm_head import add_row_scores
 from ..models.patching import base_of
 from ..models.record import record_of, update_record
@@ -39,49 +36,36 @@ from ..objective.losses import (
 )
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
-from ..speculative.training import accepted_lengths, check_drafter, ready_drafter
+from ..speculative.training import accepted_lengths, ready_drafter
 from .config import DiffusionSFTConfig
 from .distillation import (
-    check_base_stays,
-    check_teacher,
     teacher_scores,
-    with_own_words,
+    with_own_tokens,
 )
 from .faults import out_of_memory
-from .metrics import by_level, metric_values
 from .preparation import (
-    by_length,
-    check_annealing,
-    check_ar_loss,
-    check_canvas,
-    check_rows_left,
-    clean_prompts,
     converted,
     counts_before,
-    has_converted_weights,
     make_collator,
-    no_router_loss,
-    prepare_adapter,
-    prepare_quantised,
-    report_dropped,
-    with_canvases,
+    prepare_model,
 )
-from .scoring import Scores, score, score_drafts
+from .rows import by_length, check_rows_left, clean_prompts, report_dropped, with_canvases
+from .scoring import Scores, by_level, metric_values, score, score_drafts
 from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
 
 
 class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as the host's.
+    """`trl.SFTTrainer` whose loss is the masked-diffusion NELBO. Arguments as there.
 
     `model` may be a name (loaded by `load_diffusion_model`, "tiny" included), an AR model (converted in place), a converted
     model, or a `PeftModel` of one. With a `peft_config` the mask token's embedding row is trained beside the adapters.
 
-    Logged beside the host's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
+    Logged beside TRL's metrics: `nelbo` (nats a maskable token, the canvas's end tokens among them), `perplexity_bound`,
     `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
-    `masked_entropy` (nats, of what the model says to masked tokens); with distillation `distillation_loss` and `teacher_ratio`. A drafter logs no bound, but
-    `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
+    `masked_entropy` (nats, of the predictions of masked tokens); with distillation `distillation_loss` and `teacher_ratio`. A drafter
+    logs no bound, but `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -111,27 +95,9 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         if not isinstance(args, DiffusionSFTConfig):
             raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
         model, processing_class = converted(model, processing_class, args, quantization_config)
-        record = record_of(model)
-        check_ar_loss(record, args)
-        check_annealing(model, record, args)
-        check_canvas(processing_class, record, args)
-        if args.tail == "pad":
-            record = update_record(model, tail_token_id=processing_class.pad_token_id)
-        prepare_quantised(model, args)
-        if peft_config is not None:
-            peft_config = prepare_adapter(model, peft_config, record)
-            record = update_record(
-                model, base_fingerprint=fingerprint(base_of(model))
-            )  # full training may have moved it
-        adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
-        if args.uses_teacher or record.mode.drafts:
-            given = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
-            check_base_stays(given + ([peft_config] if peft_config is not None else []))
-        check_teacher(model, adapted, converted_base, args)
-        check_drafter(record, adapted, converted_base, args)
-        no_router_loss(model, args)
-        positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-        self.diffusion_collator = make_collator(processing_class, record, args, positions)
+        peft_config = prepare_model(model, processing_class, peft_config, args)
+        self.diffusion_collator = make_collator(processing_class, model, args)
+        self._mode = self.diffusion_collator.record.mode
         split = args.completion_only_loss is not False and not args.assistant_only_loss
         super().__init__(
             model=model,
@@ -140,24 +106,23 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             eval_dataset=clean_prompts(eval_dataset, split),
             processing_class=processing_class,
             peft_config=peft_config,
-            # The host packs for its own collator only; ours takes its place below.
+            # TRL packs for its own collator only; ours takes its place below.
             data_collator=None if args.packing else self.diffusion_collator,
             **kwargs,
         )
         self.data_collator = self.diffusion_collator
-        self._drafts = record.mode.drafts
-        if self._drafts:
-            ready_drafter(self.model, record.mask_token_id, args.gradient_checkpointing)
+        if self._mode.drafts:
+            ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
         if not args.packing:
             report_dropped(train_dataset, self.train_dataset, args)
         check_rows_left(self.train_dataset, args)
-        # The host may have changed the tokenizer (`eos_token`, `chat_template_path`).
+        # TRL may have changed the tokenizer (`eos_token`, `chat_template_path`).
         self.diffusion_collator.eos_token_id = processing_class.eos_token_id
         self.diffusion_collator.pad_token_id = processing_class.pad_token_id
-        self._start = {"conversion_steps": 0, "training_tokens": 0}
+        self._start = {"conversion_steps": 0, "training_tokens": 0}  # before this run
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._tokens_seen = torch.zeros((), dtype=torch.long)
-        self._annealed = record.annealed
+        self._annealed = record_of(model).annealed
         train_rows_alone(self.model)
         add_row_scores(self.model)
 
@@ -165,13 +130,18 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         if packing:
-            # Twice through the host, which leaves tokenised rows as they are: canvases are longer or shorter than their texts.
+            # Twice through TRL, which leaves tokenised rows as they are: canvases are longer or shorter than their texts.
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
             dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
             self.diffusion_collator.eos_token_id = processing_class.eos_token_id
             dataset = with_canvases(dataset, self.diffusion_collator, args.dataset_num_proc)
         return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+    @property
+    def _conversion_step(self) -> int:
+        """Optimiser steps since the conversion: phases of one run share a seed and one annealing, so all of them count."""
+        return self._start["conversion_steps"] + self.state.global_step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         record = record_of(self.model)
@@ -196,7 +166,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         return result
 
     def _update_record(self) -> None:
-        tokens, steps = self._tokens_seen.to(self.args.device), self._start["conversion_steps"] + self.state.global_step
+        tokens, steps = self._tokens_seen.to(self.args.device), self._conversion_step
         annealing = self._annealing()
         update_record(
             self.model,
@@ -219,8 +189,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     def _items(self, batch: dict[str, Any]) -> torch.Tensor:
         """What the loss of a step is divided by, of one micro-batch."""
         maskable = batch["labels"] != IGNORE_INDEX
-        if self._drafts and self.args.normalization in ("token", "masked"):
-            return (self._corrupt(batch, "train")["targets"] != IGNORE_INDEX).sum()  # the others are never asked
+        if self._mode.drafts and self.args.normalization in ("token", "masked"):
+            return (self._corrupt(batch, "train")["targets"] != IGNORE_INDEX).sum()  # the others are never scored
         if self.args.normalization == "token":
             return maskable.sum()
         if self.args.normalization == "sequence":
@@ -232,7 +202,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As the host's; running out of memory says what helps."""
+        """As there; running out of memory says what helps."""
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
@@ -270,32 +240,15 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         if mode == "train" and self.args.on_policy_share and "noise_rows" in part:
             part, own = self._on_policy(model, part)
         noisy = self._corrupt(part, mode, complement)
-        uses_teacher = self.args.uses_teacher if mode == "train" else self._drafts
-        scores = self._score(model, noisy, with_teacher=uses_teacher)
-        at, terms, rows = scores.at, scores.nll, scores.at[0]
-        weights, extra_weights = noisy["weights"][at], noisy["extra_weights"][at]
-        data = ~own[rows]  # the student's own words are no labels
-        bound = (weights > 0) & data
+        with_teacher = self.args.uses_teacher if mode == "train" else self._mode.drafts
+        scores = self._score(model, noisy, with_teacher=with_teacher)
+        rows, data = scores.at[0], ~own[scores.at[0]]  # the student's own tokens are no labels
+        weights, extra_weights = noisy["weights"][scores.at], noisy["extra_weights"][scores.at]
+        nll = share * (scores.nll * weights * data).detach().sum()
         maskable = (part["labels"] != IGNORE_INDEX) & ~(own | noisy["first_step"])[:, None]
-        nll = share * (terms * weights * data).detach().sum()
-        self._add(
-            mode,
-            nll=nll,
-            maskable=share * maskable.sum(),
-            terms=(terms.detach() * bound).sum(),
-            right=(scores.right & bound).sum(),
-            entropy=(scores.entropy * bound).sum(),
-            scored=bound.sum(),
-            masked=share * (noisy["masked"] & maskable).sum(),
-            **by_level(terms.detach() * data, noisy["levels"][at] * data),
-        )
-        if scores.teacher is not None:
-            best = scores.logits.detach().argmax(-1) == scores.teacher.argmax(-1)
-            whole, b = (noisy["levels"][at] == 1) & data, self.diffusion_collator.record.block_length
-            b = (self._block_length() or b) if mode == "train" else b
-            yielded, blocks = accepted_lengths(best, rows, noisy["tokens"][at], whole, b)
-            self._add(mode, accepted=yielded, blocks=blocks)
-        objective = terms * data
+        self._add_scores(mode, noisy, scores, (weights > 0) & data, data)
+        self._add(mode, nll=nll, maskable=share * maskable.sum(), masked=share * (noisy["masked"] & maskable).sum())
+        objective = scores.nll * data
         if mode == "train" and scores.logits is not None:
             objective = self._distill(model, part, noisy, scores, objective, data)
         objective = objective * (weights + extra_weights)
@@ -303,6 +256,26 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             tokens = (part["labels"] != IGNORE_INDEX).sum(-1).clamp(min=1)
             objective = objective / tokens[rows]
         return nll, share * objective.sum()
+
+    def _add_scores(
+        self, mode: str, noisy: dict[str, Any], scores: Scores, bound: torch.Tensor, data: torch.Tensor
+    ) -> None:
+        """Adds to the metrics; `bound`, `data` (n,) bool: which targets count to the bound, and which are the data's."""
+        terms, levels = scores.nll.detach(), noisy["levels"][scores.at]
+        self._add(
+            mode,
+            terms=(terms * bound).sum(),
+            right=(scores.right & bound).sum(),
+            entropy=(scores.entropy * bound).sum(),
+            scored=bound.sum(),
+            **by_level(terms * data, levels * data),
+        )
+        if scores.teacher is not None:
+            agrees = scores.logits.detach().argmax(-1) == scores.teacher.argmax(-1)
+            block_length = self._block_length() if mode == "train" else self._mode.block_length
+            whole = (levels == 1) & data
+            accepted, blocks = accepted_lengths(agrees, scores.at[0], noisy["tokens"][scores.at], whole, block_length)
+            self._add(mode, accepted=accepted, blocks=blocks)
 
     def _distill(
         self,
@@ -314,29 +287,27 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         data: torch.Tensor,
     ) -> torch.Tensor:
         """The objective of every term (n,) with the AR teacher's distribution in place of its share of the labels."""
-        teacher_mask, tokens = noisy["teacher_mask"][scores.keep], noisy["tokens"][scores.keep]
-        teacher_mask &= tokens > 0
-        rows = scores.keep.nonzero()[:, 0][teacher_mask]
+        args, tokens = self.args, noisy["tokens"][scores.keep]
+        at_teacher = noisy["teacher_mask"][scores.keep] & (tokens > 0)
         if scores.teacher is not None:
-            logits, hidden = scores.teacher[teacher_mask], None
+            logits, hidden = scores.teacher[at_teacher], None
         else:
-            packed = self.diffusion_collator.packing
-            logits, hidden = teacher_scores(model, self.model, part, rows, tokens[teacher_mask], packed)
-        divergence = total_variation if self.args.distillation_divergence == "tv" else soft_cross_entropy
-        soft = divergence(scores.logits[teacher_mask], logits)
-        # Where the words are its own, the student has no other teacher.
-        share = torch.where(data[teacher_mask], self.args.distillation_weight, float(self.args.distillation_weight > 0))
-        mixed = (1 - share) * objective[teacher_mask] + share * soft
-        if self.args.distillation_hidden_weight:
-            mixed = mixed + self.args.distillation_hidden_weight * relative_error(scores.hidden[teacher_mask], hidden)
-        lost = soft.detach() - (entropy(logits) if self.args.distillation_divergence == "kl" else 0)
-        self._add("train", distillation=lost.sum(), teacher_mask=teacher_mask.sum(), listened=scores.keep.sum())
-        return objective.index_put((teacher_mask.nonzero()[:, 0],), mixed)
+            places, packed = (scores.at[0][at_teacher], tokens[at_teacher]), self.diffusion_collator.packing
+            logits, hidden = teacher_scores(model, self.model, part, *places, packed)
+        divergence = total_variation if args.distillation_divergence == "tv" else soft_cross_entropy
+        soft = divergence(scores.logits[at_teacher], logits)
+        # Where the tokens are its own, the student has no other teacher.
+        share = torch.where(data[at_teacher], args.distillation_weight, float(args.distillation_weight > 0))
+        mixed = (1 - share) * objective[at_teacher] + share * soft
+        if args.distillation_hidden_weight:
+            mixed = mixed + args.distillation_hidden_weight * relative_error(scores.hidden[at_teacher], hidden)
+        loss = soft.detach() - (entropy(logits) if args.distillation_divergence == "kl" else 0)
+        self._add("train", distillation=loss.sum(), from_teacher=at_teacher.sum(), targets=scores.keep.sum())
+        return objective.index_put((at_teacher.nonzero()[:, 0],), mixed)
 
     def _on_policy(self, model: torch.nn.Module, part: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        """The rows, some of them with the student's own words where another noise had masked them; and which, (B,)."""
-        seed = self.args.seed + 1
-        step = self._start["conversion_steps"] + self.state.global_step
+        """The rows, some of them with the student's own tokens where another noise had masked them; and which, (B,)."""
+        seed, step = self.args.seed + 1, self._conversion_step
         chosen = uniform(seed, step, part["noise_rows"]) < self.args.on_policy_share
         noisy = self._corrupt(part, "train", seed=seed)
         training = model.training
@@ -348,15 +319,14 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             model.train(training)
         keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
         special = collator.record.mask_token_id, collator.eos_token_id
-        return with_own_words(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
+        return with_own_tokens(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
 
     def _corrupt(
         self, part: dict[str, Any], mode: str, complement: bool = False, seed: int | None = None
     ) -> dict[str, Any]:
         """The rows under the noise and the attention of this step; in evaluation under fixed noise and at the target."""
         rows = part.get("noise_rows") if mode == "train" else None
-        # Phases of one run share a seed and one way from causal attention: all steps so far count.
-        step, annealing = self._start["conversion_steps"] + self.state.global_step, self._annealing()
+        step, annealing = self._conversion_step, self._annealing()
         noisy = self.diffusion_collator.corrupt(
             part,
             seed=self.args.seed if seed is None else seed,
@@ -366,7 +336,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             block_length=self._block_length() if mode == "train" else None,
             complement=complement,
         )
-        if annealing is not None and not self.diffusion_collator.record.mode.has_blocks:
+        if annealing is not None and not self._mode.has_blocks:
             # Evaluation is at the target, as generation is.
             at = step if mode == "train" else annealing.total_steps
             mask = annealing.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
@@ -376,11 +346,11 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
 
     def _block_length(self) -> int | None:
         """Of this step's blocks, which may still grow; None without blocks."""
-        annealing, target = self._annealing(), self.diffusion_collator.record.block_length
+        annealing, target = self._annealing(), self._mode.block_length
         if annealing is None or target is None:
             return target
-        length = annealing.block_length(self._start["conversion_steps"] + self.state.global_step, target)
-        return max(length, 2) if self._drafts else length  # of a block of one nothing is drafted
+        length = annealing.block_length(self._conversion_step, target)
+        return max(length, 2) if self._mode.drafts else length  # of a block of one nothing is drafted
 
     def _annealing(self) -> Annealing | None:
         if self._annealed:
@@ -389,7 +359,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
 
     def _annealing_metrics(self) -> dict[str, float]:
         """Where the model is on its way from causal attention."""
-        annealing, step = self._annealing(), self._start["conversion_steps"] + self.state.global_step
+        annealing, step = self._annealing(), self._conversion_step
         if annealing is None:
             return {}
         if annealing.grows_blocks:
@@ -397,9 +367,9 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         return {"causal_ratio": annealing.causal_ratio(step)}
 
     def _score(self, model: torch.nn.Module, noisy: dict[str, Any], with_teacher: bool = False) -> Scores:
-        """What the model says to the targets; `with_teacher` keeps its logits and hidden states."""
+        """What the model predicts at the targets; `with_teacher` keeps its logits and hidden states."""
         inputs = self._model_inputs(noisy)
-        if self._drafts:
+        if self._mode.drafts:
             return score_drafts(model, self.model, inputs, noisy, with_teacher)
         return score(model, inputs, noisy["targets"], with_teacher)
 
@@ -412,7 +382,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     def _metric_values(self, mode: str) -> dict[str, float]:
         sums = {name: self.accelerator.gather(value).sum().item() for name, value in self._sums[mode].items()}
         self._sums[mode] = {}
-        return metric_values(sums, bounded=not self._drafts)
+        return metric_values(sums, bounded=not self._mode.drafts)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
@@ -424,9 +394,9 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values = {f"{metric_key_prefix}_{name}": value for name, value in self._metric_values("eval").items()}
         output.metrics.update(values)
-        loss = f"{metric_key_prefix}_{'masked_nll' if self._drafts else 'nelbo'}"
+        loss = f"{metric_key_prefix}_{'masked_nll' if self._mode.drafts else 'nelbo'}"
         if loss in values:
-            # Over all tokens at once, so the same whatever the batch size; the host averages batches.
+            # Over all tokens at once, so the same whatever the batch size; transformers averages batches.
             output.metrics[f"{metric_key_prefix}_loss"] = values[loss]
         return output
 

@@ -1,7 +1,5 @@
 """What every trainer of ours does around its objective: noise that knows its rows, masks in the right type, saving with the record,
-checkpoints that are whole, and no step whose loss is no number.
-
-Trade-off: a mixin in front of the host's trainer, with nothing but overrides of the host. Alternative: the same methods in each.
+checkpoints that are whole, and no step with a non-finite loss.
 """
 
 from __future__ import annotations
@@ -33,16 +31,16 @@ def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts
 
 
 class DiffusionTrainerMixin:
-    """Goes before a trainer of the host in the bases of a class."""
+    """Goes before a trainer of TRL in the bases of a class."""
 
     _saving = False
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As the host's; a loss that is no number stops the run before it reaches the weights."""
+        """As there; a non-finite loss stops the run before it reaches the weights."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):  # in place of the host's filter, which hides it: one wait, as there
+        if not torch.isfinite(loss):  # in place of transformers' filter, which hides it: one wait, as there
             raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
         return loss
 
@@ -65,7 +63,7 @@ class DiffusionTrainerMixin:
         return str(Path(folder) / UNFINISHED) if self._saving else folder
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub:  # the host uploads from where it writes, in its own time
+        if self.args.push_to_hub:  # TRL uploads from where it writes, in its own time
             super()._save_checkpoint(model, trial)
             return
         folder, self._saving = Path(super()._get_output_dir(trial)), True
@@ -87,7 +85,7 @@ class DiffusionTrainerMixin:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Our card in place of the host's, whose quick start decodes from left to right."""
+        """Our card in place of TRL's, whose quick start decodes from left to right."""
         if self.is_world_process_zero():
             name = model_name or self.hub_model_id or Path(self.args.output_dir).name
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)

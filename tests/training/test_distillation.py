@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from llm_diffusion.models.attention import causal_attention
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.objective.modes import IGNORE_INDEX
-from llm_diffusion.training.distillation import head_inputs, teacher_scores, with_own_words
+from llm_diffusion.training.distillation import head_inputs, teacher_scores, with_own_tokens
 
 LAYOUTS = [
     {"attention": "bidirectional"},
@@ -103,7 +103,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(tmp_path, tokenizer)
     trainer.model.train()
     trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
     sums = trainer._sums["train"]
-    assert sums["teacher_mask"] == sums["listened"] == len(rows)
+    assert sums["from_teacher"] == sums["targets"] == len(rows)
     masks_share = logits.softmax(-1)[:, trainer.diffusion_collator.record.mask_token_id]
     assert sums["distillation"].item() == pytest.approx(-(1 - masks_share).log().sum().item(), rel=1e-3)
 
@@ -165,7 +165,7 @@ def test_own_words_follow_the_students_distribution() -> None:
     noisy = {"tokens": torch.tensor([[1, 0]]).expand(n, -1), "masked": masked, "weights": torch.ones(n, 2)}
     keep, chosen = torch.tensor([[True, False]]).expand(n, -1), torch.ones(n, dtype=torch.bool)
     rows = {"input_ids": ids, "labels": ids}
-    part = with_own_words(rows, noisy, logits, keep, chosen, (0, 0, torch.arange(n)), 4, None)
+    part = with_own_tokens(rows, noisy, logits, keep, chosen, (0, 0, torch.arange(n)), 4, None)
     assert (part["input_ids"][:, 0] == 4).all()
     share = torch.bincount(part["input_ids"][:, 1], minlength=5) / n
     torch.testing.assert_close(share[:4], logits[0, :4].softmax(-1), atol=0.03, rtol=0)
@@ -180,7 +180,7 @@ def test_an_end_token_of_its_own_ends_the_answer() -> None:
     says_end = torch.full((3, 8), -torch.inf)
     says_end[[0, 1, 2], [2, 6, 6]] = 0.0  # end at 1, a word at 2 and at 6
     noisy = {"tokens": torch.arange(7)[None], "masked": keep, "weights": torch.ones(1, 7)}
-    part = with_own_words(
+    part = with_own_tokens(
         {"input_ids": ids, "labels": labels}, noisy, says_end, keep, torch.tensor([True]), (0, 0, torch.arange(1)), 1, 2
     )
     assert part["input_ids"].tolist() == [[7, 2, 2, 2, 7, 5, 6]]

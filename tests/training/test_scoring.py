@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from llm_diffusion.training.metrics import by_level, metric_values
+from llm_diffusion.training.scoring import by_level, metric_values
 
 
 def test_thirds_of_the_noise() -> None:
@@ -24,6 +24,6 @@ def test_ratios_of_sums() -> None:
     assert "masked_nll_low_noise" not in values and "accepted_length" not in values
     assert {"nelbo", "perplexity_bound"}.isdisjoint(metric_values(sums, bounded=False))
     assert metric_values({}, bounded=True) == {}
-    assert metric_values({"maskable": 0.0, "teacher_mask": 2.0, "distillation": 1.0}, True) == {
+    assert metric_values({"maskable": 0.0, "from_teacher": 2.0, "distillation": 1.0}, True) == {
         "distillation_loss": 0.5
     }

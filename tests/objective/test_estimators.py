@@ -11,7 +11,7 @@ from llm_diffusion.models.lm_head import scores_of_logits
 from llm_diffusion.objective.estimators import aligned_positions, elbo_draws, pair_times, trajectory_draws
 from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.collator import DataCollatorForDiffusionPreference
-from llm_diffusion.training.preference_scores import compute_diffusion_score
+from llm_diffusion.training.scoring import compute_diffusion_score
 
 LENGTH = 32
 CHAIN = MarkovChain(n_states=6, length=LENGTH)
