@@ -177,22 +177,16 @@ class ForwardProcess:
         if complement:
             self._take_complement(noisy)
         # 4. weights
-        kind, document_ids = self.settings.loss_weight, noisy.document_ids
-        noisy.weights = loss_weights(kind, noisy.weights, noisy.probability, noisy.masked, document_ids)
-        tail_weight = torch.where(tail, self.settings.eos_tail_weight if training else 1.0, 1.0)
+        tail_weight = self._weigh(noisy, tail, training)
         # 5. additions
-        first_step = uniform(*noise, FIRST_STEP_STREAM) < training * self.settings.first_step_share
-        self._add_first_steps(noisy, noise, first_step, tail_weight)
+        first_step = self._add_first_steps(noisy, noise, tail_weight, training)
         noisy.hidden = noisy.masked
         if mode.drafts:
             self._draft(noisy, noise)
         if training and self.settings.random_replacement:
             self._replace(noisy, noise)
         # 6. teacher
-        noisy.teacher_mask = noisy.text
-        if self.settings.distillation_targets == "causal":
-            shown = (document_ids > 0) & ~noisy.hidden
-            noisy.teacher_mask = noisy.text & nothing_shown_behind(shown, noisy.segment_ids)
+        noisy.teacher_mask = self._teacher_mask(noisy)
         # 7. layout
         laid_out = self._lay_out(noisy, mode)
         return {**laid_out, "masked": noisy.masked, "times": times, "first_step": first_step}
@@ -267,13 +261,20 @@ class ForwardProcess:
         noisy.weights = noisy.weights * p / (1 - p).clamp(min=1e-6)
         noisy.masked, noisy.probability = noisy.maskable & ~noisy.masked, 1 - p
 
+    def _weigh(self, noisy: NoisyRows, tail: torch.Tensor, training: bool) -> torch.Tensor:
+        """Applies the loss's own weighting; returns what each token's place in text or tail weighs, (B, L)."""
+        kind, document_ids = self.settings.loss_weight, noisy.document_ids
+        noisy.weights = loss_weights(kind, noisy.weights, noisy.probability, noisy.masked, document_ids)
+        return torch.where(tail, self.settings.eos_tail_weight if training else 1.0, 1.0)
+
     def _add_first_steps(
-        self, noisy: NoisyRows, noise: tuple, first_step: torch.Tensor, tail_weight: torch.Tensor
-    ) -> None:
-        """Rows (B,) of which nothing is seen, every token weighing 1 beside the bound.
+        self, noisy: NoisyRows, noise: tuple, tail_weight: torch.Tensor, training: bool
+    ) -> torch.Tensor:
+        """Rows of which nothing is seen, every token weighing 1 beside the bound; returns which, (B,) bool.
 
         Of a text without a prompt nothing is seen behind a random place.
         """
+        first_step = uniform(*noise, FIRST_STEP_STREAM) < training * self.settings.first_step_share
         columns, real = column_index(noisy.document_ids), noisy.document_ids > 0
         whole = noisy.maskable | (columns == 0)  # a first token may have nothing to be read from
         has_prompt = ~(real <= whole).all(-1)
@@ -283,6 +284,7 @@ class ForwardProcess:
         noisy.masked = torch.where(row, unseen, noisy.masked)
         noisy.probability = torch.where(row, torch.ones_like(noisy.probability), noisy.probability)
         noisy.weights, noisy.extra_weights = noisy.weights * tail_weight * ~row, unseen * tail_weight
+        return first_step
 
     def _draft(self, noisy: NoisyRows, noise: tuple) -> None:
         """Masks as drafting meets them: most blocks whole, the first token of half of these known."""
@@ -297,6 +299,18 @@ class ForwardProcess:
         # A draft sees nothing behind its first token, neither the next question.
         behind = ~noisy.maskable & (noisy.document_ids > 0) & behind_first(noisy.maskable, noisy.segment_ids)
         noisy.hidden = noisy.masked | behind
+
+    def _teacher_mask(self, noisy: NoisyRows) -> torch.Tensor:
+        """Tokens that an autoregressive teacher can predict, (B, L) bool.
+
+        It knows p(token | all tokens before it). Averaged over the masked ones among these, that is what the model must learn where
+        it sees nothing to the right of the token; elsewhere it is biased, for the teacher knows nothing of what comes after. The
+        tail of end tokens was never text to the teacher.
+        """
+        if self.settings.distillation_targets != "causal":
+            return noisy.text
+        shown = (noisy.document_ids > 0) & ~noisy.hidden
+        return noisy.text & nothing_shown_behind(shown, noisy.segment_ids)
 
     def _replace(self, noisy: NoisyRows, noise: tuple) -> None:
         """Replaces trained tokens where they are seen, never where they are scored.
