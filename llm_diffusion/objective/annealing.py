@@ -45,7 +45,7 @@ class AnnealingSettings:
     annealing_decay: float = setting(
         5.0, "Of `exponential`: exp(-decay * progress), rescaled so that it ends without a jump.", above=0
     )
-    annealing_points: list | None = setting(
+    annealing_points: list[list] | None = setting(
         None, "Of `step`: [[step, share], …]: from that step on, this share of the distance is still to go."
     )
 
