@@ -42,7 +42,7 @@ from .distillation import (
     teacher_scores,
     with_own_tokens,
 )
-from .faults import out_of_memory
+from .out_of_memory import out_of_memory
 from .preparation import (
     converted,
     counts_before,

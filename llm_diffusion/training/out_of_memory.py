@@ -1,34 +1,17 @@
-"""What a trainer does when a step goes wrong: memory runs out, the loss is non-finite, a checkpoint is cut short."""
+"""Advice when a training step runs out of memory, by the estimate of `analysis`."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers.trainer_utils import rotate_checkpoints
 
 from ..models.memory import PAGED, ModelMemory, TrainingSetup
 from ..models.patching import base_of
 from ..models.record import record_of
-
-UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is written
-
-
-def save_bad_batch(folder: Path, step: int, seed: int, batch: dict[str, Any], loss: torch.Tensor) -> FloatingPointError:
-    """Keeps the rows that made the loss non-finite; the error that says so."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"bad_batch-{step}.pt"
-    kept = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    torch.save({"step": step, "seed": seed, "batch": kept}, file)
-    return FloatingPointError(
-        f"the loss is {loss.item()} at step {step}; the weights are as they were before it. Its rows are in {str(file)!r} "
-        "(`torch.load`). Lower `learning_rate` or `max_grad_norm`, compute in bf16 instead of fp16, or look at the rows."
-    )
 
 
 def out_of_memory(model: torch.nn.Module, args: Any, shape: torch.Size, error: Exception) -> torch.OutOfMemoryError:
@@ -80,38 +63,3 @@ def _single_changes(setup: TrainingSetup, args: Any) -> Iterator[tuple[str, Trai
         yield other[0], replace(setup, kind=other[1])
     if setup.optimizer != PAGED:
         yield f"optim -> {PAGED}", replace(setup, optimizer=PAGED)
-
-
-def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
-    """Lets `write` write a checkpoint aside, and gives it its name when it is whole; then old ones go, as many as TRL would.
-
-    A process that dies, or a disk that is full, leaves the checkpoints that were there before.
-    """
-    aside, accelerator = folder / UNFINISHED, trainer.accelerator
-    if accelerator.is_local_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        write()
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk has room again
-        raise
-    accelerator.wait_for_everyone()
-    best = trainer.state.best_model_checkpoint
-    if best is not None and Path(best).parent == aside:
-        trainer.state.best_model_checkpoint = str(folder / Path(best).name)
-        if trainer.args.should_save:
-            trainer.state.save_to_json(str(Path(best) / "trainer_state.json"))
-    if accelerator.is_local_main_process and aside.is_dir():
-        for written in aside.iterdir():
-            shutil.rmtree(folder / written.name, ignore_errors=True)
-            written.rename(folder / written.name)
-        aside.rmdir()
-    accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        rotate_checkpoints(
-            output_dir=str(folder),
-            save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
