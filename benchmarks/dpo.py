@@ -225,8 +225,7 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
         load_diffusion_model,
     )
     from llm_diffusion.data.tiny import tiny_dataset
-    from llm_diffusion.evaluation.answer_sampling import sample_answers
-    from llm_diffusion.evaluation.answers import evaluate_answers
+    from llm_diffusion.evaluation.answers import evaluate_answers, sample_answers
     from llm_diffusion.models.patching import base_of
     from llm_diffusion.reasoning.pairs import preference_pairs
     from llm_diffusion.reasoning.preference_files import pairs_from_answers

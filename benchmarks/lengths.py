@@ -24,7 +24,7 @@ from recipes import CO_LOSS, LEARNING_RATE, build, common_settings, data, lora
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.evaluation.answers import evaluate_answers
-from llm_diffusion.evaluation.ends import COLUMNS, foresee_ends, plot_ends
+from llm_diffusion.evaluation.metrics import COLUMNS, foresee_ends, plot_ends
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "canvas ends with the answer": {"eos_tail": 0, "random_canvas": 0.0},

@@ -28,8 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.evaluation.answers import evaluate_answers
-from llm_diffusion.evaluation.ends import COLUMNS, foresee_ends
-from llm_diffusion.evaluation.metrics import distinct_n
+from llm_diffusion.evaluation.metrics import COLUMNS, distinct_n, foresee_ends
 from llm_diffusion.models.conversion import convert_to_diffusion
 from llm_diffusion.pipelines import continue_from_left, nll_per_token, scratch_model
 

@@ -39,7 +39,7 @@ _PUBLIC = {
     "DiffusionGenerationConfig": "generation.config",
     "DiffusionInference": "generation.inference",
     "preference_pairs": "reasoning.pairs",
-    "evaluate": "evaluation.report",
+    "evaluate": "evaluation.evaluate",
     "log_likelihood_bound": "evaluation.likelihood",
 }
 __all__ = sorted([*_PUBLIC, "UserError"])

@@ -38,9 +38,8 @@ from .data.datasets import (
     load_splits,
 )
 from .evaluation.answers import AnswerReport, answered_by_base, evaluate_answers
-from .evaluation.callbacks import AnswersCallback
-from .evaluation.ends import foresee_ends, plot_ends
 from .evaluation.job_report import decoding, show
+from .evaluation.metrics import AnswersCallback, foresee_ends, plot_ends
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion

@@ -381,7 +381,7 @@ def prefer(
         asked = LLMJudge(judge, judge_model or "") if judge else None
         records = load_records(source, limit, seed=seed)
         if from_model is not None:
-            from .evaluation.answer_sampling import sample_answers
+            from .evaluation.answers import sample_answers
 
             inference = load_inference(from_model, settings)
             rows = sample_answers(
@@ -412,43 +412,6 @@ def prefer(
             click.echo(f"{count:6d}  {kind}")
 
 
-@cli.command()
-@click.argument("source")
-@click.argument("models", nargs=-1, required=True)
-@click.option("--limit", type=int, help="Use the first so many problems.")
-@click.option("--settings", metavar="JSON", default="{}", help="Decoding settings as JSON.")
-@click.option("--json", "json_path", metavar="FILE", help="Write scores, differences and answers to FILE.")
-def compare(source: str, models: tuple[str, ...], limit: int | None, settings: str, json_path: str | None) -> None:
-    """Exact match of converted MODELS on the problems of SOURCE, with intervals and a paired test."""
-    with one_line_errors():
-        from dataclasses import asdict
-
-        from rich.console import Console
-
-        from .evaluation.statistics import answer_problems
-        from .evaluation.statistics import compare as compare_answers
-        from .job import check_writable
-        from .reasoning.problems import load_records, read_problem
-
-        quiet_hosts()
-        if len(set(models)) < len(models):
-            raise UserError(f"`models` must differ from each other, got {list(models)}.")
-        if json_path is not None:
-            check_writable(Path(json_path).expanduser().parent, "--json")
-        problems = [read_problem(record) for record in load_records(source, limit, "test")]
-        answers = {}
-        for name in progress_bar("models")(models):
-            inference = load_inference(name, settings)
-            answers[name] = answer_problems(inference.model, inference.tokenizer, problems, **inference.settings)
-        found = compare_answers(problems, answers)
-        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-        for table in found.tables():
-            console.print(table)
-        if json_path is not None:
-            written = json.dumps({**asdict(found), "answers": answers, "settings": settings}, indent=1)
-            Path(json_path).expanduser().write_text(written + "\n")
-
-
 def progress_bar(what: str) -> Any:
     """Wraps what is gone through: a bar on a terminal, nothing in a log."""
     from rich.progress import track
@@ -457,7 +420,7 @@ def progress_bar(what: str) -> Any:
 
 
 @cli.command()
-@click.argument("model")
+@click.argument("models", nargs=-1, required=True)
 @click.option(
     "--output", "--report", metavar="DIR", default="evaluation", show_default=True, help="Folder of the report."
 )
@@ -483,16 +446,19 @@ def progress_bar(what: str) -> Any:
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API: a model there reads worked answers too.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
-def evaluate(model: str, output: str, **options: Any) -> None:
-    """Measure a converted MODEL beside its AR base: likelihood, tasks, answers, speed; one report."""
+def evaluate(models: tuple[str, ...], output: str, **options: Any) -> None:
+    """Measure converted MODELS beside the AR base of the first: likelihood, tasks, answers, speed; one report."""
     with one_line_errors():
-        from .evaluation.command import run
+        from rich.console import Console
+
+        from .evaluation.evaluate import run
         from .job import check_writable
 
         quiet_hosts()
         folder = Path(output).expanduser()
         check_writable(folder, "--output")
-        if run(model, folder, **options):
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        if run(models, folder, console, **options):
             click.echo(f"report: {folder / 'report.html'}")
 
 

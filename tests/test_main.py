@@ -380,8 +380,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("prepare-data", "{text}", "--model", "{folder}/none", "--output", "{folder}/o"), "`model`"),
         (("prepare-data", "{text}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
         (("prepare-data", "{folder}/none.txt", "--model", "tiny", "--output", "{folder}/o"), "does not exist"),
-        (("compare", "tiny", "tiny", "tiny"), "`models` must differ"),
-        (("compare", "tiny", "{folder}/none"), "`model`"),
+        (("evaluate", "tiny", "tiny", "--prompts", "tiny"), "`models` must differ"),
+        (("evaluate", "tiny", "{folder}/none", "--prompts", "tiny"), "`model`"),
     ],
 )
 def test_bad_command_line(arguments, expected, tmp_path):
@@ -528,10 +528,10 @@ def test_pairs_are_made_checked_and_compared(tmp_path, trained):
     write(Path(answers), "".join(json.dumps(row) + "\n" for row in rows))
     result = invoke("prefer", answers, "--output", second)
     assert result.exit_code == 0 and "sampled" in result.stdout
-    report = tmp_path / "report.json"
-    result = invoke("compare", "tiny", "tiny", model, "--json", str(report), *small)
+    result = invoke("evaluate", "tiny", model, "--prompts", "tiny", "--output", str(tmp_path / "out"), *small)
     assert result.exit_code == 0 and "McNemar" in result.stdout and "\x1b" not in result.stdout
-    assert json.loads(report.read_text())["differences"][0]["second"] == model
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["paired"][-1]["differences"][0]["second"] == model and len(found["samples"]) == 4
 
 
 def test_convert_runs_three_stages_and_goes_on_after_a_stop(tmp_path):

@@ -1,57 +1,84 @@
-"""Measures answers: exact match by kind of task, tokens per forward, seconds; AR base and converted model side by side.
+"""Answers of a model, measured: exact match, tokens per forward, seconds; sampled and labelled; under swept decoding settings.
 
-Trade-off: exact match against the one reference, the plainest figure there is. Alternative: a harness, for tasks whose answers
-need extracting.
+Exact match is the same text as the one reference, blanks around it ignored; what is right by other rules is counted in `statistics`.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
 from ..generation.generate import generate, generate_autoregressive
 from ..models.patching import base_of
-from .processes import dealt, gathered, in_order
+from ..models.record import record_of
+from ..reasoning.preference_files import labelled_answer
+from ..reasoning.problems import Problem, is_right, read_problem
 
 logger = logging.getLogger(__name__)
-Decode = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+
 BATCH_SIZE = 50
+LATENCY_PROMPTS = 4
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+TRAINABLE = ({"messages"}, {"text"}, {"prompt", "completion"})
 
 
-@dataclass
-class AnswerReport:
-    """Answers of one model to a list of examples.
+# -- a model over many items
 
-    Args:
-        answers: texts, in the order of the examples.
-        exact_match: percent by kind of task.
-        tokens_per_forward: answer tokens, end token included, over forward passes, mean over examples.
-        ended: whether each answer came to its end token.
-        accepted: of lossless decoding, how many verifications yielded how many tokens.
-        seconds: for all examples.
-        tokens: of every answer, its end token included.
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; training goes on as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def in_batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def place() -> tuple[int, int]:
+    """Number of this process, and how many `accelerate launch` or torchrun started."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1  # without a state, which would fix the device of every trainer made later
+    state = PartialState(cpu=not torch.accelerator.is_available())  # what a trainer has made before wins
+    return state.process_index, state.num_processes
+
+
+def over_processes(work: Callable[[list], list], items: Sequence, split: bool = True) -> list:
+    """`work(items)`, one result an item; with `split` every process works on its part and gets all results.
+
+    All processes must call this together, and each needs all weights.
     """
+    if not split or place()[1] == 1:
+        return work(list(items))
+    with PartialState().split_between_processes(list(items)) as mine:
+        return gather_object(work(mine) if mine else [])
 
-    answers: list[str] = field(default_factory=list)
-    exact_match: dict[str, float] = field(default_factory=dict)
-    tokens_per_forward: float = 0.0
-    ended: list[bool] = field(default_factory=list)
-    accepted: dict[int, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    tokens: list[int] = field(default_factory=list)
 
-    @property
-    def mean(self) -> float:
-        """Mean exact match over the kinds, percent."""
-        return sum(self.exact_match.values()) / len(self.exact_match)
+# -- prompts
 
 
 def prompt_and_reference(example: dict) -> tuple[str | list[dict], str]:
@@ -66,6 +93,26 @@ def prompt_and_reference(example: dict) -> tuple[str | list[dict], str]:
     return example["text"][:half], example["text"][half:]
 
 
+def question_of(example: dict) -> str:
+    """The text of the prompt, of a conversation its last message."""
+    prompt = prompt_and_reference(example)[0]
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def as_problem(record: dict) -> Problem:
+    """A record of any form that `problems` reads, or an example of any trainable shape."""
+    if set(record) >= {"text"} and "options" not in record:
+        prompt, reference = prompt_and_reference(record)
+        return Problem(({"role": "user", "content": prompt},), reference, "plain", reference, kind="all")
+    return read_problem(record)
+
+
+def as_example(record: dict) -> dict:
+    """A trainable shape of a record; those that have one stay as they are."""
+    trainable = any(columns <= set(record) for columns in TRAINABLE) and "options" not in record
+    return record if trainable else as_problem(record).example()
+
+
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]]) -> dict[str, torch.Tensor]:
     """Left-padded batch of prompts; conversations through the chat template."""
     ids = [
@@ -77,43 +124,31 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | l
     return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
 
 
-def answered_by_base(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_new_tokens: int = 128
-) -> Dataset:
-    """Chats whose last answers are what the AR base says itself, adapter off: what a drafter has to foresee.
+# -- answers
 
-    Args:
-        dataset: with `messages`, or `prompt` and `completion`.
-    """
-    if not {"messages", "completion"} & set(dataset.column_names):
-        raise UserError(
-            f"`answers_from_base` needs chats or prompts with completions, got the columns {dataset.column_names}."
-        )
-    rows = list(dataset)
-    report = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens)
-    for row, answer in zip(rows, report.answers, strict=True):
-        if "messages" in row:
-            row["messages"] = [*row["messages"][:-1], {"role": "assistant", "content": answer}]
-        elif isinstance(row["completion"], list):
-            row["completion"] = [{"role": "assistant", "content": answer}]
-        else:
-            row["completion"] = answer
-    # An answer that was cut off would teach a false end.
-    whole = [
-        row for row, ended, answer in zip(rows, report.ended, report.answers, strict=True) if ended and answer.strip()
-    ]
-    if len(whole) < len(rows):
-        logger.warning(
-            "%d of %d answers are not over after %d tokens and are dropped",
-            len(rows) - len(whole),
-            len(rows),
-            max_new_tokens,
-        )
-    if not whole:
-        raise UserError(
-            f"`answers_from_base`: no answer is over after {max_new_tokens} tokens; raise `generation.max_new_tokens`."
-        )
-    return Dataset.from_list(whole)
+
+@dataclass
+class AnswerReport:
+    """Answers of one model to a list of examples."""
+
+    answers: list[str] = field(default_factory=list)  # in the order of the examples
+    exact_match: dict[str, float] = field(default_factory=dict)  # percent by kind of task
+    tokens_per_forward: float = 0.0  # answer tokens, end token included, over forward passes, mean over examples
+    ended: list[bool] = field(default_factory=list)  # whether each answer came to its end token
+    accepted: dict[int, int] = field(
+        default_factory=dict
+    )  # of lossless decoding, how many verifications yielded n tokens
+    seconds: float = 0.0  # for all examples
+    tokens: list[int] = field(default_factory=list)  # of every answer, its end token included
+
+    @property
+    def mean(self) -> float:
+        """Mean exact match over the kinds, percent."""
+        return sum(self.exact_match.values()) / len(self.exact_match)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(self.tokens) / self.seconds
 
 
 def evaluate_answers(
@@ -123,48 +158,241 @@ def evaluate_answers(
     *,
     autoregressive: bool = False,
     split: bool = False,
-    **settings: object,
+    **settings: Any,
 ) -> AnswerReport:
     """Answers the prompts of `examples` and compares with their references, blanks around them ignored.
 
     Args:
         examples: dicts of a trainable shape, with an optional `kind`.
         autoregressive: decode greedily as the AR base (adapter off, causal) instead of by unmasking.
-        split: deal the examples out to all processes, each of which must call this and gets the whole report.
+        split: split the examples between all processes, each of which must call this and gets the whole report.
         settings: decoding settings.
     """
-    device, right, forwards = base_of(model).device, defaultdict(list), 0.0
-    accepted: Counter[int] = Counter()
-    mine, rows = dealt(examples, split), []  # of every answer its text, its tokens and whether it ended
+
+    def answered(mine: list[dict]) -> list[tuple]:
+        batches = in_batches(mine, BATCH_SIZE)
+        return [row for batch in batches for row in _answered(model, tokenizer, batch, autoregressive, settings)]
+
     started = time.perf_counter()
-    for start in range(0, len(mine), BATCH_SIZE):
-        batch = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in mine[start : start + BATCH_SIZE]])
-        batch = batch.to(device)
-        if autoregressive:
-            limit = settings.get("max_new_tokens", 128)
-            ids = generate_autoregressive(model, **batch, max_new_tokens=limit, do_sample=False)
-            forwards += len(ids)  # one token a forward
-        else:
-            output = generate(model, **batch, **{**settings, "return_dict_in_generate": True})
-            ids = output.sequences
-            forwards += output.tokens_per_forward.sum().item()
-            if output.accepted is not None:
-                accepted.update(output.accepted[output.accepted > 0].tolist())
-        written = ids[:, batch["input_ids"].shape[1] :]
-        ends = (written == tokenizer.eos_token_id).long()
-        tokens = (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
-        answers = tokenizer.batch_decode(written, skip_special_tokens=True)
-        rows += zip(answers, tokens, ends.any(-1).tolist(), strict=True)
-    parts = gathered((rows, forwards, accepted, time.perf_counter() - started), split)
-    rows = in_order([part[0] for part in parts])
-    for example, (answer, _, _) in zip(examples, rows, strict=True):
-        right[example.get("kind", "all")].append(answer.strip() == prompt_and_reference(example)[1].strip())
+    rows = over_processes(answered, examples, split)
+    seconds = time.perf_counter() - started
+    texts, tokens, ended, rates, accepted = zip(*rows, strict=True)
+    right = defaultdict(list)
+    for example, text in zip(examples, texts, strict=True):
+        right[example.get("kind", "all")].append(text.strip() == prompt_and_reference(example)[1].strip())
     return AnswerReport(
-        answers=[answer for answer, _, _ in rows],
+        answers=list(texts),
         exact_match={kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()},
-        tokens_per_forward=sum(part[1] for part in parts) / len(examples),
-        ended=[ended for _, _, ended in rows],
-        accepted=dict(sorted(sum((part[2] for part in parts), Counter()).items())),
-        seconds=max(part[3] for part in parts),
-        tokens=[tokens for _, tokens, _ in rows],
+        tokens_per_forward=sum(rates) / len(rates),
+        ended=list(ended),
+        accepted=dict(sorted(Counter(itertools.chain(*accepted)).items())),
+        seconds=seconds,
+        tokens=list(tokens),
     )
+
+
+def _answered(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[dict],
+    autoregressive: bool,
+    settings: dict[str, Any],
+) -> list[tuple]:
+    """Of every answer its text, its tokens, whether it ended, its tokens per forward, and what verifications yielded."""
+    inputs = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in batch]).to(base_of(model).device)
+    rates, accepted = [1.0] * len(batch), [[]] * len(batch)  # one token a forward
+    if autoregressive:
+        limit = settings.get("max_new_tokens", 128)
+        ids = generate_autoregressive(model, **inputs, max_new_tokens=limit, do_sample=False)
+    else:
+        output = generate(model, **inputs, **{**settings, "return_dict_in_generate": True})
+        ids, rates = output.sequences, output.tokens_per_forward.tolist()
+        if output.accepted is not None:
+            accepted = [row[row > 0].tolist() for row in output.accepted]
+    written = ids[:, inputs["input_ids"].shape[1] :]
+    ends = (written == tokenizer.eos_token_id).long()
+    tokens = (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return list(zip(texts, tokens, ends.any(-1).tolist(), rates, accepted, strict=True))
+
+
+def answered_by_base(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_new_tokens: int = 128
+) -> Dataset:
+    """Chats whose last answers are the AR base's own, adapter off: what a drafter has to foresee.
+
+    Args:
+        dataset: with `messages`, or `prompt` and `completion`.
+    """
+    if not {"messages", "completion"} & set(dataset.column_names):
+        raise UserError(
+            f"`answers_from_base` needs chats or prompts with completions, got the columns {dataset.column_names}."
+        )
+    rows, whole = list(dataset), []
+    report = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens)
+    for row, answer, ended in zip(rows, report.answers, report.ended, strict=True):
+        turn = {"role": "assistant", "content": answer}
+        if "messages" in row:
+            row["messages"] = [*row["messages"][:-1], turn]
+        else:
+            row["completion"] = [turn] if isinstance(row["completion"], list) else answer
+        if ended and answer.strip():  # an answer that was cut off would train a false end
+            whole.append(row)
+    if len(whole) < len(rows):
+        cut = f"{len(rows) - len(whole)} of {len(rows)}"
+        logger.warning(f"{cut} answers are not over after {max_new_tokens} tokens and are dropped")
+    if not whole:
+        raise UserError(
+            f"`answers_from_base`: no answer is over after {max_new_tokens} tokens; raise `generation.max_new_tokens`."
+        )
+    return Dataset.from_list(whole)
+
+
+def sample_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    n: int = 4,
+    seed: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+    **settings: Any,
+) -> list[dict]:
+    """`n` answers to every problem, each labelled by checking it: natural wrong answers for preference pairs.
+
+    Args:
+        progress: wraps the rounds, one answer to every problem each (a progress bar).
+        settings: decoding settings; the temperature is 0.7 unless given, and round i draws with the seed `seed` + i.
+
+    Returns:
+        rows of `labelled_answer`, the answers to one problem together.
+
+    Raises:
+        UserError: n below 1, no problem, or a temperature of 0 with more than one answer.
+    """
+    settings = {"temperature": 0.7, **settings}
+    if n < 1:
+        raise UserError(f"`samples` must be at least 1, got {n}.")
+    if not problems:
+        raise UserError("`problems` is empty; at least one is needed.")
+    if n > 1 and settings["temperature"] == 0:
+        raise UserError("`temperature` 0 gives one and the same answer; raise it, or set `samples` to 1.")
+    examples = [problem.example() for problem in problems]
+    rounds = [
+        evaluate_answers(model, tokenizer, examples, **{**settings, "seed": seed + i}).answers
+        for i in progress(range(n))
+    ]
+    return [
+        labelled_answer(problem, answer, is_right(problem, answer))
+        for problem, answers in zip(problems, zip(*rounds, strict=True), strict=True)
+        for answer in answers
+    ]
+
+
+# -- speed and quality
+
+
+@dataclass
+class Point:
+    """Speed and quality of one setting of the decoding."""
+
+    label: str
+    settings: dict[str, Any] | None  # None: the AR model's greedy decoding
+    exact_match: float  # percent, mean over the kinds of tasks
+    tokens_per_second: float  # in one batch, end tokens included
+    tokens_per_forward: float  # mean over the answers
+    first_token: float  # seconds from the call until the first token of an answer is known, median of single prompts
+    last_token: float  # … until the answer is
+    memory: int | None = None  # peak of the batch in bytes, where the device counts it (CUDA)
+    on_frontier: bool = False  # no other point is both faster and better
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first token of the one answer is known."""
+
+    def __init__(self, mask_token_id: int) -> None:
+        self.mask, self.first, self.prompt_seen = mask_token_id, None, False
+        self.started = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen and value.numel():
+            self.end()
+        self.prompt_seen = True
+
+    def put_draft(self, value: torch.Tensor) -> None:
+        if int(value[0, 0]) != self.mask:
+            self.end()
+
+    def end(self) -> None:
+        self.first = self.first or time.perf_counter() - self.started
+
+
+def grid(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """All combinations: `{"threshold": [0.5, 0.9], "block_length": [8]}` -> two settings.
+
+    Raises:
+        UserError: an axis that is no list, or has nothing on it.
+    """
+    for name, values in axes.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise UserError(f"`sweep.{name}` must be a list of values, got {values!r}.")
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def default_grid(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Thresholds; of a drafter, whose answers do not depend on them, one point."""
+    return [{}] if record_of(model).mode.drafts else grid({"threshold": THRESHOLDS})
+
+
+def measure_point(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    settings: dict[str, Any] | None,
+    longest: int,
+    label: str = "autoregressive",
+) -> Point:
+    """All prompts in one batch (tokens a second), then the first few one by one (latency).
+
+    Args:
+        settings: None: the AR model's greedy decoding, of `longest` tokens at most.
+    """
+    device = base_of(model).device
+    if cuda := device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    given = {"autoregressive": True, "max_new_tokens": longest} if settings is None else settings
+    report = evaluate_answers(model, tokenizer, examples, **given)
+    memory, times = torch.cuda.max_memory_allocated() if cuda else None, []
+    for example in examples[:LATENCY_PROMPTS]:
+        batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(device)
+        clock = _Clock(tokenizer.mask_token_id)
+        if settings is None:
+            generate_autoregressive(model, **batch, max_new_tokens=longest, do_sample=False, streamer=clock)
+        else:
+            generate(model, **batch, **settings, streamer=clock)
+        times.append((clock.first, time.perf_counter() - clock.started))
+    first, last = map(median, zip(*times, strict=True))
+    return Point(label, settings, report.mean, report.tokens_per_second, report.tokens_per_forward, first, last, memory)
+
+
+def sweep(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    settings: dict[str, Any],
+    points: Sequence[dict[str, Any]],
+    base: tuple[torch.nn.Module, PreTrainedTokenizerBase] | None = None,
+) -> list[Point]:
+    """The AR decoding of the same weights or of `base`, then every point of a grid over common `settings`.
+
+    A first round warms up and is not counted.
+    """
+    longest = settings.get("max_new_tokens", 128)
+    measure_point(model, tokenizer, examples[:1], {**settings, **points[0]}, longest)
+    found = [measure_point(*(base or (model, tokenizer)), examples, None, longest)]
+    for point in points:
+        label = ", ".join(f"{name} {value}" for name, value in point.items()) or "as set"
+        found.append(measure_point(model, tokenizer, examples, {**settings, **point}, longest, label))
+    places = [(point.exact_match, point.tokens_per_second) for point in found]
+    for point, mine in zip(found, places, strict=True):
+        point.on_frontier = not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in places)
+    return found

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import HyperParameters
 from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference
-from .calibration import denoising_trace
+from .metrics import denoising_trace
 
 
 def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""How likely a model finds a text: a bound with its standard error, and the AR model's exact figure beside it.
+"""How likely a model finds a text: an upper bound of the negative log-likelihood (the NELBO), of the AR model the exact figure.
 
-The bound is the NELBO by one of the estimators of `estimators`, of texts of any length, see `windows`.
-The standard error is of the noise alone, from independent replicates; it says nothing about the choice of texts. Noise is keyed by
-(seed, tokens of the row), so that no figure depends on batches or on the other texts; samples that drew the same mask are computed
-once, so short completions cost little.
-Trade-off: at the default of 128 samples a text costs 128 forward rows. Alternative: the evaluation loss of the trainer, one sample a text.
+The standard error, from independent replicates, is that of the noise alone. Noise is keyed by (seed, tokens of the row), so that no figure
+depends on batches or other texts; samples that drew the same mask are computed once. Windows of long texts add up by the chain rule:
+
+    text       a b c d e f g h i j     max_length 6, stride 3
+    window 1   a B C D E F             capitals are scored, the others seen
+    window 2         d e f G H I
+    window 3           e f g h i J
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -24,51 +26,93 @@ from .. import UserError
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of
 from ..models.record import record_of
-from ..objective.estimators import (
-    REPLICATES,
-    check_estimator,
-    draw,
-    share_masked,
-)
+from ..objective.estimators import REPLICATES, check_estimator, draw, share_masked
 from ..objective.losses import token_nll
 from ..objective.modes import IGNORE_INDEX, align_with_readout
 from ..objective.noise import content_keys, hash_keys
 from ..training.collator import DataCollatorForMaskedDiffusion
-from .processes import dealt, gathered
-from .windows import (
-    Row,
-    block_rows,
-    pair_row,
-    text_rows,
-    window_length,
-    windows,
-)
+from .answers import in_batches, in_eval_mode, over_processes
 
-logger = logging.getLogger(__name__)
-
-AUTOREGRESSIVE = "autoregressive"
+DEFAULT_LENGTH = 1024  # of a window, where the model can count further
 LEVELS = 10  # bins of the noise level
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens of which those from `first` on are scored, the others seen; `text` is the number of the text they belong to."""
+
+    ids: tuple[int, ...]
+    first: int
+    text: int = 0
+
+
+def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Row]:
+    """Texts, of which all but the first token is scored: it is context, as no causal model scores it."""
+    if not texts:
+        raise UserError("`texts` are empty: there is nothing to measure.")
+    rows = [Row(tuple(tokenizer(text)["input_ids"]), 1, number) for number, text in enumerate(texts)]
+    if short := [row.text for row in rows if len(row.ids) < 2]:
+        text = texts[short[0]][:40]
+        raise UserError(f"`texts`: text {short[0]} ({text!r}) is too short: of its tokens at least 2 are needed.")
+    return rows
+
+
+def pair_row(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], completion: str, number: int = 0) -> Row:
+    """A prompt (text or messages) and the completion that is scored; blanks between the two belong to the completion."""
+    if isinstance(prompt, str):
+        context = tokenizer(prompt.rstrip())["input_ids"]
+        ids = tokenizer(prompt + completion)["input_ids"]
+    else:
+        context = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = context + tokenizer(completion, add_special_tokens=False)["input_ids"]
+    first = max(len(context), 1)  # without a prompt the first token is context
+    if len(ids) <= first:
+        raise UserError(f"`completion`: {completion!r} adds no token to its prompt, so there is nothing to score.")
+    return Row(tuple(ids), first, number)
+
+
+def windows(row: Row, max_length: int, stride: int) -> list[Row]:
+    """A row cut into windows of at most `max_length` tokens; the first scores all it can, each later one at most `stride` tokens."""
+    parts, start = [], row.first
+    while start < len(row.ids):
+        end = min(start + max(max_length - start, stride), len(row.ids))
+        left = max(0, end - max_length)
+        parts.append(Row(row.ids[left:end], start - left, row.text))
+        start = end
+    return parts
+
+
+def window_length(model: torch.nn.Module, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    """Checked tokens of a window and of its scored part, by default half of it."""
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
+    length = min(limit, DEFAULT_LENGTH) if max_length is None else max_length
+    if not 2 <= length <= limit:
+        raise UserError(f"`max_length` must be from 2 to the model's {limit} positions, got {length}.")
+    stride = length // 2 if stride is None else stride
+    if not 1 <= stride < length:
+        raise UserError(f"`stride` must be from 1 to `max_length` - 1 = {length - 1}, got {stride}.")
+    return length, stride
+
+
+def block_rows(rows: Sequence[Row], block_length: int) -> list[Row]:
+    """Every block as a row of its own, behind the text before it."""
+    return [
+        Row(row.ids[: start + block_length], max(start, row.first), row.text)
+        for row in rows
+        for start in range(row.first - row.first % block_length, len(row.ids), block_length)
+    ]
 
 
 @dataclass
 class Likelihood:
-    """Upper bounds of the negative log-likelihood of texts; of an AR model the exact values.
+    """Upper bounds of the negative log-likelihood of texts; of an AR model the exact values."""
 
-    Args:
-        nats: of every text, summed over its scored tokens.
-        errors: standard errors of `nats`, of the noise alone.
-        tokens: how many were scored.
-        n_bytes: of the scored text, in UTF-8.
-        estimator: one of `ESTIMATORS`, or "autoregressive".
-        levels: mean NLL of masked tokens by the share of tokens that was masked: (share up to, nats, tokens).
-    """
-
-    nats: list[float]
-    errors: list[float]
-    tokens: list[int]
-    n_bytes: list[int] = field(default_factory=list)
-    estimator: str = AUTOREGRESSIVE
-    levels: list[tuple[float, float, int]] = field(default_factory=list)
+    nats: list[float]  # of every text, summed over its scored tokens
+    errors: list[float]  # standard errors of `nats`, of the noise alone
+    tokens: list[int]  # how many were scored
+    n_bytes: list[int] = field(default_factory=list)  # of the scored text, in UTF-8
+    estimator: str = "autoregressive"  # or one of `ESTIMATORS`
+    levels: list[tuple[float, float, int]] = field(default_factory=list)  # share masked up to, mean NLL, masked tokens
 
     @property
     def nats_per_token(self) -> float:
@@ -89,25 +133,25 @@ class Likelihood:
 
     def summary(self) -> dict[str, float | str | int]:
         """The figures of all texts together."""
-        return {
-            "estimator": self.estimator,
-            "texts": len(self.nats),
-            "tokens": sum(self.tokens),
-            "nats_per_token": self.nats_per_token,
-            "standard_error": self.standard_error,
-            "bits_per_byte": self.bits_per_byte,
-            "perplexity_bound": self.perplexity_bound,
-        }
+        sums = {"estimator": self.estimator, "texts": len(self.nats), "tokens": sum(self.tokens)}
+        means = ("nats_per_token", "standard_error", "bits_per_byte", "perplexity_bound")
+        return sums | {name: getattr(self, name) for name in means}
 
 
-# -- scoring
+def _by_text(rows: Sequence[Row], nats: Sequence[float], variances: Sequence[float]) -> Likelihood:
+    """Sums over the rows of every text."""
+    sums = torch.zeros(1 + max(row.text for row in rows), 3, dtype=torch.float64)
+    for row, *figures in zip(rows, nats, variances, strict=True):
+        sums[row.text] += torch.tensor([*figures, len(row.ids) - row.first], dtype=torch.float64)
+    return Likelihood(sums[:, 0].tolist(), sums[:, 1].sqrt().tolist(), sums[:, 2].long().tolist())
 
 
 @dataclass(frozen=True)
 class _Mask:
     """One mask of a row, and the samples that drew it."""
 
-    row: int
+    number: int  # of the row
+    row: Row
     masked: torch.Tensor  # (n,) bool, of the scored tokens
     level: torch.Tensor  # (L,) share of its part that is masked
     weights: torch.Tensor  # (k, n) of the k samples
@@ -116,52 +160,40 @@ class _Mask:
 
 
 def _masks(
-    rows: Sequence[Row], numbers: Sequence[int], block_length: int | None, clean_first: bool, settings: dict
+    number: int, row: Row, occurrence: int, block_length: int | None, clean_first: bool, draws: dict
 ) -> Iterator[_Mask]:
-    """The distinct masks of some rows.
+    """The distinct masks of a row.
 
     Args:
-        numbers: of the rows, in the order wanted.
-        clean_first: whether the first token of a block is read from the clean text before it, so that it comes first in every order
-            and is never masked: this is the tightest of the model's bounds, as no other order tells it more.
+        occurrence: the n-th row of the same content has noise of its own.
+        clean_first: the first token of a block is read from the clean text before it, so it is never masked: the model's tightest bound.
     """
-    occurrence, seen = [], Counter()
-    for row in rows:  # the n-th row of the same content has noise of its own
-        occurrence.append(seen[row.ids, row.first])
-        seen[row.ids, row.first] += 1
-    for i in numbers:
-        ids = torch.tensor(rows[i].ids)
-        content = content_keys(ids[None], torch.ones_like(ids)[None])
-        key = int(hash_keys(content, rows[i].first, occurrence[i]))
-        whole = torch.arange(len(ids)) // (block_length or len(ids))
-        part = whole[rows[i].first :]
-        asked = torch.ones(len(part), dtype=torch.bool)
-        if clean_first:
-            asked = torch.arange(rows[i].first, len(ids)) % block_length != 0
-        drawn, weights = draw(part[asked], key, **settings)
-        masked = torch.zeros(len(drawn), len(part), dtype=torch.bool)
-        masked[:, asked] = drawn
-        weights = torch.zeros(masked.shape, dtype=torch.float64).masked_scatter(asked.expand_as(masked), weights)
-        distinct, which = masked.unique(dim=0, return_inverse=True)
-        levels = share_masked(distinct, part, whole)
-        by_mask = which.argsort().split(which.bincount().tolist())
-        for mask, level, samples in zip(distinct, levels, by_mask, strict=True):
-            yield _Mask(i, mask, level, weights[samples], samples, len(masked))
+    ids, position = torch.tensor(row.ids), torch.arange(len(row.ids))
+    key = int(hash_keys(content_keys(ids[None], torch.ones_like(ids)[None]), row.first, occurrence))
+    whole = position // (block_length or len(ids))
+    part, maskable = whole[row.first :], torch.ones(len(ids) - row.first, dtype=torch.bool)
+    if clean_first:
+        maskable = position[row.first :] % block_length != 0
+    drawn, drawn_weights = draw(part[maskable], key, **draws)
+    masked = torch.zeros(len(drawn), len(part), dtype=torch.bool)
+    weights = torch.zeros(masked.shape, dtype=torch.float64)
+    masked[:, maskable], weights[:, maskable] = drawn, drawn_weights
+    distinct, which = masked.unique(dim=0, return_inverse=True)
+    levels = share_masked(distinct, part, whole)
+    by_mask = which.argsort().split(which.bincount().tolist())
+    for mask, level, samples in zip(distinct, levels, by_mask, strict=True):
+        yield _Mask(number, row, mask, level, weights[samples], samples, len(masked))
 
 
-def _longest_first(rows: Sequence[Row]) -> list[int]:
-    return sorted(range(len(rows)), key=lambda i: -len(rows[i].ids))
+def is_diffusion(model: torch.nn.Module) -> bool:
+    """Whether the model fills masks itself: it has a mask token, and does not draft for its base."""
+    record = record_of(model)
+    return record.converted and not record.mode.drafts
 
 
 def plain_collator(model: torch.nn.Module) -> DataCollatorForMaskedDiffusion:
     """Lays rows out as the model was converted, and adds nothing to them."""
-    return DataCollatorForMaskedDiffusion(record_of(model), pad_token_id=0)  # hidden by the attention mask
-
-
-def in_batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    while batch := list(itertools.islice(items, size)):
-        yield batch
+    return DataCollatorForMaskedDiffusion(record_of(model), pad_token_id=0)  # padding is hidden by the attention mask
 
 
 def padded(rows: Sequence[Row], collator: DataCollatorForMaskedDiffusion) -> dict[str, torch.Tensor]:
@@ -181,17 +213,16 @@ def kept_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: t
 
 
 def _terms(
-    model: torch.nn.Module, collator: DataCollatorForMaskedDiffusion, rows: Sequence[Row], batch: list[_Mask]
+    model: torch.nn.Module, collator: DataCollatorForMaskedDiffusion, batch: list[_Mask]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Of every mask the NLL of its row's scored tokens (n,) fp64, 0 where nothing was asked, and their levels (n,), 0 on clean text."""
-    mine, device = [rows[item.row] for item in batch], base_of(model).device
-    numbers = sorted({item.row for item in batch})
-    copies = torch.tensor([numbers.index(item.row) for item in batch])
-    clean = {name: value[copies] for name, value in padded([rows[i] for i in numbers], collator).items()}
+    """Of every mask the NLL of its row's scored tokens (n,) fp64, 0 where none was predicted, and their levels (n,), 0 on clean text."""
+    device, rows = base_of(model).device, {mask.number: mask.row for mask in batch}
+    copies = torch.tensor([list(rows).index(mask.number) for mask in batch])
+    clean = {name: value[copies] for name, value in padded(list(rows.values()), collator).items()}
     masked, levels = torch.zeros_like(clean["input_ids"], dtype=torch.bool), torch.zeros(clean["input_ids"].shape)
-    for number, (item, row) in enumerate(zip(batch, mine, strict=True)):
-        masked[number, row.first : len(row.ids)] = item.masked
-        levels[number, : len(row.ids)] = item.level
+    for i, mask in enumerate(batch):
+        masked[i, mask.row.first : len(mask.row.ids)] = mask.masked
+        levels[i, : len(mask.row.ids)] = mask.level
     clean, masked, levels = {k: v.to(device) for k, v in clean.items()}, masked.to(device), levels.to(device)
     noisy = collator.process.lay_out(clean, masked, masked.float(), levels)
     keep = noisy["targets"] != IGNORE_INDEX
@@ -200,10 +231,32 @@ def _terms(
     place = (keep.nonzero()[:, 0].cpu(), noisy["tokens"][keep].cpu())
     found[0].index_put_(place, nll.double().cpu())
     found[1].index_put_(place, noisy["levels"][keep].double().cpu())
-    return [tuple(found[:, number, row.first : len(row.ids)]) for number, row in enumerate(mine)]
+    return [tuple(found[:, i, mask.row.first : len(mask.row.ids)]) for i, mask in enumerate(batch)]
 
 
-@torch.no_grad()
+def _estimates(
+    items: list[tuple[Row, int]], model: torch.nn.Module, draws: dict[str, Any], batch_size: int, progress: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of every row the means of its replicates (R,), and NLL and number of masked tokens by their noise level (2, LEVELS)."""
+    collator, block_length = plain_collator(model), record_of(model).block_length
+    clean_first = block_length is not None and collator.record.right_shift_logits
+    longest_first = sorted(range(len(items)), key=lambda i: -len(items[i][0].ids))
+    masks = (mask for i in longest_first for mask in _masks(i, *items[i], block_length, clean_first, draws))
+    estimates, levels = {}, torch.zeros(len(items), 2, LEVELS, dtype=torch.float64)
+    with in_eval_mode(model), tqdm(total=len(items), desc="likelihood", disable=None if progress else True) as bar:
+        for batch in in_batches(masks, batch_size):
+            for mask, (nll, level) in zip(batch, _terms(model, collator, batch), strict=True):
+                if mask.number not in estimates:
+                    estimates[mask.number] = torch.zeros(mask.n_samples, dtype=torch.float64)
+                    bar.update()
+                weights = torch.where(level > 0, mask.weights, (nll > 0).double())  # exact on clean text
+                estimates[mask.number][mask.samples] = (weights * nll).sum(-1)
+                shown = mask.masked & (level > 0)
+                index = (level[shown] * LEVELS - 1e-9).long().clamp(max=LEVELS - 1)
+                levels[mask.number].index_add_(1, index, torch.stack([nll[shown], torch.ones_like(nll[shown])]))
+    return [(estimates[i].view(draws["replicates"], -1).mean(-1), levels[i]) for i in range(len(items))]
+
+
 def bound_rows(
     model: torch.nn.Module,
     rows: Sequence[Row],
@@ -217,127 +270,75 @@ def bound_rows(
     split: bool = False,
     progress: bool = False,
 ) -> Likelihood:
-    """NELBO of every text, from its rows.
+    """NELBO of every text, from its rows, by an estimator of `objective/estimators.py`.
 
     Args:
         rows: no longer than the model can count; with a shifted read-out `first` is at least 1.
-        estimator: see `estimators`.
         n_samples: forward rows a row; of "any_order" orders, each of which takes as many as a row (a block) has tokens.
         replicates: independent parts of the samples, at least 2.
-        batch_size: forward rows at once; no figure depends on it.
         block_length: of "per_block" on a bidirectional model; block models have their own.
-        split: deal the rows out to all processes, each of which must call this and gets all figures.
-        progress: a bar, where there is a terminal.
-
-    Raises:
-        ValueError: unknown estimator, samples that cannot be dealt out, a model without masks, a row with nothing to score.
+        split: see `over_processes`.
     """
     check_estimator(estimator, n_samples, replicates)
-    if not is_diffusion(model):
-        raise UserError(
-            "`model` is not a masked-diffusion model, or drafts for one that is not: measure it by `autoregressive_rows`."
-        )
-    own = record_of(model).block_length
-    if own and block_length not in (None, own):
-        raise UserError(
-            f"`block_length`: the model was converted with blocks of {own}, got {block_length}; leave it out."
-        )
-    if estimator == "per_block" and not own:
-        if not block_length:
-            raise UserError("`block_length` is needed by `estimator`='per_block' of a bidirectional model.")
-        rows = block_rows(rows, block_length)
-    collator = plain_collator(model)
-    for row in rows:
-        if not (1 if collator.record.right_shift_logits else 0) <= row.first < len(row.ids):
-            raise UserError(
-                f"`rows`: text {row.text} has nothing to score, or no context before its first scored token."
-            )
+    rows = _checked_rows(model, rows, estimator, block_length)
     if estimator == "left_to_right":
         n_samples = replicates = 1
-    clean_first = bool(own) and collator.record.right_shift_logits
     draws = {"estimator": estimator, "n_samples": n_samples, "replicates": replicates, "seed": seed}
-    estimates: dict[int, torch.Tensor] = {}
-    totals = torch.zeros(2, LEVELS, dtype=torch.float64)  # NLL and number of masked tokens
-    training = model.training
-    model.eval()
-    mine = dealt(_longest_first(rows), split)
-    bar = tqdm(total=len(mine), desc="likelihood", disable=None if progress else True)
-    try:
-        for batch in in_batches(_masks(rows, mine, own, clean_first, draws), batch_size):
-            for item, (nll, level) in zip(batch, _terms(model, collator, rows, batch), strict=True):
-                if item.row not in estimates:
-                    estimates[item.row] = torch.zeros(item.n_samples, dtype=torch.float64)
-                    bar.update()
-                weights = torch.where(level > 0, item.weights, (nll > 0).double())
-                estimates[item.row][item.samples] = (weights * nll).sum(-1)
-                shown = item.masked & (level > 0)
-                index = (level[shown] * LEVELS - 1e-9).long().clamp(max=LEVELS - 1)
-                totals.index_add_(1, index, torch.stack([nll[shown], torch.ones_like(nll[shown])]))
-    finally:
-        model.train(training)
-        bar.close()
-    own_means = {i: estimate.view(replicates, -1).mean(-1) for i, estimate in estimates.items()}
-    parts = gathered((own_means, totals), split)
-    totals = sum(part[1] for part in parts)
-    by_row = {i: mean for part in parts for i, mean in part[0].items()}
-    means = [by_row[i] for i in range(len(rows))]
-    found = _gathered(rows, [float(m.mean()) for m in means], [_variance(m) for m in means])
+    work = partial(_estimates, model=model, draws=draws, batch_size=batch_size, progress=progress)
+    seen, items = Counter(), []
+    for row in rows:
+        items.append((row, seen[row.ids, row.first]))
+        seen[row.ids, row.first] += 1
+    means, levels = zip(*over_processes(work, items, split), strict=True)
+    variances = [float(m.var()) / len(m) if len(m) > 1 else 0.0 for m in means]
+    found = _by_text(rows, [float(m.mean()) for m in means], variances)
     found.estimator = estimator
-    found.levels = [
-        ((i + 1) / LEVELS, float(nll / count), int(count)) for i, (nll, count) in enumerate(totals.T) if count
-    ]
+    sums = enumerate(torch.stack(levels).sum(0).T, start=1)
+    found.levels = [(i / LEVELS, float(nll / count), int(count)) for i, (nll, count) in sums if count]
     return found
 
 
-def _variance(replicates: torch.Tensor) -> float:
-    """Of the mean over replicates (R,)."""
-    return float(replicates.var()) / len(replicates) if len(replicates) > 1 else 0.0
+def _checked_rows(
+    model: torch.nn.Module, rows: Sequence[Row], estimator: str, block_length: int | None
+) -> Sequence[Row]:
+    """The rows, or their blocks for "per_block" on a bidirectional model."""
+    record = record_of(model)
+    if not is_diffusion(model):
+        raise UserError("`model` fills no masks, or drafts for its base: measure it by `autoregressive_rows`.")
+    if record.block_length and block_length not in (None, record.block_length):
+        raise UserError(f"`block_length` must be the model's, {record.block_length}, got {block_length}; leave it out.")
+    if estimator == "per_block" and not record.block_length:
+        if not block_length:
+            raise UserError("`block_length` is needed by `estimator`='per_block' of a bidirectional model.")
+        rows = block_rows(rows, block_length)
+    for row in rows:
+        if not int(record.right_shift_logits) <= row.first < len(row.ids):
+            raise UserError(f"`rows`: text {row.text} has nothing to score, or no context before what is scored.")
+    return rows
 
 
-def _gathered(rows: Sequence[Row], nats: Sequence[float], variances: Sequence[float]) -> Likelihood:
-    """Sums over the rows of every text."""
-    sums = [[0.0, 0.0, 0] for _ in range(1 + max(row.text for row in rows))]
-    for row, value, variance in zip(rows, nats, variances, strict=True):
-        mine = sums[row.text]
-        mine[0], mine[1], mine[2] = mine[0] + value, mine[1] + variance, mine[2] + len(row.ids) - row.first
-    return Likelihood([s[0] for s in sums], [math.sqrt(s[1]) for s in sums], [s[2] for s in sums])
-
-
-@torch.no_grad()
 def autoregressive_rows(
     model: torch.nn.Module, rows: Sequence[Row], *, batch_size: int = 16, split: bool = False, progress: bool = False
 ) -> Likelihood:
     """Exact NLL under the AR model of the same weights: adapters off, causal attention. Under LoRA it is the untouched base."""
-    base, found = base_of(model), {}
-    order = dealt(_longest_first(rows), split)
-    collator = DataCollatorForMaskedDiffusion(pad_token_id=0, mask_token_id=-1)
-    training = base.training
-    base.eval()
-    try:
-        with adapters_off(model), causal_attention(base):
-            for numbers in tqdm(list(in_batches(order, batch_size)), desc="AR", disable=None if progress else True):
-                batch = {k: v.to(base.device) for k, v in padded([rows[i] for i in numbers], collator).items()}
-                targets = align_with_readout(batch["labels"], True, IGNORE_INDEX)
-                keep = targets != IGNORE_INDEX
-                inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-                logits = base(**inputs, use_cache=False, logits_to_keep=keep).logits
-                nll = torch.zeros(keep.shape, dtype=torch.float64).to(base.device, torch.float32)
-                nll[keep] = token_nll(logits, targets[keep])
-                for i, value in zip(numbers, nll.cpu().double().sum(-1).tolist(), strict=True):
-                    found[i] = value
-    finally:
-        base.train(training)
-    nats = {i: value for part in gathered(found, split) for i, value in part.items()}
-    return _gathered(rows, [nats[i] for i in range(len(rows))], [0.0] * len(rows))
+    base, collator = base_of(model), plain_collator(model)
 
+    def work(mine: list[Row]) -> list[float]:
+        found, longest_first = [0.0] * len(mine), sorted(range(len(mine)), key=lambda i: -len(mine[i].ids))
+        for numbers in tqdm(list(in_batches(longest_first, batch_size)), desc="AR", disable=None if progress else True):
+            batch = {k: v.to(base.device) for k, v in padded([mine[i] for i in numbers], collator).items()}
+            targets = align_with_readout(batch["labels"], True, IGNORE_INDEX)
+            keep = targets != IGNORE_INDEX
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            nll = torch.zeros(keep.shape, device=base.device)
+            nll[keep] = token_nll(kept_logits(base, inputs, keep), targets[keep])
+            for i, value in zip(numbers, nll.cpu().double().sum(-1).tolist(), strict=True):
+                found[i] = value
+        return found
 
-# -- text in, figures out
-
-
-def is_diffusion(model: torch.nn.Module) -> bool:
-    """Whether the model fills masks itself: it has a mask token, and does not draft for its base."""
-    record = record_of(model)
-    return record.mask_token_id is not None and not record.mode.drafts
+    with adapters_off(model), causal_attention(base), in_eval_mode(base):
+        nats = over_processes(work, rows, split)
+    return _by_text(rows, nats, [0.0] * len(rows))
 
 
 def likelihood(
@@ -348,10 +349,7 @@ def likelihood(
     autoregressive: bool = False,
     max_length: int | None = None,
     stride: int | None = None,
-    batch_size: int = 16,
-    split: bool = False,
-    progress: bool = False,
-    **settings: object,
+    **settings: Any,
 ) -> Likelihood:
     """NELBO (or the AR model's NLL) of texts of any length.
 
@@ -359,20 +357,12 @@ def likelihood(
         autoregressive: exact, by the AR model of the same weights.
         max_length: tokens of a window; default 1024 or what the model can count.
         stride: tokens that a window behind the first scores; default half of `max_length`.
-        split: over all processes, see `bound_rows`.
-        settings: of `bound_rows`.
-
-    Returns:
-        A `Likelihood`: nats a token, bits a byte, perplexity bound, standard error.
+        settings: of `bound_rows`, or of `autoregressive_rows`.
     """
     whole = text_rows(tokenizer, texts)
     rows = [part for row in whole for part in windows(row, *window_length(model, max_length, stride))]
-    shared = {"batch_size": batch_size, "split": split, "progress": progress}
-    found = (
-        autoregressive_rows(model, rows, **shared) if autoregressive else bound_rows(model, rows, **shared, **settings)
-    )
-    scored = [tokenizer.decode(row.ids[row.first :], skip_special_tokens=True) for row in whole]
-    found.n_bytes = [len(text.encode()) for text in scored]
+    found = (autoregressive_rows if autoregressive else bound_rows)(model, rows, **settings)
+    found.n_bytes = [len(tokenizer.decode(r.ids[r.first :], skip_special_tokens=True).encode()) for r in whole]
     return found
 
 
@@ -386,7 +376,7 @@ def log_likelihood_bound(
     *,
     max_length: int | None = None,
     stride: int | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Likelihood:
     """Conditional bound of completions: `-nats` is a lower bound of log p(completion | prompt), to rank choices by.
 

@@ -1,24 +1,52 @@
-"""Metrics of generated texts: agreement with references (sacreBLEU, ROUGE), and how varied the texts are (distinct-n, repetition).
+"""Beside exact match: agreement and variety of texts, calibration, where answers end, how an answer forms; logged while a model trains.
 
-Trade-off: overlap with one reference says little of open questions, where distinct-n and repetition catch what unmasking too many tokens
-at once does first: the same word twice in a row. Alternative: an LLM judge.
-
-References: distinct-n (arXiv 1510.03055, section 5.2), repetition rate as in unlikelihood training (arXiv 1908.04319, section 4, seq-rep-n).
+References: distinct-n (arXiv 1510.03055, section 5.2), repetition rate as in unlikelihood training (arXiv 1908.04319, section 4, seq-rep-n),
+expected calibration error (arXiv 1706.04599, section 2).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState
 
 from .. import UserError
+from ..generation.config import DiffusionGenerationConfig
+from ..generation.generate import generate
+from ..generation.lengths import end_ids, end_metrics, end_probabilities
+from ..models.patching import base_of
+from ..models.sampling import BANNED
+from ..objective.modes import IGNORE_INDEX
+from ..objective.noise import uniform
+from .answers import (
+    BATCH_SIZE,
+    AnswerReport,
+    encode_prompts,
+    evaluate_answers,
+    in_batches,
+    in_eval_mode,
+    prompt_and_reference,
+    question_of,
+)
+from .likelihood import Row, kept_logits, padded, pair_row, plain_collator
 
-NGRAM = 4  # of the repetition rate
+BINS = 10  # of the confidence
+REVEALED = (0.0, 0.25, 0.5, 0.75)
+COLUMNS = ("probability", "top1", "reciprocal_rank", "error", "over", "under")
+LOGGED = 4  # sample answers of an evaluation
+
+
+# -- texts
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     """Runs of n words, blanks between them ignored."""
     words = text.split()
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
@@ -27,30 +55,26 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(found)) / len(found) if found else 0.0
 
 
-def repetition_rate(texts: Sequence[str], n: int = NGRAM) -> float:
+def repetition_rate(texts: Sequence[str], n: int = 4) -> float:
     """Share of n-grams that stood earlier in the same text, mean over the texts that have one."""
     rates = [1 - len(set(found)) / len(found) for text in texts if (found := ngrams(text, n))]
     return sum(rates) / len(rates) if rates else 0.0
 
 
 def word_repetition_rate(texts: Sequence[str]) -> float:
-    """Share of words that are the same as the one before them, over all texts."""
+    """Share of words that are the same as the one before them, over all texts: what unmasking too many tokens at once does first."""
     pairs = [gram for text in texts for gram in ngrams(text, 2)]
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
 
 
 def variety(texts: Sequence[str]) -> dict[str, float]:
-    """`distinct_1`, `distinct_2`, `repetition` and `word_repetition` of texts, shares from 0 to 1."""
-    return {
-        "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
-        "repetition": repetition_rate(texts),
-        "word_repetition": word_repetition_rate(texts),
-    }
+    """Shares from 0 to 1."""
+    distinct = {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
+    return {**distinct, "repetition": repetition_rate(texts), "word_repetition": word_repetition_rate(texts)}
 
 
 def check_references(references: Sequence[str]) -> None:
-    """Raises ValueError where a reference says nothing, so that nothing can agree with it."""
+    """Refuses empty references, with which nothing can agree."""
     empty = [i for i, reference in enumerate(references) if not reference.strip()]
     if empty:
         raise UserError(f"`references`: number {empty[0]} is empty; leave its prompt out.")
@@ -61,7 +85,7 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
     signature that makes the BLEU comparable.
 
     Raises:
-        ValueError: no texts, another number of references, or an empty one.
+        UserError: no texts, another number of references, or an empty one.
         ImportError: the extra `eval` is not installed.
     """
     if len(texts) != len(references) or not texts:
@@ -72,12 +96,259 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
         raise ImportError(f"{error}; run `pip install 'llm-diffusion[eval]'`.") from error
-    bleu, kinds = BLEU(), ["rouge1", "rouge2", "rougeL"]
-    values = {
-        metric: scorer.corpus_score(list(texts), [list(references)]).score
-        for metric, scorer in (("bleu", bleu), ("chrf", CHRF()))
-    }
-    scorer = RougeScorer(kinds)
-    scores = [scorer.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    scorers = {"bleu": BLEU(), "chrf": CHRF()}
+    values = {name: scorer.corpus_score(list(texts), [list(references)]).score for name, scorer in scorers.items()}
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scores = [RougeScorer(kinds).score(reference, text) for text, reference in zip(texts, references, strict=True)]
     values |= {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
-    return {**values, "sacrebleu": str(bleu.get_signature())}
+    return {**values, "sacrebleu": str(scorers["bleu"].get_signature())}
+
+
+# -- calibration
+
+
+@dataclass
+class Calibration:
+    """How often tokens of a given confidence are right.
+
+    Args:
+        bins: (mean confidence, share that was right, tokens) of every tenth of the confidence that has tokens, rising.
+        error: expected calibration error, mean over tokens of |confidence - accuracy| of their bin.
+    """
+
+    bins: list[tuple[float, float, int]]
+    error: float
+
+
+def reference_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], max_length: int) -> list[Row]:
+    """References behind their prompts, with the end token of the answer; rows that are too long keep their ends."""
+    rows = []
+    for number, example in enumerate(examples):
+        row = pair_row(tokenizer, *prompt_and_reference(example), number)
+        ids = (*row.ids, tokenizer.eos_token_id)[-max_length:]
+        rows.append(Row(ids, max(1, len(ids) - (len(row.ids) + 1 - row.first)), number))
+    return rows
+
+
+def calibration(
+    model: torch.nn.Module, rows: Sequence[Row], *, n_draws: int = 4, batch_size: int = 16, seed: int = 0
+) -> Calibration:
+    """Confidence in the best token against whether it is the reference's, over masked tokens at all noise levels of training.
+
+    Args:
+        n_draws: of noise, a row each; the same noise in every call.
+    """
+    collator, found = plain_collator(model), torch.zeros(3, BINS, dtype=torch.float64)
+    with in_eval_mode(model):
+        for batch in in_batches(rows, batch_size):
+            clean = {name: value.to(base_of(model).device) for name, value in padded(batch, collator).items()}
+            for number in range(n_draws):
+                noisy = collator.corrupt(clean, seed=seed, step=number)
+                keep = (noisy["targets"] != IGNORE_INDEX) & (noisy["levels"] > 0)
+                logits = kept_logits(model, noisy["inputs"], keep).float()
+                logits[:, collator.record.mask_token_id] = BANNED  # never proposed
+                confidence, best = logits.softmax(-1).double().max(-1)
+                right = (best == noisy["targets"][keep]).double()
+                index = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
+                found.index_add_(1, index, torch.stack([confidence, right, torch.ones_like(right)]).cpu())
+    bins = [(float(c / n), float(r / n), int(n)) for c, r, n in found.T if n]
+    total = sum(n for _, _, n in bins)
+    return Calibration(bins, sum(abs(c - r) * n for c, r, n in bins) / max(total, 1))
+
+
+def denoising_trace(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example: dict, settings: dict
+) -> list[list[tuple[str, str]]]:
+    """One answer after every step: words with their state, "mask", "new" (committed in this step) or "old"."""
+    batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
+    start, mask = batch["input_ids"].shape[1], tokenizer.mask_token_id
+    output = generate(model, **batch, **{**settings, "output_history": True, "return_dict_in_generate": True})
+    steps, before = [], None
+    for canvas in output.history or []:
+        words = []
+        for place in range(start, output.sequences.shape[1]):
+            token = int(canvas[0, place])
+            known = before is not None and int(before[0, place]) == token
+            state = "mask" if token == mask else "old" if known else "new"
+            words.append(("_" if state == "mask" else tokenizer.decode([token]).replace("\n", " / "), state))
+        steps.append(words)
+        before = canvas
+    return steps
+
+
+# -- where answers end
+
+
+def eos_positions(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], report: AnswerReport
+) -> dict[str, object]:
+    """Where answers end beside where their references do, in tokens with the end token.
+
+    Returns:
+        `pairs`, a list of (reference, answer), the answer's None where it did not end; `accuracy`, percent of answers that end exactly
+        where the reference does; `ended`, percent that end at all.
+    """
+    pairs = []
+    for example, length, ended in zip(examples, report.tokens, report.ended, strict=True):
+        row = pair_row(tokenizer, *prompt_and_reference(example))
+        pairs.append((len(row.ids) - row.first + 1, length if ended else None))
+    n = max(len(pairs), 1)
+    accuracy, ended = sum(a == b for a, b in pairs) / n, sum(b is not None for _, b in pairs) / n
+    return {"pairs": pairs, "accuracy": 100 * accuracy, "ended": 100 * ended}
+
+
+@dataclass
+class EndReport:
+    """Where a model foresees the ends of answers, by the share of the answer's tokens that were shown.
+
+    Args:
+        canvas: tokens of the canvas.
+        examples: answers judged; those longer than the canvas are left out.
+        table: share shown -> means: `probability` of an end at the true place, `top1` and `reciprocal_rank` of the true place among all
+            places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and too short (`under`).
+        curves: (n, canvas) P(end <= place) of the first examples with nothing shown, and their true lengths.
+    """
+
+    canvas: int
+    examples: int
+    table: dict[float, dict[str, float]] = field(default_factory=dict)
+    curves: list[tuple[list[float], int]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"end foreseen at the first step, canvas of {self.canvas}, {self.examples} answers"]
+        lines.append("shown   " + "".join(f"{name:>17}" for name in COLUMNS))
+        for share, row in self.table.items():
+            lines.append(f"{share:<8.0%}" + "".join(f"{row[name]:>17.3f}" for name in COLUMNS))
+        return "\n".join(lines)
+
+
+def foresee_ends(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    canvas: int = 64,
+    revealed: Sequence[float] = REVEALED,
+    seed: int = 0,
+) -> EndReport:
+    """Where a bidirectional model places the ends of answers, on an empty canvas and with shares of the answer shown.
+
+    The place is judged, not the token: a model that predicts the end everywhere has the token right at every place.
+
+    Args:
+        examples: of any trainable shape.
+        revealed: shares of the answer's tokens that are shown, the end token never; which ones is seeded.
+
+    Raises:
+        UserError: no answer fits the canvas.
+    """
+    pairs, mask_id = [prompt_and_reference(example) for example in examples], tokenizer.mask_token_id
+    answers = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, text in pairs]
+    kept = [i for i, answer in enumerate(answers) if len(answer) <= canvas]
+    if not kept:
+        raise UserError(f"`canvas`={canvas}: every one of the {len(answers)} answers is longer; raise it.")
+    report, device = EndReport(canvas, len(kept)), base_of(model).device
+    lengths, written = torch.tensor([len(answers[i]) for i in kept]), torch.full((len(kept), canvas), mask_id)
+    for row, i in enumerate(kept):
+        written[row, : lengths[row] - 1] = torch.tensor(answers[i][:-1], dtype=torch.long)
+    noise = uniform(seed, torch.tensor(kept)[:, None], torch.arange(canvas))
+    settings = DiffusionGenerationConfig(eos_token_id=tokenizer.eos_token_id, mask_token_id=mask_id)
+    with in_eval_mode(model):
+        for share in revealed:
+            canvases, found = written.masked_fill(noise >= share, mask_id), []
+            for rows in in_batches(range(len(kept)), BATCH_SIZE):
+                batch = encode_prompts(tokenizer, [pairs[kept[row]][0] for row in rows])
+                ids = torch.cat([batch["input_ids"], canvases[rows]], -1).to(device)
+                mask = torch.nn.functional.pad(batch["attention_mask"], (0, canvas), value=1).to(device)
+                ends = end_ids(model, settings, device)
+                found.append(end_probabilities(model, ids, mask, batch["input_ids"].shape[1], ends).cpu())
+            table = {name: value.float() for name, value in end_metrics(torch.cat(found), lengths).items()}
+            error = table["error"]
+            table |= {"error": error.abs(), "over": (error > 0).float(), "under": (error < 0).float()}
+            report.table[share] = {name: table[name].mean().item() for name in COLUMNS}
+            if share == 0:
+                report.curves = list(zip(found[0][:8].tolist(), lengths[:8].tolist(), strict=True))
+    return report
+
+
+def plot_ends(report: EndReport, path: Path) -> None:
+    """Saves what was foreseen of single answers, and how it gets better as they are shown, as a PNG."""
+    from matplotlib.figure import Figure  # slow to import, needed once; `Figure` alone touches no display
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (curve, length) in enumerate(report.curves):
+        left.plot(range(1, len(curve) + 1), curve, color=f"C{number}")
+        left.axvline(length, color=f"C{number}", linestyle=":", linewidth=1)
+    left.set(xlabel="tokens", ylabel="P(answer has ended)", title="Empty canvas (dotted: the true end)")
+    shares = [100 * share for share in report.table]
+    for name in ("top1", "probability", "reciprocal_rank"):
+        right.plot(shares, [row[name] for row in report.table.values()], "o-", label=name.replace("_", " "))
+    right.set(xlabel="answer shown, %", ylim=(0, 1.02), title="The true end")
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(path, dpi=120)
+
+
+# -- while a model trains
+
+
+class ForeseenEndsCallback(TrainerCallback):
+    """Logs at every evaluation how well the model foresees where answers end, as `eval_end_top1`, `eval_end_error`, …
+
+    Args:
+        examples: held-out, of any trainable shape.
+        canvas: tokens of the empty canvas.
+        path: where the picture of the last evaluation goes; None: nowhere.
+
+    Example:
+
+        trainer.add_callback(ForeseenEndsCallback(trainer, examples, canvas=64))
+    """
+
+    def __init__(self, trainer: Trainer, examples: list[dict], canvas: int = 64, path: Path | None = None) -> None:
+        self.trainer, self.examples, self.canvas, self.path = trainer, examples, canvas, path
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        # Every process calls the model: one whose weights are split needs them all.
+        report = foresee_ends(self.trainer.model, self.trainer.processing_class, self.examples, self.canvas)
+        self.trainer.log({f"eval_end_{name}": value for name, value in report.table[0.0].items()})
+        if self.path is not None and state.is_world_process_zero:
+            plot_ends(report, self.path)
+
+
+class AnswersCallback(TrainerCallback):
+    """Answers held-out prompts at every evaluation, through the trainer's own `log`, so to everything in `report_to`.
+
+    Logged: `eval_exact_match`, percent, mean over the kinds and of every kind; `eval_eos_accuracy`, percent of answers that end where the
+    reference does; `eval_tokens_per_forward`; `eval_samples`, some answers as text. They are among the metrics of the evaluation too, so
+    that the best model may be chosen by them. The prompts are split between the processes, each of which needs all weights (DDP; not
+    FSDP or ZeRO-3).
+
+    Args:
+        trainer: to be added to, `trainer.add_callback(AnswersCallback(trainer, examples))`.
+        examples: of a trainable shape, with references.
+        settings: of decoding.
+    """
+
+    def __init__(self, trainer: Trainer, examples: Sequence[dict], **settings: Any) -> None:
+        if not examples:
+            raise UserError("`examples` are empty: there is nothing to answer.")
+        self.trainer, self.examples, self.settings = trainer, list(examples), settings
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict | None = None, **kwargs: Any) -> None:
+        tokenizer, examples = self.trainer.processing_class, self.examples
+        report = evaluate_answers(self.trainer.model, tokenizer, examples, split=True, **self.settings)
+        kinds = report.exact_match if len(report.exact_match) > 1 else {}
+        values = {
+            "eval_exact_match": report.mean,
+            **{f"eval_exact_match_{kind}": share for kind, share in kinds.items()},
+            "eval_eos_accuracy": eos_positions(tokenizer, examples, report)["accuracy"],
+            "eval_tokens_per_forward": report.tokens_per_forward,
+        }
+        if metrics is not None:
+            metrics.update(values)
+        shown = [
+            f"{question_of(example)} -> {answer} (reference: {prompt_and_reference(example)[1]})"
+            for example, answer in zip(examples[:LOGGED], report.answers, strict=False)
+        ]
+        self.trainer.log({**values, "eval_samples": "\n\n".join(shown)})

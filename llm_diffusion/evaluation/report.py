@@ -1,289 +1,215 @@
-"""Everything measured of one model, its AR base beside it, with every setting, seed and version: `results.json` and one HTML page.
-
-Trade-off: one function that measures what it is given data for. Alternative: a script a figure, whose settings end up in nobody's file.
-"""
+"""The results of an evaluation: `results.json`, one HTML page that needs nothing beside it, tables on the terminal."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
-from loguru import logger
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from .. import UserError
-from ..models.patching import base_of
-from ..models.record import record_of
-from .answer_tables import (
-    Judge,
-    answer_tables,
-    as_example,
-    as_problem,
+SHOWN = 12  # single answers on the page; all are in results.json
+BESIDE = {
+    "Likelihood": "Bounds are upper bounds; their standard errors are those of the noise. An AR model's figures are exact.",
+    "Tasks": "",
+    "Answers": "",
+}
+ON_TERMINAL = (*BESIDE, "Right on the same documents", "Worked answers")
+SPEED = (
+    "label",
+    "exact_match",
+    "tokens_per_second",
+    "tokens_per_forward",
+    "first_token",
+    "last_token",
+    "memory",
+    "on_frontier",
 )
-from .answers import AnswerReport, evaluate_answers, prompt_and_reference
-from .calibration import (
-    calibration,
-    denoising_trace,
-    eos_positions,
-    reference_rows,
-)
-from .html_report import render
-from .likelihood import is_diffusion, likelihood
-from .metrics import check_references, overlap, variety
-from .processes import place
-from .speed import default_grid, grid, sweep
-from .windows import window_length
-
-CONVERTED, BASE, SAME_WEIGHTS = "converted", "AR base", "AR, same weights"
-PACKAGES = ("llm_diffusion", "torch", "transformers", "trl", "peft", "datasets", "lm_eval", "sacrebleu", "rouge_score")
-SAMPLES = 12
 
 
-def provenance(device: torch.device | str) -> dict[str, Any]:
-    """Versions, git revision of the package where it is a checkout, and the machine."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "git_revision": git.stdout.strip() or None,
-        **versions,
-        "python": sys.version.split()[0],
-        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def load_harness() -> ModuleType:
-    """The module of lm-evaluation-harness.
-
-    Raises:
-        ImportError: the extra `eval` is not installed.
-    """
-    try:
-        from ..evaluation import harness
-    except ImportError as error:
-        raise ImportError(
-            f"`tasks`: lm-evaluation-harness is not installed ({error}); run `pip install 'llm-diffusion[eval]'`."
-        ) from error
-    return harness
-
-
-def evaluate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    texts: Sequence[str] = (),
-    examples: Sequence[dict] = (),
-    tasks: Sequence[str] = (),
-    data: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    chat_template: bool = False,
-    decoding: dict[str, Any] | None = None,
-    axes: dict[str, Sequence[Any]] | None = None,
-    base: tuple[torch.nn.Module, PreTrainedTokenizerBase] | None = None,
-    estimator: str = "exact_count",
-    n_samples: int = 128,
-    seed: int = 0,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    judge: Judge | None = None,
-    split: bool = False,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Measures a converted model and, beside it, an AR model.
+@dataclass
+class Section:
+    """What stands under one heading.
 
     Args:
-        texts: for likelihood.
-        examples: prompts with references, of a trainable shape or of any form that `problems` reads: exact match, overlap, calibration,
-            ends, a trace, samples.
-        tasks: names of lm-evaluation-harness, on files in `data` where it has them; `limit`, `num_fewshot`, `chat_template` as there.
-        decoding: settings of `generate`; tasks say how long their answers may be, where `max_new_tokens` is not among them.
-        axes: decoding settings to sweep, `{}` for a default; None: no sweep.
-        base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
-        split: deal texts, prompts and tasks out to all processes, each of which must call this; the first one alone draws traces,
-            calibrates, sweeps and asks the judge, so its results are the whole ones.
-        judge: asked of every worked answer, beside its re-evaluation; see `judge`.
-        estimator, n_samples, max_length: of the likelihood; the blocks of "per_block" are those of `decoding`.
-
-    Returns:
-        What goes into `results.json`: `settings`, `provenance`, `models` (figures by model), and what the page shows beside.
-
-    Raises:
-        ValueError: nothing to measure, or one of the settings is wrong.
+        tables: (head, rows).
+        series: of a picture, (label, x, y, matplotlib's format); `axes` has the labels of its axes.
+        trace: words with their state, after every step.
     """
-    if not (texts or examples or tasks):
-        raise UserError("nothing to measure: give tasks, texts, or prompts with references.")
-    records, examples = examples, [as_example(record) for record in examples]
-    check_references([prompt_and_reference(example)[1] for example in examples])  # before hours of answering
-    problems = [as_problem(record) for record in records]
-    harness = load_harness() if tasks else None
-    given = decoding or {}
-    decoding = {"max_new_tokens": 128, "seed": seed, **given}
-    bound = {"estimator": estimator, "n_samples": n_samples, "seed": seed}
-    blocks = {"block_length": given.get("block_length")} if estimator == "per_block" else {}
-    trained, beside = record_of(model).trained, base or (model, tokenizer)
-    results: dict[str, Any] = {
-        "settings": {
-            **bound,
-            "batch_size": batch_size,
-            "processes": place()[1] if split else 1,
-            "window": window_length(model, max_length, None)[0],
-            "decoding": decoding,
-            "sweep": axes,
-            "tasks": list(tasks),
-            "data": data,
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "chat_template": chat_template,
-            "diffusion": record_of(model).to_dict(),
-            "dtype": str(base_of(model).dtype),
-        },
-        "provenance": provenance(base_of(model).device),
-        "models": {},
-        "notes": [],
-    }
-    ways = {BASE if base or isinstance(model, PeftModel) or not trained else SAME_WEIGHTS: (*beside, True)}
-    if trained:
-        ways[CONVERTED] = (model, tokenizer, False)
-    else:
-        _note(
-            results, "The model is not trained as a diffusion model: it is evaluated as the autoregressive model it is."
-        )
-    reports, samples = {}, {}
-    for name, (mine, its_tokenizer, is_ar) in ways.items():
-        figures: dict[str, Any] = {}
-        if texts:
-            exact = is_ar or not is_diffusion(mine)
-            options = {"max_length": max_length, "batch_size": batch_size, "split": split, "progress": progress}
-            found = likelihood(
-                mine, its_tokenizer, texts, autoregressive=exact, **options, **({} if exact else bound | blocks)
-            )
-            figures["likelihood"] = found.summary()
-            results["levels"] = found.levels or results.get("levels", [])
-            if exact and not is_ar:
-                _note(results, "A drafter's text is its base's own: its likelihood is the base's, exact.")
-        if examples:
-            settings = {"max_new_tokens": decoding["max_new_tokens"]} if is_ar else decoding
-            reports[name] = evaluate_answers(
-                mine, its_tokenizer, examples, autoregressive=is_ar, split=split, **settings
-            )
-            figures["answers"] = _answer_figures(results, examples, reports[name])
-        if tasks:
-            own = {"batch_size": batch_size, "max_length": max_length, "split": split, "progress": progress, **bound}
-            lm = harness.DiffusionLM(mine, its_tokenizer, autoregressive=is_ar, **{**given, **own})
-            asked = {"data": data, "limit": limit, "num_fewshot": num_fewshot, "chat_template": chat_template}
-            samples[name] = _run_tasks(harness, lm, tasks, asked, figures)
-        results["models"][name] = figures
-    answers = {name: report.answers for name, report in reports.items()}
-    if split and place()[0] > 0:
-        return results
-    results |= answer_tables(problems, answers, samples, judge, seed)
-    if examples:
-        results["samples"] = _samples(examples, reports)
-    if examples and trained:
-        _look_inside(results, model, tokenizer, examples, reports[CONVERTED], decoding, batch_size, seed)
-        if axes is not None:
-            points = grid(axes) if axes else default_grid(model)
-            results["frontier"] = [asdict(p) for p in sweep(model, tokenizer, examples, decoding, points, base)]
-    return results
 
-
-def _run_tasks(
-    harness: ModuleType, lm: Any, tasks: Sequence[str], asked: dict[str, Any], figures: dict[str, Any]
-) -> dict[str, list[dict]]:
-    """Adds the figures of tasks, and returns their samples; both are the first process's alone."""
-    found = harness.run_tasks(lm, tasks, **asked)
-    if found is None:
-        return {}
-    figures["tasks"] = task_figures(found["results"])
-    figures["harness"] = {"model": lm.get_model_info(), "versions": found["versions"], "n-shot": found["n-shot"]}
-    return found["samples"]
-
-
-def _note(results: dict[str, Any], text: str) -> None:
-    if text not in results["notes"]:
-        logger.warning(text)
-        results["notes"].append(text)
-
-
-def _answer_figures(results: dict[str, Any], examples: Sequence[dict], report: AnswerReport) -> dict[str, Any]:
-    figures = {f"exact match, {kind}, %": value for kind, value in report.exact_match.items()}
-    figures |= {
-        "exact match, mean, %": report.mean,
-        "tokens per forward": report.tokens_per_forward,
-        "tokens a second": sum(report.tokens) / report.seconds,
-        "ended, %": 100 * sum(report.ended) / len(report.ended),
-        **variety(report.answers),
-    }
-    try:
-        figures |= overlap(report.answers, [prompt_and_reference(example)[1] for example in examples])
-    except ImportError as error:
-        _note(results, f"No BLEU and ROUGE: {error}")
-    return figures
-
-
-def _look_inside(
-    results: dict[str, Any],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[dict],
-    report: AnswerReport,
-    decoding: dict[str, Any],
-    batch_size: int,
-    seed: int,
-) -> None:
-    results["eos"] = eos_positions(tokenizer, examples, report)
-    results["trace"] = denoising_trace(model, tokenizer, examples[0], decoding)
-    if is_diffusion(model):
-        rows = reference_rows(tokenizer, examples, window_length(model, None, None)[0])
-        results["calibration"] = asdict(calibration(model, rows, batch_size=batch_size, seed=seed))
-
-
-def _samples(examples: Sequence[dict], reports: dict[str, AnswerReport]) -> list[dict[str, str]]:
-    sheet = []
-    for i, example in enumerate(examples[:SAMPLES]):
-        prompt, reference = prompt_and_reference(example)
-        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        answers = {name: report.answers[i] for name, report in reports.items()}
-        sheet.append({"prompt": question, "reference": reference, **answers})
-    return sheet
-
-
-def task_figures(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Metrics of all tasks with their standard errors, as plain numbers: `gsm8k, exact_match (strict-match)`."""
-    figures = {}
-    for task, metrics in found.items():
-        for name, value in metrics.items():
-            metric, _, kind = name.partition(",")
-            if kind and isinstance(value, int | float):
-                figures[f"{task}, {metric}{'' if kind == 'none' else f' ({kind})'}"] = float(value)
-    return figures
+    title: str
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[Any]]]] = ()
+    note: str = ""
+    series: Sequence[tuple[str, Sequence[float], Sequence[float], str]] = ()
+    axes: tuple[str, str] = ("", "")
+    trace: Sequence[Sequence[tuple[str, str]]] = ()
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """`results.json` and `report.html` in a folder, which is made."""
-    page, text = render(results), json.dumps(results, indent=1) + "\n"  # both, before anything is written
+    html, text = page(results), json.dumps(results, indent=1) + "\n"  # both, before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(text)
-    (folder / "report.html").write_text(page)
+    (folder / "report.html").write_text(html)
+
+
+def page(results: dict[str, Any]) -> str:
+    """The page of what `evaluate` returns."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    environment.filters |= {"cell": cell, "picture": picture}
+    shown = {"model": results["settings"].get("model", "a model"), "notes": results.get("notes", [])}
+    return environment.get_template("report.html.jinja").render(sections=sections(results), **shown)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The figures as tables of a terminal or a log."""
+    for section in sections(results):
+        for head, rows in section.tables if section.title in ON_TERMINAL else ():
+            table = Table(title=section.title, caption=section.note)
+            for i, name in enumerate(head):
+                table.add_column(Text(name), justify="right" if i else "left")
+            for row in rows:
+                table.add_row(*(Text(cell(value)) for value in row))
+            console.print(table)
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "", None: "–"}[value]
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+
+def picture(section: Section) -> str:
+    """An SVG image as a data URI; the same for the same results."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # slow to import; `Figure` alone touches no display
+
+    figure, buffer = Figure(figsize=(6.4, 3.8), layout="constrained"), io.BytesIO()
+    axes = figure.subplots()
+    for label, x, y, style in section.series:
+        axes.plot(x, y, style, label=label)
+    axes.set(xlabel=section.axes[0], ylabel=section.axes[1])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with rc_context({"svg.hashsalt": section.title}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# -- sections
+
+
+def sections(results: dict[str, Any]) -> list[Section]:
+    """What there are figures for, and the settings."""
+    found = []
+    for title, note in BESIDE.items():
+        models = {name: v[title.lower()] for name, v in results["models"].items() if v.get(title.lower())}
+        found += [Section(title, [_columns(models)], note)] if models else []
+    for key, build in BUILDERS.items():
+        found += build(results[key]) if results.get(key) else []
+    values = {**results["settings"], **results["provenance"]}
+    return [*found, Section("Settings", [(["setting", "value"], [(name, str(v)) for name, v in values.items()])])]
+
+
+def _columns(models: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Figures in rows, models in columns."""
+    names = dict.fromkeys(name for figures in models.values() for name in figures)
+    return ["", *models], [[name, *(figures.get(name) for figures in models.values())] for name in names]
+
+
+def _paired(rows: list[dict[str, Any]]) -> list[Section]:
+    def interval(value: float, low: float, high: float, sign: str = "") -> str:
+        return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+    shares = [[row["what"], row["n"], *(interval(*share) for share in row["shares"].values())] for row in rows]
+    tables = [(["right, %", "documents", *rows[0]["shares"]], shares)]
+    differences = [
+        [f"{row['what']}: {d['second']} - {d['first']}", interval(d["points"], *d["interval"], "+")]
+        + [d[name] for name in ("only_first", "only_second", "p_value")]
+        for row in rows
+        for d in row["differences"]
+    ]
+    if differences:
+        tables.append((["difference, points", "", "only first right", "only second right", "p"], differences))
+    note = "95 % intervals by Wilson (F1, differences: paired bootstrap); p by McNemar, exact, two-sided, of one comparison."
+    return [Section("Right on the same documents", tables, note)]
+
+
+def _worked(worked: dict[str, dict[str, Any]]) -> list[Section]:
+    def labels(row: dict[str, Any]) -> list[Any]:
+        step = row["first_wrong_step"]
+        return ["yes" if row["right"] else "no", None if step is None else step + 1]
+
+    head, lines = ["question", "model", "answer", "right", "first wrong step", "superfluous steps"], []
+    if any("judge" in row for found in worked.values() for row in found["answers"]):
+        head += ["judge: right", "judge: first wrong step"]
+    for rows in list(zip(*(found["answers"] for found in worked.values()), strict=False))[:SHOWN]:
+        for model, row in zip(worked, rows, strict=True):
+            superfluous = ", ".join(str(step + 1) for step in row["superfluous"]) or "–"
+            judged = labels(row["judge"]) if "judge" in row else []
+            lines.append([row["question"], model, row["answer"], *labels(row), superfluous, *judged])
+    note = "Every equation is evaluated again; sentences are not judged. Steps are counted from 1."
+    summaries = _columns({name: found["summary"] for name, found in worked.items()})
+    return [Section("Worked answers", [summaries], note), Section("Worked answers, step by step", [(head, lines)])]
+
+
+def _levels(levels: list[Sequence[float]]) -> list[Section]:
+    axes = ("share of tokens that is masked, up to", "NLL of a masked token, nats")
+    tables = [(["masked up to", "nats per masked token", "tokens"], levels)]
+    shares, nats, _ = zip(*levels, strict=True)
+    return [Section("Loss by noise level", tables, series=[("masked tokens", shares, nats, "o-")], axes=axes)]
+
+
+def _frontier(points: list[dict[str, Any]]) -> list[Section]:
+    def series(name: str, style: str, mine: list[dict[str, Any]]) -> tuple[str, list[float], list[float], str]:
+        return name, [p["tokens_per_second"] for p in mine], [p["exact_match"] for p in mine], style
+
+    edge = sorted((p for p in points if p["on_frontier"]), key=lambda p: p["tokens_per_second"])
+    lines = [
+        series("autoregressive", "s", [p for p in points if p["settings"] is None]),
+        series("diffusion", "o", [p for p in points if p["settings"] is not None]),
+        series("frontier", "--", edge),
+    ]
+    tables = [([name.replace("_", " ") for name in SPEED], [[point[name] for name in SPEED] for point in points])]
+    return [Section("Speed and quality", tables, series=lines, axes=("tokens a second", "exact match, %"))]
+
+
+def _calibration(found: dict[str, Any]) -> list[Section]:
+    confidence, right, _ = zip(*found["bins"], strict=True)
+    series = [("perfect", [0, 1], [0, 1], "--"), ("model", confidence, right, "o-")]
+    note = f"Expected calibration error {found['error']:.3f}."
+    tables, axes = [(["confidence", "right", "tokens"], found["bins"])], ("confidence", "share that is right")
+    return [Section("Calibration of confidence", tables, note, series, axes)]
+
+
+def _eos(found: dict[str, Any]) -> list[Section]:
+    ended = [pair for pair in found["pairs"] if pair[1] is not None]
+    longest = max(max(pair) for pair in [(1, 1), *ended])
+    same = ("same length", [0, longest], [0, longest], "--")
+    series = [same, ("answers that end", [a for a, _ in ended], [b for _, b in ended], "o")]
+    note = f"{found['ended']:.1f} % of the answers end, {found['accuracy']:.1f} % where the reference does."
+    axes = ("tokens of the reference", "tokens of the answer")
+    return [Section("Where answers end", note=note, series=series, axes=axes)]
+
+
+def _samples(samples: list[dict[str, str]]) -> list[Section]:
+    return [Section("Samples", [(list(samples[0]), [list(row.values()) for row in samples[:SHOWN]])])]
+
+
+BUILDERS = {
+    "paired": _paired,
+    "worked": _worked,
+    "levels": _levels,
+    "frontier": _frontier,
+    "calibration": _calibration,
+    "eos": _eos,
+    "trace": lambda steps: [Section("One answer as it is denoised", trace=steps)],
+    "samples": _samples,
+}

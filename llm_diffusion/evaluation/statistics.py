@@ -1,12 +1,7 @@
-"""Two or more models on the same problems: exact match with confidence intervals, and a paired test.
+"""Models on the same documents: how many each has right, and whether a difference is one; worked answers, step by step.
 
-    comparison = compare(problems, {"SFT": answers, "SFT + DPO": other_answers})
-    print(comparison.differences[0].p_value)
-
-Purpose: to know whether a difference is one. The same problems are answered by all models, so the test looks only at those on which
-they differ (McNemar 1947, exact), which is far sharper than comparing two intervals.
-Trade-off: p-values are for one pair each; with three models there are three, to be judged together (Bonferroni: times three).
-Alternative: intervals side by side, from which no difference can be read.
+The test of a difference looks only at the documents on which two models differ (McNemar 1947, exact), which is far sharper than comparing
+two intervals. A p-value is of one pair of models; several are to be judged together (Bonferroni: times their number).
 """
 
 from __future__ import annotations
@@ -14,110 +9,42 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from statistics import NormalDist, fmean
+from typing import Any
 
-import torch
-from rich.table import Table
-from transformers import PreTrainedTokenizerBase
-
-from .. import UserError
-from ..reasoning.problems import Problem, f1, is_right
-from ..reasoning.worked_answers import judge
-from .answers import evaluate_answers
+from ..reasoning.problems import Problem, f1, is_right, read_problem
+from ..reasoning.worked_answers import equations, judge
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-
-
-@dataclass
-class Score:
-    """Of one model on one kind of problem (or "all").
-
-    Args:
-        n: problems.
-        exact_match: percent, with its Wilson interval.
-        f1: mean word overlap, percent, with its bootstrap interval; None where no problem is of HotpotQA's form.
-        false_step: percent of answers with an equation that does not hold.
-        superfluous_step: percent of answers with a step that repeats another or that nothing uses.
-    """
-
-    n: int
-    exact_match: float
-    interval: tuple[float, float]
-    f1: float | None
-    f1_interval: tuple[float, float] | None
-    false_step: float
-    superfluous_step: float
+WORKED_FORMS = ("gsm8k", "math")
+# question, worked answer, right worked answer -> `right` and `first_wrong_step`
+Judge = Callable[[str, str, str], dict[str, Any]]
 
 
 @dataclass
 class Difference:
-    """Exact match of `second` minus that of `first`, in points, on the same problems.
-
-    Args:
-        interval: of the difference, by paired bootstrap.
-        only_first, only_second: problems that only one of them has right.
-        p_value: two-sided, exact McNemar.
-    """
+    """Mean of `second` minus that of `first`, in points, on the same documents."""
 
     first: str
     second: str
     points: float
-    interval: tuple[float, float]
-    only_first: int
+    interval: tuple[float, float]  # by paired bootstrap
+    only_first: int  # documents that only `first` has right (of an overlap: where it is higher)
     only_second: int
-    p_value: float
+    p_value: float  # two-sided, exact McNemar
 
 
 @dataclass
 class Paired:
-    """Models that were right or wrong on the same documents.
-
-    Args:
-        what: of a task and metric, or of a kind of problem.
-        shares: percent that is right and its Wilson interval, by model.
-        differences: of every two models.
-    """
+    """Models on the same documents; `what` names a task and metric, or a kind of problem."""
 
     what: str
     n: int
-    shares: dict[str, tuple[float, float, float]]
-    differences: list[Difference]
-
-
-@dataclass
-class Comparison:
-    scores: dict[str, dict[str, Score]] = field(default_factory=dict)  # by model, then by kind
-    differences: list[Difference] = field(default_factory=list)
-
-    def tables(self) -> list[Table]:
-        """One table of scores and, for several models, one of differences."""
-        n = next(iter(self.scores.values()))["all"].n
-        table = Table(title=f"Exact match on {n} problems, %, with {CONFIDENCE:.0%} intervals (Wilson)")
-        table.add_column("kind")
-        for name in self.scores:
-            table.add_column(name, justify="right")
-        for kind in next(iter(self.scores.values())):
-            table.add_row(kind, *(_shown(s[kind].exact_match, s[kind].interval) for s in self.scores.values()))
-        for label, value in (("a step does not hold", "false_step"), ("a step is superfluous", "superfluous_step")):
-            table.add_row(label, *(f"{getattr(s['all'], value):.1f}" for s in self.scores.values()))
-        if any(s["all"].f1 is not None for s in self.scores.values()):
-            table.add_row("F1", *(_shown(s["all"].f1, s["all"].f1_interval) for s in self.scores.values()))
-        if not self.differences:
-            return [table]
-        paired = Table(title="Differences on the same problems, points (paired bootstrap; McNemar, exact)")
-        for column in ("models", "difference", "only first right", "only second right", "p"):
-            paired.add_column(column, justify="left" if column == "models" else "right")
-        for d in self.differences:
-            shown = _shown(d.points, d.interval, "+")
-            paired.add_row(f"{d.second} - {d.first}", shown, str(d.only_first), str(d.only_second), f"{d.p_value:.2g}")
-        return [table, paired]
-
-
-def _shown(value: float, interval: tuple[float, float], sign: str = "") -> str:
-    return f"{value:{sign}.1f} [{interval[0]:{sign}.1f}, {interval[1]:{sign}.1f}]"
+    shares: dict[str, tuple[float, float, float]]  # percent that is right and its interval, by model
+    differences: list[Difference]  # of every two models
 
 
 def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -140,84 +67,156 @@ def bootstrap_interval(
 
 
 def mcnemar_exact(only_first: int, only_second: int) -> float:
-    """Two-sided p-value that two models are equally often right, from the problems that only one of them has right."""
+    """Two-sided p-value that two models are equally often right, from the documents that only one of them has right."""
     n, fewer = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def paired(what: str, right: dict[str, Sequence[bool]], seed: int = 0) -> Paired:
-    """Shares of every model and differences of every two; `right` by model, the documents in the same order."""
-    n = len(next(iter(right.values())))
-    shares = {name: _share(sum(hits), n) for name, hits in right.items()}
-    pairs = itertools.combinations(right, 2)
-    return Paired(what, n, shares, [_difference(a, b, right[a], right[b], seed) for a, b in pairs])
-
-
-def _share(right: int, n: int) -> tuple[float, float, float]:
-    low, high = wilson_interval(right, n)
-    return 100 * right / n, 100 * low, 100 * high
-
-
-def answer_problems(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    *,
-    autoregressive: bool = False,
-    **settings: object,
-) -> list[str]:
-    """The model's answers, in the order of the problems; `settings` are decoding settings."""
-    examples = [problem.example() for problem in problems]
-    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **settings).answers
-
-
-def compare(problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed: int = 0) -> Comparison:
-    """Scores every model's answers to the same problems, and every two models against each other.
+def paired(what: str, scores: dict[str, Sequence[float]], seed: int = 0) -> Paired:
+    """Means of every model and differences of every two.
 
     Args:
-        answers: by name of the model, in the order of the problems.
-        seed: of the bootstraps.
-
-    Raises:
-        ValueError: no problem or model, or a model with more or fewer answers than problems.
+        scores: by model, the documents in the same order: right or wrong, or an overlap from 0 to 1.
     """
-    if not problems or not answers:
-        raise UserError(f"`compare` needs problems and answers, got {len(problems)} and {len(answers)}.")
-    for name, texts in answers.items():
-        if len(texts) != len(problems):
-            raise UserError(f"`answers`: {name!r} has {len(texts)} answers to {len(problems)} problems.")
-    right = {name: [is_right(p, a) for p, a in zip(problems, texts, strict=True)] for name, texts in answers.items()}
-    kinds = list(dict.fromkeys(problem.kind for problem in problems))
-    groups = {k: [i for i, p in enumerate(problems) if p.kind == k] for k in kinds if len(kinds) > 1}
-    groups["all"] = list(range(len(problems)))
-    found = Comparison()
-    for name, texts in answers.items():
-        found.scores[name] = {
-            kind: _score([(problems[i], texts[i], right[name][i]) for i in rows], seed) for kind, rows in groups.items()
-        }
-    found.differences = paired("all", right, seed).differences
+    shares = {name: _share(values, seed) for name, values in scores.items()}
+    differences = [_difference(a, b, scores[a], scores[b], seed) for a, b in itertools.combinations(scores, 2)]
+    return Paired(what, len(next(iter(scores.values()))), shares, differences)
+
+
+def _share(values: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """Percent, by Wilson where everything is right or wrong, else by bootstrap."""
+    binary = set(values) <= {0, 1}
+    low, high = wilson_interval(sum(values), len(values)) if binary else bootstrap_interval(values, seed=seed)
+    return 100 * sum(values) / len(values), 100 * low, 100 * high
+
+
+def _difference(first: str, second: str, a: Sequence[float], b: Sequence[float], seed: int) -> Difference:
+    points = [100.0 * (y - x) for x, y in zip(a, b, strict=True)]
+    only_first, only_second = sum(point < 0 for point in points), sum(point > 0 for point in points)
+    p_value = mcnemar_exact(only_first, only_second)
+    interval = bootstrap_interval(points, seed=seed)
+    return Difference(first, second, fmean(points), interval, only_first, only_second, p_value)
+
+
+# -- answers one by one
+
+
+def answer_tables(
+    problems: Sequence[Problem],
+    answers: dict[str, Sequence[str]],
+    samples: dict[str, dict[str, list[dict]]],
+    by_model: Judge | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Single answers, compared and re-evaluated.
+
+    Args:
+        answers: to the problems, by model.
+        samples: of lm-evaluation-harness, by model, then by task.
+        by_model: a judge who reads sentences too; see `judged_steps`.
+
+    Returns:
+        `paired`, see `Paired`; `worked`, see `judged_steps`, by model.
+    """
+    worked = {}
+    for name in dict.fromkeys([*answers, *samples]):
+        mine = list(zip(problems, answers[name], strict=True)) if name in answers else []
+        if found := judged_steps(mine + worked_of_tasks(samples.get(name, {})), by_model):
+            worked[name] = found
+    compared = compared_answers(problems, answers, seed) if answers else []
+    return {"paired": compared + compared_tasks(samples, seed), "worked": worked}
+
+
+def compared_answers(
+    problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed: int = 0
+) -> list[dict[str, Any]]:
+    """Right final answers, by kind and, where there are several kinds, of all together; word overlap (F1) for HotpotQA. See `Paired`.
+
+    Args:
+        answers: by model, in the order of the problems.
+    """
+
+    def scored(what: str, score: Callable[[Problem, str], float], rows: list[int]) -> dict[str, Any]:
+        found = {name: [score(problems[i], texts[i]) for i in rows] for name, texts in answers.items()}
+        return asdict(paired(f"prompts: {what}", found, seed))
+
+    groups: dict[str, list[int]] = {}
+    for i, problem in enumerate(problems):
+        groups.setdefault(problem.kind, []).append(i)
+    if len(groups) > 1:
+        groups["all kinds"] = list(range(len(problems)))
+    overlapping = [i for i, problem in enumerate(problems) if problem.form == "hotpotqa"]
+    compared = [scored(kind, is_right, rows) for kind, rows in groups.items()]
+    return compared + ([scored("F1", f1, overlapping)] if overlapping else [])
+
+
+def compared_tasks(samples: dict[str, dict[str, list[dict]]], seed: int = 0) -> list[dict[str, Any]]:
+    """Of every task and metric that is right or wrong; `samples` of the harness by model, then by task."""
+    hits = {model: _hits(by_task) for model, by_task in samples.items()}
+    names = [name for name in next(iter(hits.values()), {}) if all(name in mine for mine in hits.values())]
+    return [asdict(paired(name, {model: mine[name] for model, mine in hits.items()}, seed)) for name in names]
+
+
+def _hits(by_task: dict[str, list[dict]]) -> dict[str, list[bool]]:
+    found: dict[str, list[Any]] = {}
+    for task, rows in by_task.items():
+        for row in sorted(rows, key=lambda row: row["doc_id"]):
+            kind = "" if row["filter"] == "none" else f" ({row['filter']})"
+            for metric in row["metrics"]:
+                found.setdefault(f"{task}, {metric}{kind}", []).append(row[metric])
+    return {name: [bool(v) for v in values] for name, values in found.items() if all(v in (0, 1) for v in values)}
+
+
+def worked_of_tasks(by_task: dict[str, list[dict]]) -> list[tuple[Problem, str]]:
+    """Problems with worked answers among the documents of tasks, with the answers before any extraction."""
+    found = []
+    for rows in by_task.values():
+        first = {row["doc_id"]: row for row in reversed(rows)}  # of several filters one
+        for _, row in sorted(first.items()):
+            if not isinstance(row["resps"][0][0], str):  # a likelihood
+                break
+            try:
+                problem = read_problem(row["doc"])
+            except ValueError:  # no form of ours
+                break
+            found.append((problem, row["resps"][0][0]))
     return found
 
 
-def _score(rows: Sequence[tuple[Problem, str, bool]], seed: int) -> Score:
-    n, (share, *interval) = len(rows), _share(sum(hit for _, _, hit in rows), len(rows))
-    judgements = [judge(answer) for _, answer, _ in rows]
-    overlaps = [100 * f1(problem, answer) for problem, answer, _ in rows if problem.form == "hotpotqa"]
-    return Score(
-        n,
-        share,
-        tuple(interval),
-        fmean(overlaps) if overlaps else None,
-        bootstrap_interval(overlaps, seed=seed) if overlaps else None,
-        100 * fmean(bool(j.false_steps) for j in judgements),
-        100 * fmean(bool(j.superfluous) for j in judgements),
-    )
+def judged_steps(pairs: Iterable[tuple[Problem, str]], by_model: Judge | None = None) -> dict[str, Any]:
+    """Worked answers to problems that have them (GSM8K, MATH), re-evaluated step by step; steps are counted from 0.
+
+    Args:
+        by_model: a judge who reads sentences too, beside the re-evaluation.
+
+    Returns:
+        `summary`, percents of the answers; `answers`, each with its labels; {} where no problem has a worked answer.
+    """
+    rows = []
+    for problem, answer in pairs:
+        if problem.form not in WORKED_FORMS:
+            continue
+        right = is_right(problem, answer)  # a number that nothing marks counts too
+        found = judge(answer, problem.question, None if right else problem.reference)
+        row = {"question": problem.question, "answer": answer, "right": right, "equations": len(equations(answer))}
+        row |= {"first_wrong_step": found.first_wrong_step, "superfluous": found.superfluous}
+        if by_model is not None:
+            row["judge"] = by_model(problem.question, answer, problem.answer)
+        rows.append(row)
+    return {"summary": _summary(rows), "answers": rows} if rows else {}
 
 
-def _difference(first: str, second: str, a: Sequence[bool], b: Sequence[bool], seed: int) -> Difference:
-    points = [100.0 * (y - x) for x, y in zip(a, b, strict=True)]
-    only_first, only_second = points.count(-100.0), points.count(100.0)
-    interval = bootstrap_interval(points, seed=seed)
-    return Difference(
-        first, second, fmean(points), interval, only_first, only_second, mcnemar_exact(only_first, only_second)
-    )
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float | int]:
+    wrong = [row["first_wrong_step"] for row in rows if row["first_wrong_step"] is not None]
+    found: dict[str, float | int | None] = {
+        "worked answers": len(rows),
+        "right, %": 100 * fmean(row["right"] for row in rows),
+        "with an equation, %": 100 * fmean(row["equations"] > 0 for row in rows),
+        "with a wrong step, %": 100 * len(wrong) / len(rows),
+        "first wrong step, mean": 1 + fmean(wrong) if wrong else None,
+        "with a superfluous step, %": 100 * fmean(bool(row["superfluous"]) for row in rows),
+    }
+    if all("judge" in row for row in rows):
+        found["judge: right, %"] = 100 * fmean(row["judge"]["right"] for row in rows)
+        found["judge agrees on right, %"] = 100 * fmean(row["judge"]["right"] == row["right"] for row in rows)
+    return found

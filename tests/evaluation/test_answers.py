@@ -1,4 +1,6 @@
-"""Scores: exact match by kind, tokens per forward, and batches that start where the model expects."""
+"""Answers: exact match by kind, tokens per forward, batches that start where the model expects; sampled answers; speed against quality."""
+
+from __future__ import annotations
 
 import itertools
 
@@ -7,14 +9,22 @@ import torch
 from datasets import Dataset
 
 import llm_diffusion as ld
-from llm_diffusion.data.tiny import tiny_examples
+from llm_diffusion.data.tiny import tiny_dataset, tiny_examples
 from llm_diffusion.evaluation.answers import (
     AnswerReport,
+    _Clock,
     answered_by_base,
+    default_grid,
     encode_prompts,
     evaluate_answers,
+    grid,
+    over_processes,
+    place,
     prompt_and_reference,
+    sample_answers,
+    sweep,
 )
+from llm_diffusion.reasoning.problems import is_right, load_records, read_problem
 
 SETTINGS = {"max_new_tokens": 10, "threshold": 0.9}
 
@@ -110,7 +120,104 @@ def test_answers_of_the_base_take_the_place_of_the_datas(tiny):
     want = evaluate_answers(model, tokenizer, list(chats), autoregressive=True, max_new_tokens=40).answers
     assert [row["messages"][-1]["content"] for row in answered] == want
     assert [row["messages"][:-1] for row in answered] == [row["messages"][:-1] for row in chats]
-    with pytest.raises(ValueError, match="no answer is over after 3 tokens"):  # a cut would be a false end
+    with pytest.raises(ValueError, match="answers_from_base"):  # a cut would be a false end
         answered_by_base(model, tokenizer, chats, max_new_tokens=3)
     with pytest.raises(ValueError, match="answers_from_base"):
         answered_by_base(model, tokenizer, Dataset.from_list([{"text": "2+2=4"}]))
+
+
+SAMPLING = {"max_new_tokens": 12, "block_length": 4, "steps": 12}
+
+
+def problems():
+    return [read_problem(record) for record in load_records("tiny", 4, "test")]
+
+
+def test_rounds_are_seeded_and_labelled_by_checking(tiny):
+    rows = sample_answers(*tiny, problems(), 2, seed=3, temperature=1.5, **SAMPLING)
+    assert [row["prompt"][0]["content"] for row in rows[::2]] == [p.question for p in problems()]
+    examples = [p.example() for p in problems()]
+    for i in (0, 1):
+        drawn = evaluate_answers(*tiny, examples, temperature=1.5, seed=3 + i, **SAMPLING).answers
+        assert [row["answer"] for row in rows[i::2]] == drawn
+    assert [row["right"] for row in rows] == [
+        is_right(p, row["answer"]) for p, row in zip([p for p in problems() for _ in range(2)], rows, strict=True)
+    ]
+    assert {row["answer"] for row in rows[::2]} != {row["answer"] for row in rows[1::2]}
+
+
+@pytest.mark.parametrize(
+    ("n", "given", "settings", "message"),
+    [(0, 1, {}, "`samples`"), (2, 0, {}, "`problems` is empty"), (2, 1, {"temperature": 0}, "`temperature` 0")],
+)
+def test_samples_that_cannot_be_drawn(tiny, n, given, settings, message):
+    with pytest.raises(ValueError, match=message):
+        sample_answers(*tiny, problems()[:given], n, **settings)
+
+
+def test_grid() -> None:
+    assert grid({"threshold": [0.5, 0.9], "block_length": [8]}) == [
+        {"threshold": 0.5, "block_length": 8},
+        {"threshold": 0.9, "block_length": 8},
+    ]
+    for axes in ({"threshold": 0.5}, {"threshold": []}):
+        with pytest.raises(ValueError, match="`sweep.threshold` must be a list"):
+            grid(axes)
+
+
+def test_sweep_measures_every_way(tiny) -> None:
+    model, tokenizer = tiny
+    examples = list(tiny_dataset(6, split="test"))
+    settings = {"max_new_tokens": 12, "block_length": 6}
+    base, *points = sweep(model, tokenizer, examples, settings, grid({"threshold": [0.3, 0.99]}))
+    assert base.settings is None and base.tokens_per_forward == 1
+    for point, threshold in zip(points, (0.3, 0.99), strict=True):
+        assert point.settings == {**settings, "threshold": threshold}
+        report = evaluate_answers(model, tokenizer, examples, **point.settings)
+        assert point.exact_match == report.mean and point.tokens_per_forward == report.tokens_per_forward
+        assert all(1 <= n <= 12 for n in report.tokens)
+    assert points[0].tokens_per_forward > points[1].tokens_per_forward >= 1
+    for point in (base, *points):
+        assert 0 < point.first_token <= point.last_token and point.tokens_per_second > 0 and point.memory is None
+    everyone = (base, *points)
+    best = max(p.exact_match for p in everyone), max(p.tokens_per_second for p in everyone)
+    for point in everyone:
+        beaten = any(
+            (o.exact_match, o.tokens_per_second) != (point.exact_match, point.tokens_per_second)
+            and o.exact_match >= point.exact_match
+            and o.tokens_per_second >= point.tokens_per_second
+            for o in everyone
+        )
+        assert point.on_frontier == (not beaten)
+    assert any(p.on_frontier and p.tokens_per_second == best[1] for p in everyone)
+
+
+def test_the_clock_stops_at_the_first_known_token() -> None:
+    clock = _Clock(mask_token_id=9)
+    clock.put(torch.tensor([[1, 2, 3]]))
+    clock.put_draft(torch.tensor([[9, 5, 9]]))  # a token further right does not count
+    assert clock.first is None
+    clock.put_draft(torch.tensor([[4, 5, 9]]))
+    first = clock.first
+    assert first > 0
+    clock.put(torch.tensor([[4, 5, 6]]))
+    clock.end()
+    assert clock.first == first
+
+
+def test_tokens_are_counted_through_the_end(tiny) -> None:
+    model, tokenizer = tiny
+    examples = list(tiny_dataset(6, split="test"))
+    report = evaluate_answers(model, tokenizer, examples, autoregressive=True, max_new_tokens=60)
+    for answer, tokens, ended in zip(report.answers, report.tokens, report.ended, strict=True):
+        assert tokens == len(tokenizer(answer)["input_ids"]) + ended
+
+
+def test_default_grid(tiny) -> None:
+    assert {"threshold": 0.9} in default_grid(tiny[0]) and len(default_grid(tiny[0])) == 6
+
+
+def test_one_process_does_everything():
+    assert place() == (0, 1)
+    assert over_processes(lambda items: [2 * item for item in items], [3, 1]) == [6, 2]
+    assert over_processes(lambda items: items, []) == []

@@ -1,4 +1,4 @@
-"""Bounds against exact numbers: on the oracle bed every estimator must find -log p(x), in every layout and read-out."""
+"""Bounds against exact numbers: on the oracle bed every estimator must find -log p(x), in every layout and read-out; windows of long texts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llm_diffusion import load_diffusion_model
 from llm_diffusion.evaluation.likelihood import (
+    Row,
     autoregressive_rows,
+    block_rows,
     bound_rows,
     likelihood,
     log_likelihood_bound,
+    pair_row,
+    text_rows,
+    windows,
 )
-from llm_diffusion.evaluation.windows import Row, text_rows
 from llm_diffusion.objective.estimators import ESTIMATORS
 
 BED = MarkovChain(n_states=8, length=32)
@@ -196,7 +200,7 @@ def test_batches_and_runs_agree_on_a_real_model(models, kind) -> None:
     assert found[0].perplexity_bound == pytest.approx(math.exp(found[0].nats_per_token))
 
 
-def test_the_ar_figure_is_the_hosts_own_loss(tiny) -> None:
+def test_the_ar_figure_is_the_loss_of_transformers(tiny) -> None:
     from transformers import AutoModelForCausalLM
 
     from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
@@ -275,3 +279,47 @@ def test_bad_input(tiny) -> None:
     with pytest.raises(ValueError, match="autoregressive_rows"):
         likelihood(lossless, tokenizer, TEXTS)
     assert autoregressive_rows(lossless, text_rows(tokenizer, TEXTS)).tokens
+
+
+@pytest.mark.parametrize(
+    ("n", "first", "length", "stride"), list(itertools.product((2, 5, 6, 7, 20), (1, 4), (6, 7), (1, 3, 5)))
+)
+def test_every_token_is_scored_once_behind_its_own_past(n: int, first: int, length: int, stride: int) -> None:
+    first = min(first, n - 1)
+    ids = tuple(range(100, 100 + n))
+    parts = windows(Row(ids, first, 9), length, stride)
+    assert [token for part in parts for token in part.ids[part.first :]] == list(ids[first:])
+    for part in parts:
+        start = part.ids[0] - 100
+        assert part.ids == ids[start : start + len(part.ids)] and part.text == 9
+        assert len(part.ids) <= length and part.first >= min(length - stride, first)
+    for part in parts[1:]:
+        assert len(part.ids) == length and len(part.ids) - part.first <= stride
+
+
+def test_the_example_of_the_documentation() -> None:
+    parts = windows(Row(tuple("abcdefghij"), 1), 6, 3)
+    assert ["".join(p.ids[: p.first]) + "".join(p.ids[p.first :]).upper() for p in parts] == [
+        "aBCDEF",
+        "defGHI",
+        "efghiJ",
+    ]
+
+
+def test_a_short_text_is_one_window() -> None:
+    assert windows(Row((1, 2, 3), 1), 6, 3) == [Row((1, 2, 3), 1)]
+
+
+def test_blocks_see_all_before_and_nothing_behind() -> None:
+    assert block_rows([Row((1, 2, 3, 4, 5, 6, 7), 2, 5)], 3) == [
+        Row((1, 2, 3), 2, 5),
+        Row((1, 2, 3, 4, 5, 6), 3, 5),
+        Row((1, 2, 3, 4, 5, 6, 7), 6, 5),
+    ]
+
+
+def test_blanks_between_prompt_and_completion_are_scored(tokenizer) -> None:
+    for prompt, completion in (("ab cd ", "ef"), ("ab cd", " ef")):
+        row = pair_row(tokenizer, prompt, completion)
+        assert tokenizer.decode(row.ids[: row.first]) == "ab cd" and tokenizer.decode(row.ids[row.first :]) == " ef"
+    assert pair_row(tokenizer, "", "abc").first == 1

@@ -1,133 +1,202 @@
-"""Everything together: figures are those of the parts, every setting is in the file, and nothing is half-written."""
+"""The page: well-formed, self-contained, with every figure it was given, and nothing it was not."""
 
-import copy
-import json
-from dataclasses import asdict
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
-import llm_diffusion as ld
-from llm_diffusion.data.tiny import tiny_dataset
-from llm_diffusion.evaluation.answers import evaluate_answers
-from llm_diffusion.evaluation.likelihood import likelihood
-from llm_diffusion.evaluation.report import (
-    BASE,
-    CONVERTED,
-    SAME_WEIGHTS,
-    provenance,
-    task_figures,
-    write_report,
-)
-from llm_diffusion.evaluation.statistics import answer_problems, compare
-from llm_diffusion.reasoning.problems import read_problem
+from llm_diffusion.evaluation.report import page, show
 
-TEXTS = ["Tom has 23 apples. Tom gets 45 more.", "Sort the letters: k d e a"]
+VOID = {"meta", "img", "br"}
+POINT = {"tokens_per_forward": 2.5, "first_token": 0.01, "last_token": 0.2, "memory": None}
+RESULTS = {
+    "settings": {"model": "<tiny>", "seed": 7, "decoding": {"threshold": 0.9}},
+    "provenance": {"git_revision": "abc123", "torch": "2.13.0"},
+    "notes": ["No BLEU & ROUGE"],
+    "models": {
+        "AR base": {
+            "likelihood": {"nats_per_token": 1.25, "estimator": "autoregressive"},
+            "tasks": {"gsm8k, exact_match": 0.5},
+        },
+        "converted": {
+            "likelihood": {"nats_per_token": 1.5, "standard_error": 0.01, "estimator": "exact_count"},
+            "answers": {"exact match, mean, %": 91.25},
+        },
+    },
+    "levels": [(0.5, 0.75, 100), (1.0, 2.5, 50)],
+    "frontier": [
+        {
+            "label": label,
+            "settings": settings,
+            "exact_match": match,
+            "tokens_per_second": speed,
+            "on_frontier": best,
+            **POINT,
+        }
+        for label, settings, match, speed, best in (
+            ("autoregressive", None, 99.0, 100.0, True),
+            ("threshold 0.5", {"threshold": 0.5}, 90.0, 300.0, True),
+            ("threshold 0.9", {"threshold": 0.9}, 89.0, 200.0, False),
+        )
+    ],
+    "calibration": {"bins": [(0.5, 0.45, 10), (0.95, 0.9, 30)], "error": 0.05},
+    "eos": {"pairs": [(5, 5), (6, 4), (7, None)], "accuracy": 33.3, "ended": 66.7},
+    "trace": [[("a", "new"), ("_", "mask")], [("a", "old"), ("<b>", "new")]],
+    "paired": [
+        {
+            "what": "prompts: all kinds",
+            "n": 77,
+            "shares": {"AR base": (50.0, 40.25, 60.0), "converted": (75.0, 61.5, 88.0)},
+            "differences": [
+                {
+                    "first": "AR base",
+                    "second": "converted",
+                    "points": 25.0,
+                    "interval": (12.5, 37.5),
+                    "only_first": 3,
+                    "only_second": 22,
+                    "p_value": 0.00015,
+                }
+            ],
+        }
+    ],
+    "worked": {
+        name: {
+            "summary": {"worked answers": 1, "first wrong step, mean": None},
+            "answers": [
+                {
+                    "question": "How many?",
+                    "answer": f"{name} says",
+                    "right": name == "AR base",
+                    "first_wrong_step": None if name == "AR base" else 4,
+                    "superfluous": [0, 8],
+                    "judge": {"right": False, "first_wrong_step": 6},
+                }
+            ],
+        }
+        for name in ("AR base", "converted")
+    },
+    "samples": [{"prompt": "Is 1 < 2?", "reference": "yes", "converted": "<script>alert(1)</script>"}],
+}
+
+
+class Page(HTMLParser):
+    """Refuses tags that do not close, and collects what a reader sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.texts, self.images, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny):
-    """The embedded model in a record that says it was trained: what its figures are does not matter here."""
-    model, tokenizer = copy.deepcopy(tiny)
-    model.config.diffusion = {**model.config.diffusion, "conversion_steps": 1}
-    return model, tokenizer
+def whole() -> str:
+    return page(RESULTS)
 
 
-@pytest.fixture(scope="module")
-def results(trained):
-    examples = list(tiny_dataset(6, split="test"))
-    decoding = {"max_new_tokens": 8, "threshold": 0.9, "block_length": 8}
-    options = {"n_samples": 16, "seed": 3, "batch_size": 5, "axes": {"threshold": [0.5, 0.9]}}
-    return ld.evaluate(*trained, texts=TEXTS, examples=examples, decoding=decoding, **options)
-
-
-def test_figures_are_those_of_the_parts(results, trained) -> None:
-    bound = likelihood(*trained, TEXTS, n_samples=16, seed=3)
-    mine, base = results["models"][CONVERTED], results["models"][SAME_WEIGHTS]
-    assert mine["likelihood"]["nats_per_token"] == pytest.approx(bound.nats_per_token, abs=1e-4)
-    assert mine["likelihood"]["standard_error"] == pytest.approx(bound.standard_error, abs=1e-4)
-    exact = likelihood(*trained, TEXTS, autoregressive=True)
-    assert base["likelihood"]["bits_per_byte"] == pytest.approx(exact.bits_per_byte, abs=1e-4)
-    report = evaluate_answers(
-        *trained, list(tiny_dataset(6, split="test")), max_new_tokens=8, threshold=0.9, block_length=8, seed=3
+def test_every_figure_is_on_the_page(whole) -> None:
+    shown = Page(whole)
+    text = "|".join(filter(str.strip, shown.texts))
+    figures = ("1.25", "1.5", "0.01", "91.25", "0.75", "Expected calibration error 0.050")
+    names = ("exact_count", "gsm8k, exact_match", "autoregressive", "threshold 0.5", "AR base", "abc123", "<b>")
+    rows = (
+        "66.7 % of the answers end, 33.3 %",
+        "No BLEU & ROUGE",
+        "prompts: all kinds|77|50.0 [40.2, 60.0]|75.0 [61.5, 88.0]",
+        "prompts: all kinds: converted - AR base|+25.0 [+12.5, +37.5]|3|22|0.00015",
+        "How many?|AR base|AR base says|yes|–|1, 9|no|7",
+        "How many?|converted|converted says|no|5|1, 9|no|7",
     )
-    assert mine["answers"]["exact match, mean, %"] == report.mean
-    assert [sample[CONVERTED] for sample in results["samples"]] == report.answers
-    assert len(results["frontier"]) == 3 and results["frontier"][0]["settings"] is None
-    assert results["calibration"]["bins"] and len(results["eos"]["pairs"]) == 6 and results["trace"]
+    for wanted in (*figures, *names, *rows):
+        assert wanted in text, wanted
+    assert "<script>alert(1)</script>" in shown.texts and "script" not in shown.tags  # shown, not run
 
 
-def test_models_are_compared_answer_by_answer(results, trained) -> None:
-    """Right as `compare` counts it, on the very answers that are scored."""
-    problems = [read_problem(example) for example in tiny_dataset(6, split="test")]
-    settings = {"max_new_tokens": 8, "threshold": 0.9, "block_length": 8, "seed": 3}
-    answers = {
-        SAME_WEIGHTS: answer_problems(*trained, problems, autoregressive=True, max_new_tokens=8),
-        CONVERTED: answer_problems(*trained, problems, **settings),
-    }
-    want, found = compare(problems, answers, seed=3), results["paired"][-1]
-    for name in answers:
-        score = want.scores[name]["all"]
-        assert found["shares"][name] == pytest.approx((score.exact_match, *score.interval))
-    assert found["differences"] == [asdict(want.differences[0])]
-    (arithmetic,) = results["worked"][CONVERTED]["answers"]
-    assert arithmetic["answer"] == answers[CONVERTED][0]
+def test_the_terminal_has_the_figures() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    show(RESULTS, console)
+    text = console.export_text()
+    for wanted in ("91.25", "50.0 [40.2, 60.0]", "+25.0 [+12.5, +37.5]", "0.00015", "McNemar", "worked answers"):
+        assert wanted in text, wanted
+    assert "AR base says" not in text
 
 
-def test_every_setting_is_written(results, tmp_path) -> None:
-    write_report(results, tmp_path / "out")
-    read = json.loads((tmp_path / "out" / "results.json").read_text())
-    settings = read["settings"]
-    assert settings["decoding"] == {"max_new_tokens": 8, "threshold": 0.9, "block_length": 8, "seed": 3}
-    assert (settings["estimator"], settings["n_samples"], settings["seed"]) == ("exact_count", 16, 3)
-    assert settings["diffusion"]["attention"] == "bidirectional" and settings["window"] == 1024
-    assert {"git_revision", "torch", "transformers", "python", "device", "time"} <= set(read["provenance"])
-    assert "<h2>Calibration of confidence</h2>" in (tmp_path / "out" / "report.html").read_text()
+def test_pictures_are_inside_and_drawn(whole) -> None:
+    shown = Page(whole)
+    assert [image["alt"] for image in shown.images] == [
+        "Loss by noise level",
+        "Speed and quality",
+        "Calibration of confidence",
+        "Where answers end",
+    ]
+    for image in shown.images:
+        kind, _, data = image["src"].partition(",")
+        svg = ElementTree.fromstring(base64.b64decode(data))
+        assert kind == "data:image/svg+xml;base64" and svg.tag.endswith("svg")
+        assert len(svg.findall(".//{http://www.w3.org/2000/svg}path")) > 5
+    assert not re.findall(r'(?:src|href)="(?!data:)', whole)  # nothing beside it
 
 
-def test_nothing_is_half_written(results, tmp_path) -> None:
-    with pytest.raises(TypeError):
-        write_report({**results, "odd": object()}, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_the_same_results_give_the_same_page(whole) -> None:
+    assert page(RESULTS) == whole
 
 
-def test_the_revision_is_the_checkouts() -> None:
-    found = provenance("cpu")
-    assert found["llm_diffusion"] and found["device"] == "cpu"
-    assert found["git_revision"] is None or len(found["git_revision"].removesuffix("-dirty")) == 40
+@pytest.mark.parametrize("section", ["levels", "frontier", "calibration", "eos", "trace", "samples", "worked"])
+def test_sections_without_figures_are_left_out(section) -> None:
+    empty = {"settings": {}, "provenance": {}, "models": {}}
+    assert Page(page({**empty, section: RESULTS[section]})).tags.count("h2") == 2 + (
+        section == "worked"
+    )  # and the settings
 
 
-def test_an_untrained_model_is_evaluated_as_ar_and_said_so(tiny) -> None:
-    found = ld.evaluate(*tiny, texts=TEXTS)
-    assert list(found["models"]) == [BASE] and "evaluated as the autoregressive model" in found["notes"][0]
+def test_one_model_alone_is_compared_with_nobody() -> None:
+    row = {**RESULTS["paired"][0], "shares": {"AR base": (50.0, 40.0, 60.0)}, "differences": []}
+    shown = Page(page({"settings": {}, "provenance": {}, "models": {"AR base": {}}, "paired": [row]}))
+    assert "50.0 [40.0, 60.0]" in shown.texts and "p" not in shown.texts
 
 
-def test_a_base_of_its_own_stands_beside(tiny, trained) -> None:
-    found = ld.evaluate(*trained, texts=TEXTS, base=tiny, n_samples=8)
-    assert list(found["models"]) == [BASE, CONVERTED]
+def test_an_almost_empty_evaluation_has_a_page() -> None:
+    shown = Page(page({"settings": {}, "provenance": {}, "models": {"AR base": {}}, "notes": []}))
+    assert shown.tags.count("h2") == 1 and not shown.images
 
 
-def test_metrics_of_the_harness_by_name() -> None:
-    found = {"a": {"alias": "a", "acc,none": 0.5, "acc_stderr,none": "N/A"}, "b": {"exact_match,strict-match": 1}}
-    assert task_figures(found) == {"a, acc": 0.5, "b, exact_match (strict-match)": 1.0}
-
-
-def test_tasks_are_in_the_results(trained, tmp_path) -> None:
-    pytest.importorskip("lm_eval")
-    (tmp_path / "lambada_test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    found = ld.evaluate(*trained, tasks=["lambada_openai"], data=str(tmp_path), n_samples=8, limit=2)
-    for name, model in found["models"].items():
-        assert model["tasks"]["lambada_openai, perplexity"] > 1
-        assert model["harness"]["model"]["autoregressive"] == (name != CONVERTED)
-    assert found["models"][CONVERTED]["harness"]["model"]["likelihood"]["n_samples"] == 8
-    (row,) = found["paired"]
-    assert row["what"] == "lambada_openai, acc" and row["n"] == 2
-    for name, (share, *_) in row["shares"].items():
-        assert share == pytest.approx(100 * found["models"][name]["tasks"]["lambada_openai, acc"])
-    json.dumps(found)
-
-
-def test_bad_input(trained) -> None:
-    with pytest.raises(ValueError, match="nothing to measure"):
-        ld.evaluate(*trained)
-    with pytest.raises(ValueError, match="number 0 is empty"):
-        ld.evaluate(*trained, examples=[{"prompt": "a b", "completion": " "}], decoding={"max_new_tokens": 2})
+@pytest.mark.slow
+def test_a_browser_draws_it(tmp_path, whole) -> None:
+    """Headless, where there is a browser: every picture is decoded, and nothing is asked of the network."""
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("no chromium here")
+    check = (
+        "<script>onload = () => { document.body.dataset.drawn = [...document.images].filter(i => i.naturalWidth > 100).length;"
+        " document.body.dataset.asked = performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length }"
+        "</script></body>"
+    )
+    (tmp_path / "report.html").write_text(whole.replace("</body>", check))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    dom = subprocess.run(
+        [browser, *options, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=120
+    ).stdout
+    assert 'data-drawn="4"' in dom and 'data-asked="0"' in dom

@@ -1,8 +1,6 @@
-"""The harness's tasks on local files, and what the definitions in `task_definitions/` call.
+"""Tasks of lm-evaluation-harness on local files, without a hub: its own definition with the local file in place of the hub's.
 
-Tasks whose files are in a `--data` folder run without a hub: the harness's own definition of the task with the local file in place
-of the hub's. Countdown, sudoku and closed-book HotpotQA, which the harness has not, are defined here.
-Trade-off: files are known by their names. Alternative: an option a task, which nobody types.
+Countdown, sudoku and closed-book HotpotQA, which it does not have, are defined here; the functions at the end are called by the definitions.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval import tasks
 
+from ... import UserError
 from ...reasoning.planning import reaches_countdown, solves_sudoku
 from ...reasoning.problems import LETTERS, logiqa_parts
 
@@ -31,13 +30,9 @@ TAGS = ("countdown", "sudoku")  # each stands for all tasks whose names begin so
 
 
 def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
-    """Definitions of the tasks whose files are in a folder or its sub-folders.
-
-    Raises:
-        FileNotFoundError: it is no folder, or has no file of a task.
-    """
+    """Definitions of the tasks whose files are in a folder or its sub-folders."""
     if not data.is_dir():
-        raise FileNotFoundError(f"`data`: {str(data)!r} is not a folder.")
+        raise UserError(f"`data`: {str(data)!r} is not a folder.")
     found = {}
     for name, (definitions, files) in LOCAL_TASKS.items():
         paths = {split: _find(data, file) for split, file in files.items()}
@@ -47,9 +42,7 @@ def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
             found[name] = {"task": name, **tags, "include": [str(path) for path in definitions], **source}
     if not found:
         wanted = sorted({file for _, files in LOCAL_TASKS.values() for file in files.values()})
-        raise FileNotFoundError(
-            f"`data`: {str(data)!r} holds none of the files that tasks are made of: {', '.join(wanted)}."
-        )
+        raise UserError(f"`data`: {str(data)!r} holds none of the files that tasks are made of: {', '.join(wanted)}.")
     return found
 
 
@@ -61,9 +54,6 @@ def names_of(found: dict[str, Any]) -> set[str]:
 def _find(folder: Path, file: str) -> str | None:
     paths = sorted(path for path in folder.rglob(Path(file).name) if path.as_posix().endswith("/" + file))
     return str(paths[0].resolve()) if paths else None
-
-
-# -- called by the definitions
 
 
 def countdown_question(doc: dict[str, str]) -> str:
@@ -80,7 +70,7 @@ def sudoku_results(doc: dict[str, str], answers: list[str]) -> dict[str, float]:
 
 
 def logiqa_documents(dataset: Dataset) -> Dataset:
-    """With the columns that the harness's definition reads, whatever the copy calls them."""
+    """With the columns that the harness's definition reads, under whatever names the copy has them."""
 
     def renamed(record: dict) -> dict:
         context, question, options, index = logiqa_parts(record)

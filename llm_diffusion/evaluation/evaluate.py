@@ -1,0 +1,360 @@
+"""Everything measured of one model or several, their AR base beside them: `evaluate`, and `run`, the command of that name.
+
+What only needs reading is checked before a model is loaded, and a judge is tried once before it is needed: an error after hours of
+answering helps nobody.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from loguru import logger
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from .. import UserError
+from ..config import read_mapping
+from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
+from ..generation.config import DiffusionGenerationConfig
+from ..generation.inference import default_decoding
+from ..models.checkpoints import is_adapter, resolve_path
+from ..models.loading import load_diffusion_model
+from ..models.patching import base_of
+from ..models.record import record_of
+from ..objective.estimators import REPLICATES, check_estimator
+from ..reasoning.judge import LLMJudge
+from ..reasoning.problems import load_records
+from .answers import (
+    AnswerReport,
+    as_example,
+    as_problem,
+    default_grid,
+    evaluate_answers,
+    grid,
+    place,
+    prompt_and_reference,
+    question_of,
+    sweep,
+)
+from .likelihood import is_diffusion, likelihood, window_length
+from .metrics import calibration, check_references, denoising_trace, eos_positions, overlap, reference_rows, variety
+from .report import show, write_report
+from .statistics import Judge, answer_tables
+
+CONVERTED, BASE, SAME_WEIGHTS = "converted", "AR base", "AR, same weights"
+PACKAGES = ("llm_diffusion", "torch", "transformers", "trl", "peft", "datasets", "lm_eval", "sacrebleu", "rouge_score")
+BOUND, SHARED = ("estimator", "n_samples", "seed"), ("batch_size", "max_length", "split", "progress")
+OF_TASKS = ("data", "limit", "num_fewshot", "chat_template")
+Loaded = tuple[torch.nn.Module, PreTrainedTokenizerBase]
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: Sequence[str] = (),
+    examples: Sequence[dict] = (),
+    tasks: Sequence[str] = (),
+    data: str | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    chat_template: bool = False,
+    decoding: dict[str, Any] | None = None,
+    axes: dict[str, Sequence[Any]] | None = None,
+    base: Loaded | None = None,
+    estimator: str = "exact_count",
+    n_samples: int = 128,
+    seed: int = 0,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    judge: Judge | None = None,
+    split: bool = False,
+    progress: bool = False,
+    name: str = CONVERTED,
+    others: Iterable[tuple[str, Loaded, dict[str, Any]]] = (),
+) -> dict[str, Any]:
+    """Measures a converted model and, beside it, its AR base and other models.
+
+    Args:
+        texts: for likelihood, by `estimator` with `n_samples`, in windows of `max_length`.
+        examples: prompts with references, of a trainable shape or of any form that `problems` reads: exact match, overlap, calibration,
+            ends, a trace, samples; answers compared one by one.
+        tasks: names of lm-evaluation-harness, on files in `data` where it has them; `limit`, `num_fewshot`, `chat_template` as there.
+        decoding: settings of `generate`; tasks set the length of their answers, where `max_new_tokens` is not among them.
+        axes: decoding settings to sweep, `{}` for a default; None: no sweep.
+        base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
+        judge: reads every worked answer, beside its re-evaluation; see `statistics.judged_steps`.
+        split: between all processes, each of which must call this; the first one alone draws traces, calibrates, sweeps and calls the
+            judge, so its results are the whole ones.
+        name: of the model in the results.
+        others: name, model with tokenizer, decoding; each is taken when the one before is done with.
+
+    Returns:
+        What goes into `results.json`: `settings`, `provenance`, `models` (figures by model), and what the page shows beside.
+    """
+    given, trained = SimpleNamespace(**locals()), record_of(model).trained
+    run = _Evaluation(given)
+    title = BASE if base or isinstance(model, PeftModel) or not trained else SAME_WEIGHTS
+    run.measure(title, base or (model, tokenizer), decoding, autoregressive=True if base or trained else None)
+    if base or trained:
+        run.measure(name, (model, tokenizer), decoding)
+    for other in others:
+        run.measure(*other)
+    if not split or place()[0] == 0:
+        run.look_inside()
+    return run.results
+
+
+class _Evaluation:
+    """What is found of one model after the other; `given` are the arguments of `evaluate`."""
+
+    def __init__(self, given: SimpleNamespace) -> None:
+        if not (given.texts or given.examples or given.tasks):
+            raise UserError("nothing to measure: give tasks, texts, or prompts with references.")
+        self.given, self.examples = given, [as_example(record) for record in given.examples]
+        self.references = [prompt_and_reference(example)[1] for example in self.examples]
+        check_references(self.references)  # before hours of answering
+        self.problems = [as_problem(record) for record in given.examples]
+        self.harness = load_harness() if given.tasks else None
+        self.reports: dict[str, AnswerReport] = {}
+        self.samples: dict[str, dict[str, list[dict]]] = {}  # of the harness, by model, then by task
+        base, record = base_of(given.model), record_of(given.model)
+        settings = {
+            **self.options(*BOUND, *OF_TASKS, "batch_size", "tasks"),
+            "processes": place()[1] if given.split else 1,
+            "window": window_length(base, given.max_length, None)[0],
+            "decoding": self.decoding(given.decoding),
+            "sweep": given.axes,
+            "diffusion": record.to_dict(),
+            "dtype": str(base.dtype),
+        }
+        self.results = {"settings": settings, "provenance": provenance(base.device), "models": {}, "notes": []}
+
+    def options(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self.given, name) for name in names}
+
+    def decoding(self, chosen: dict[str, Any] | None) -> dict[str, Any]:
+        return {"max_new_tokens": 128, "seed": self.given.seed, **(chosen or {})}
+
+    def note(self, text: str) -> None:
+        if text not in self.results["notes"]:
+            logger.warning(text)
+            self.results["notes"].append(text)
+
+    def measure(
+        self, name: str, loaded: Loaded, chosen: dict[str, Any] | None, autoregressive: bool | None = None
+    ) -> None:
+        """Adds the figures of a model with its decoding; `autoregressive` None: where it was not trained to be anything else."""
+        if autoregressive is None and (autoregressive := not record_of(loaded[0]).trained):
+            who = "The model" if name == BASE else name
+            self.note(f"{who} is not trained as a diffusion model: it is evaluated as the autoregressive model it is.")
+        figures = self.results["models"][name] = {}
+        if self.given.texts:
+            figures["likelihood"] = self.likelihood(loaded, chosen or {}, autoregressive)
+        if self.examples:
+            settings = self.decoding(chosen)
+            settings = {"max_new_tokens": settings["max_new_tokens"]} if autoregressive else settings
+            settings |= {"autoregressive": autoregressive, "split": self.given.split}
+            self.reports[name] = evaluate_answers(*loaded, self.examples, **settings)
+            figures["answers"] = self.answers(self.reports[name])
+        if self.given.tasks:
+            options = {**(chosen or {}), **self.options(*BOUND, *SHARED), "autoregressive": autoregressive}
+            lm = self.harness.DiffusionLM(*loaded, **options)
+            found = self.harness.run_tasks(lm, self.given.tasks, **self.options(*OF_TASKS))
+            self.samples[name] = found["samples"] if found else {}  # the first process's alone
+            if found:
+                figures["tasks"] = task_figures(found["results"])
+                versions = {key: found[key] for key in ("versions", "n-shot")}
+                figures["harness"] = {"model": lm.get_model_info(), **versions}
+
+    def likelihood(self, loaded: Loaded, chosen: dict[str, Any], autoregressive: bool) -> dict[str, Any]:
+        exact, options = autoregressive or not is_diffusion(loaded[0]), self.options(*SHARED)
+        if not exact:
+            options |= self.options(*BOUND)
+            options |= {"block_length": chosen.get("block_length")} if options["estimator"] == "per_block" else {}
+        elif not autoregressive:
+            self.note("A drafter's text is its base's own: its likelihood is the base's, exact.")
+        found = likelihood(*loaded, self.given.texts, autoregressive=exact, **options)
+        self.results["levels"] = self.results.get("levels") or found.levels
+        return found.summary()
+
+    def answers(self, report: AnswerReport) -> dict[str, Any]:
+        figures = {f"exact match, {kind}, %": value for kind, value in report.exact_match.items()}
+        figures |= {
+            "exact match, mean, %": report.mean,
+            "tokens per forward": report.tokens_per_forward,
+            "tokens a second": report.tokens_per_second,
+            "ended, %": 100 * sum(report.ended) / len(report.ended),
+            **variety(report.answers),
+        }
+        try:
+            figures |= overlap(report.answers, self.references)
+        except ImportError as error:
+            self.note(f"No BLEU and ROUGE: {error}")
+        return figures
+
+    def look_inside(self) -> None:
+        """Answers side by side; ends, a trace, calibration and a sweep of the first model."""
+        given, results, examples = self.given, self.results, self.examples
+        model, tokenizer, decoding = given.model, given.tokenizer, self.decoding(given.decoding)
+        answers = {name: report.answers for name, report in self.reports.items()}
+        results |= answer_tables(self.problems, answers, self.samples, given.judge, given.seed)
+        if examples:
+            results["samples"] = [
+                {"prompt": question_of(example), "reference": self.references[i]}
+                | {name: texts[i] for name, texts in answers.items()}
+                for i, example in enumerate(examples)
+            ]
+        if not examples or not record_of(model).trained:
+            return
+        results["eos"] = eos_positions(tokenizer, examples, self.reports[given.name])
+        results["trace"] = denoising_trace(model, tokenizer, examples[0], decoding)
+        if is_diffusion(model):
+            rows = reference_rows(tokenizer, examples, window_length(model, None, None)[0])
+            results["calibration"] = asdict(calibration(model, rows, **self.options("batch_size", "seed")))
+        if given.axes is not None:
+            points = grid(given.axes) if given.axes else default_grid(model)
+            found = sweep(model, tokenizer, examples, decoding, points, given.base)
+            results["frontier"] = [asdict(point) for point in found]
+
+
+def task_figures(found: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Metrics of all tasks with their standard errors, as plain numbers: `gsm8k, exact_match (strict-match)`."""
+    figures = {}
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if kind and isinstance(value, int | float):
+                figures[f"{task}, {metric}{'' if kind == 'none' else f' ({kind})'}"] = float(value)
+    return figures
+
+
+def provenance(device: torch.device | str) -> dict[str, Any]:
+    """Versions, git revision of the package where it is a checkout, and the machine."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {
+        "git_revision": git.stdout.strip() or None,
+        **versions,
+        "python": sys.version.split()[0],
+        "device": torch.cuda.get_device_name() if torch.device(device).type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def load_harness() -> ModuleType:
+    """The module of lm-evaluation-harness, which the extra `eval` brings."""
+    try:
+        from . import harness
+    except ImportError as error:
+        raise UserError(
+            f"`tasks`: lm-evaluation-harness is not installed ({error}); run `pip install 'llm-diffusion[eval]'`."
+        ) from error
+    return harness
+
+
+# -- the command
+
+
+def read_texts(name: str, limit: int | None) -> list[str]:
+    """A text file as one text, or the `text` of every line of a JSONL file."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"`--text`: {name!r} is not a file.")
+    if path.suffix != ".jsonl":
+        return [path.read_text()]
+    examples = load_examples(name, limit)
+    if "text" not in examples[0]:
+        raise UserError(f"`--text`: {name!r} has no `text` in its lines, but {sorted(examples[0])}.")
+    return [example["text"] for example in examples]
+
+
+def read_prompts(name: str, limit: int | None) -> list[dict]:
+    """Examples of a trainable shape, or records of any form that `problems` reads (GSM8K, countdown …)."""
+    first = load_records(name, 1, "test")[0]
+    return load_examples(name, limit) if as_example(first) is first else load_records(name, limit, "test")
+
+
+def _load(name: str, chosen: dict[str, Any], trust_remote_code: bool) -> tuple[Loaded, dict[str, Any]]:
+    """A model and its decoding."""
+    model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
+    decoding = default_decoding(model, chosen)
+    if "max_new_tokens" not in chosen:
+        del decoding["max_new_tokens"]  # tasks have their own
+    return (model, tokenizer), decoding
+
+
+def run(names: Sequence[str], folder: Path, console: Console, **options: Any) -> bool:
+    """Loads the models that are named, measures them, writes the report and prints its figures.
+
+    Args:
+        options: of the command line, by their names there.
+
+    Returns:
+        Whether this is the process that wrote it, the first one.
+    """
+    given = SimpleNamespace(**options)
+    tasks = [task.strip() for task in given.tasks.split(",") if task.strip()]
+    chosen = read_mapping(given.settings, "--settings")
+    axes = None if given.sweep is None else read_mapping(given.sweep, "--sweep")
+    for point in [{}, *grid(axes or {})]:
+        DiffusionGenerationConfig(**chosen | point)
+    check_estimator(given.estimator, given.samples, REPLICATES)
+    texts = read_texts(given.text, given.limit) if given.text else []
+    examples = read_prompts(given.prompts, given.limit) if given.prompts else []
+    if not (tasks or texts or examples):
+        raise UserError("nothing to measure: give `--tasks`, `--text` or `--prompts`.")
+    if len(set(names)) < len(names):
+        raise UserError(f"`models` must differ from each other, got {list(names)}.")
+    for name in names:
+        is_adapter(resolve_path(name))  # refuses what is not there
+    if tasks and given.data:
+        load_harness().local_tasks(Path(given.data).expanduser())
+    first = place()[0] == 0
+    if not first:
+        logger.remove()
+    judge = LLMJudge(given.judge, given.judge_model or "") if given.judge else None
+    if judge and first:
+        judge("What is 1 + 1?", "1+1=2.\n#### 2", "#### 2")  # nobody there is found out now, not after the answers
+    loaded, decoding = _load(names[0], chosen, given.trust_remote_code)
+    results = evaluate(
+        *loaded,
+        texts=texts,
+        examples=examples,
+        tasks=tasks,
+        decoding=decoding,
+        axes=axes,
+        base=_load(given.base, {}, given.trust_remote_code)[0] if given.base else None,
+        n_samples=given.samples,
+        judge=judge,
+        split=True,
+        progress=first,
+        name=CONVERTED if len(names) == 1 else names[0],
+        others=((name, *_load(name, chosen, given.trust_remote_code)) for name in names[1:]),
+        **{name: options[name] for name in (*OF_TASKS, "estimator", "seed", "batch_size", "max_length")},
+    )
+    if not first:
+        return False
+    named = {name: options[name] for name in ("base", "text", "prompts", "judge", "judge_model")}
+    results["settings"] = {"model": names[0], "others": list(names[1:]), **named, **results["settings"]}
+    write_report(results, folder)
+    show(results, console)
+    return True
