@@ -261,13 +261,10 @@ def sample_answers(
 
     Args:
         progress: wraps the rounds, one answer to every problem each (a progress bar).
-        settings: decoding settings; the temperature is 0.7 unless given, and round i draws with the seed `seed` + i.
+        settings: of decoding; the temperature is 0.7 unless given, and round i draws with the seed `seed` + i.
 
     Returns:
         rows of `labelled_answer`, the answers to one problem together.
-
-    Raises:
-        UserError: n below 1, no problem, or a temperature of 0 with more than one answer.
     """
     settings = {"temperature": 0.7, **settings}
     if n < 1:
@@ -327,11 +324,7 @@ class _Clock(BaseStreamer):
 
 
 def grid(axes: dict[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """All combinations: `{"threshold": [0.5, 0.9], "block_length": [8]}` -> two settings.
-
-    Raises:
-        UserError: an axis that is no list, or has nothing on it.
-    """
+    """All combinations: `{"threshold": [0.5, 0.9], "block_length": [8]}` -> two settings."""
     for name, values in axes.items():
         if not isinstance(values, list | tuple) or not values:
             raise UserError(f"`sweep.{name}` must be a list of values, got {values!r}.")

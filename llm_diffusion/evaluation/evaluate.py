@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -132,7 +133,7 @@ class _Evaluation:
         settings = {
             **self.options(*BOUND, *OF_TASKS, "batch_size", "tasks"),
             "processes": place()[1] if given.split else 1,
-            "window": window_length(base, given.max_length, None)[0],
+            "window": window_length(base, given.max_length),
             "decoding": self.decoding(given.decoding),
             "sweep": given.axes,
             "diffusion": record.to_dict(),
@@ -220,7 +221,7 @@ class _Evaluation:
         results["eos"] = eos_positions(tokenizer, examples, self.reports[given.name])
         results["trace"] = denoising_trace(model, tokenizer, examples[0], decoding)
         if is_diffusion(model):
-            rows = reference_rows(tokenizer, examples, window_length(model, None, None)[0])
+            rows = reference_rows(tokenizer, examples, window_length(model, None))
             results["calibration"] = asdict(calibration(model, rows, **self.options("batch_size", "seed")))
         if given.axes is not None:
             points = grid(given.axes) if given.axes else default_grid(model)
@@ -243,10 +244,8 @@ def provenance(device: torch.device | str) -> dict[str, Any]:
     """Versions, git revision of the package where it is a checkout, and the machine."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return {
@@ -303,10 +302,7 @@ def _load(name: str, chosen: dict[str, Any], trust_remote_code: bool) -> tuple[L
 
 
 def run(names: Sequence[str], folder: Path, console: Console, **options: Any) -> bool:
-    """Loads the models that are named, measures them, writes the report and prints its figures.
-
-    Args:
-        options: of the command line, by their names there.
+    """The command, with its options by their names: loads the models, measures them, writes the report and prints its figures.
 
     Returns:
         Whether this is the process that wrote it, the first one.

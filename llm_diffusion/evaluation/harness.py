@@ -87,7 +87,7 @@ class DiffusionLM(TemplateLM):
             )
         self.exact = self.autoregressive or not is_diffusion(pretrained)  # a drafter writes its base's text
         positions = getattr(base_of(pretrained).config.get_text_config(), "max_position_embeddings", None)
-        self.max_length, self.stride = window_length(pretrained, max_length or positions, None)
+        self.max_length = window_length(pretrained, max_length or positions)
         self.max_gen_toks, self.settings = max_gen_toks, {"seed": seed, **settings}
         self.split, self.progress = split, progress
 
@@ -130,7 +130,7 @@ class DiffusionLM(TemplateLM):
     # -- likelihood
 
     def _log_likelihoods(self, rows: list[Row]) -> list[float]:
-        parts = [part for row in rows for part in windows(row, self.max_length, self.stride)]
+        parts = [part for row in rows for part in windows(row, self.max_length)]
         shared = {"split": self.split, "progress": self.progress, "batch_size": self.batch_size}
         if self.exact:
             return [-nats for nats in autoregressive_rows(self.model, parts, **shared).nats]

@@ -71,9 +71,9 @@ def pair_row(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], compl
     return Row(tuple(ids), first, number)
 
 
-def windows(row: Row, max_length: int, stride: int) -> list[Row]:
-    """A row cut into windows of at most `max_length` tokens; the first scores all it can, each later one at most `stride` tokens."""
-    parts, start = [], row.first
+def windows(row: Row, max_length: int, stride: int | None = None) -> list[Row]:
+    """A row cut into windows of at most `max_length` tokens; the first scores all it can, each later one at most `stride`, by default half."""
+    parts, start, stride = [], row.first, stride or max_length // 2
     while start < len(row.ids):
         end = min(start + max(max_length - start, stride), len(row.ids))
         left = max(0, end - max_length)
@@ -82,16 +82,13 @@ def windows(row: Row, max_length: int, stride: int) -> list[Row]:
     return parts
 
 
-def window_length(model: torch.nn.Module, max_length: int | None, stride: int | None) -> tuple[int, int]:
-    """Checked tokens of a window and of its scored part, by default half of it."""
+def window_length(model: torch.nn.Module, max_length: int | None) -> int:
+    """Checked tokens of a window; half of them are scored in all but the first."""
     limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None) or DEFAULT_LENGTH
     length = min(limit, DEFAULT_LENGTH) if max_length is None else max_length
     if not 2 <= length <= limit:
         raise UserError(f"`max_length` must be from 2 to the model's {limit} positions, got {length}.")
-    stride = length // 2 if stride is None else stride
-    if not 1 <= stride < length:
-        raise UserError(f"`stride` must be from 1 to `max_length` - 1 = {length - 1}, got {stride}.")
-    return length, stride
+    return length
 
 
 def block_rows(rows: Sequence[Row], block_length: int) -> list[Row]:
@@ -348,7 +345,6 @@ def likelihood(
     *,
     autoregressive: bool = False,
     max_length: int | None = None,
-    stride: int | None = None,
     **settings: Any,
 ) -> Likelihood:
     """NELBO (or the AR model's NLL) of texts of any length.
@@ -356,11 +352,10 @@ def likelihood(
     Args:
         autoregressive: exact, by the AR model of the same weights.
         max_length: tokens of a window; default 1024 or what the model can count.
-        stride: tokens that a window behind the first scores; default half of `max_length`.
         settings: of `bound_rows`, or of `autoregressive_rows`.
     """
     whole = text_rows(tokenizer, texts)
-    rows = [part for row in whole for part in windows(row, *window_length(model, max_length, stride))]
+    rows = [part for row in whole for part in windows(row, window_length(model, max_length))]
     found = (autoregressive_rows if autoregressive else bound_rows)(model, rows, **settings)
     found.n_bytes = [len(tokenizer.decode(r.ids[r.first :], skip_special_tokens=True).encode()) for r in whole]
     return found
@@ -375,7 +370,6 @@ def log_likelihood_bound(
     estimator: str = "exact_count",
     *,
     max_length: int | None = None,
-    stride: int | None = None,
     **settings: Any,
 ) -> Likelihood:
     """Conditional bound of completions: `-nats` is a lower bound of log p(completion | prompt), to rank choices by.
@@ -387,9 +381,9 @@ def log_likelihood_bound(
     """
     if isinstance(completion, str):
         prompt, completion = [prompt], [completion]
-    length = window_length(model, max_length, stride)
+    length = window_length(model, max_length)
     pairs = [pair_row(tokenizer, p, c, i) for i, (p, c) in enumerate(zip(prompt, completion, strict=True))]
-    rows = [part for row in pairs for part in windows(row, *length)]
+    rows = [part for row in pairs for part in windows(row, length)]
     found = bound_rows(model, rows, n_samples=n_samples, estimator=estimator, **settings)
     found.n_bytes = [len(text.encode()) for text in completion]
     return found

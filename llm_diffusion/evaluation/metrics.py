@@ -82,11 +82,7 @@ def check_references(references: Sequence[str]) -> None:
 
 def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
     """Agreement with references: `bleu` and `chrf` (sacreBLEU, 0 to 100), `rouge1`, `rouge2`, `rougeL` (F, 0 to 1), and `sacrebleu`, the
-    signature that makes the BLEU comparable.
-
-    Raises:
-        UserError: no texts, another number of references, or an empty one.
-        ImportError: the extra `eval` is not installed.
+    signature that makes the BLEU comparable. ImportError without the extra `eval`.
     """
     if len(texts) != len(references) or not texts:
         raise UserError(f"`references`: one for each of the {len(texts)} texts is needed, got {len(references)}.")
@@ -96,11 +92,10 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
         raise ImportError(f"{error}; run `pip install 'llm-diffusion[eval]'`.") from error
-    scorers = {"bleu": BLEU(), "chrf": CHRF()}
+    scorers, rouge = {"bleu": BLEU(), "chrf": CHRF()}, RougeScorer(["rouge1", "rouge2", "rougeL"])
     values = {name: scorer.corpus_score(list(texts), [list(references)]).score for name, scorer in scorers.items()}
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scores = [RougeScorer(kinds).score(reference, text) for text, reference in zip(texts, references, strict=True)]
-    values |= {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
+    scores = [rouge.score(reference, text) for text, reference in zip(texts, references, strict=True)]
+    values |= {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in rouge.rouge_types}
     return {**values, "sacrebleu": str(scorers["bleu"].get_signature())}
 
 
@@ -109,15 +104,12 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
 
 @dataclass
 class Calibration:
-    """How often tokens of a given confidence are right.
+    """How often tokens of a given confidence are right."""
 
-    Args:
-        bins: (mean confidence, share that was right, tokens) of every tenth of the confidence that has tokens, rising.
-        error: expected calibration error, mean over tokens of |confidence - accuracy| of their bin.
-    """
-
-    bins: list[tuple[float, float, int]]
-    error: float
+    bins: list[
+        tuple[float, float, int]
+    ]  # (mean confidence, share right, tokens) of every tenth that has tokens, rising
+    error: float  # expected calibration error, mean over tokens of |confidence - accuracy| of their bin
 
 
 def reference_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], max_length: int) -> list[Row]:
@@ -163,30 +155,24 @@ def denoising_trace(
     batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
     start, mask = batch["input_ids"].shape[1], tokenizer.mask_token_id
     output = generate(model, **batch, **{**settings, "output_history": True, "return_dict_in_generate": True})
-    steps, before = [], None
+    steps, before = [], [mask] * (output.sequences.shape[1] - start)
     for canvas in output.history or []:
-        words = []
-        for place in range(start, output.sequences.shape[1]):
-            token = int(canvas[0, place])
-            known = before is not None and int(before[0, place]) == token
-            state = "mask" if token == mask else "old" if known else "new"
-            words.append(("_" if state == "mask" else tokenizer.decode([token]).replace("\n", " / "), state))
-        steps.append(words)
-        before = canvas
+        tokens = canvas[0, start : start + len(before)].tolist()
+        states = ["mask" if t == mask else "old" if t == b else "new" for t, b in zip(tokens, before, strict=True)]
+        words = ["_" if token == mask else tokenizer.decode([token]).replace("\n", " / ") for token in tokens]
+        steps.append(list(zip(words, states, strict=True)))
+        before = tokens
     return steps
 
 
 # -- where answers end
 
 
-def eos_positions(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], report: AnswerReport
-) -> dict[str, object]:
+def eos_positions(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], report: AnswerReport) -> dict[str, Any]:
     """Where answers end beside where their references do, in tokens with the end token.
 
     Returns:
-        `pairs`, a list of (reference, answer), the answer's None where it did not end; `accuracy`, percent of answers that end exactly
-        where the reference does; `ended`, percent that end at all.
+        `pairs` of (reference, answer or None: no end); `accuracy` and `ended`, percent that end where the reference does, and at all.
     """
     pairs = []
     for example, length, ended in zip(examples, report.tokens, report.ended, strict=True):
@@ -199,20 +185,19 @@ def eos_positions(
 
 @dataclass
 class EndReport:
-    """Where a model foresees the ends of answers, by the share of the answer's tokens that were shown.
+    """Where a model foresees the ends of answers.
 
-    Args:
-        canvas: tokens of the canvas.
-        examples: answers judged; those longer than the canvas are left out.
-        table: share shown -> means: `probability` of an end at the true place, `top1` and `reciprocal_rank` of the true place among all
-            places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and too short (`under`).
-        curves: (n, canvas) P(end <= place) of the first examples with nothing shown, and their true lengths.
+    `table` maps the share of the answer that was shown to means: `probability` of an end at the true place, `top1` and `reciprocal_rank` of
+    the true place among all places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and
+    too short (`under`).
     """
 
-    canvas: int
-    examples: int
+    canvas: int  # its tokens
+    examples: int  # without those longer than the canvas
     table: dict[float, dict[str, float]] = field(default_factory=dict)
-    curves: list[tuple[list[float], int]] = field(default_factory=list)
+    curves: list[tuple[list[float], int]] = field(
+        default_factory=list
+    )  # P(end <= place) on empty canvases, true lengths
 
     def __str__(self) -> str:
         lines = [f"end foreseen at the first step, canvas of {self.canvas}, {self.examples} answers"]
@@ -295,14 +280,10 @@ def plot_ends(report: EndReport, path: Path) -> None:
 class ForeseenEndsCallback(TrainerCallback):
     """Logs at every evaluation how well the model foresees where answers end, as `eval_end_top1`, `eval_end_error`, …
 
-    Args:
-        examples: held-out, of any trainable shape.
-        canvas: tokens of the empty canvas.
-        path: where the picture of the last evaluation goes; None: nowhere.
-
-    Example:
-
         trainer.add_callback(ForeseenEndsCallback(trainer, examples, canvas=64))
+
+    Args:
+        path: where the picture of the last evaluation goes; None: nowhere.
     """
 
     def __init__(self, trainer: Trainer, examples: list[dict], canvas: int = 64, path: Path | None = None) -> None:
@@ -324,10 +305,7 @@ class AnswersCallback(TrainerCallback):
     that the best model may be chosen by them. The prompts are split between the processes, each of which needs all weights (DDP; not
     FSDP or ZeRO-3).
 
-    Args:
-        trainer: to be added to, `trainer.add_callback(AnswersCallback(trainer, examples))`.
-        examples: of a trainable shape, with references.
-        settings: of decoding.
+        trainer.add_callback(AnswersCallback(trainer, examples, max_new_tokens=128))
     """
 
     def __init__(self, trainer: Trainer, examples: Sequence[dict], **settings: Any) -> None:

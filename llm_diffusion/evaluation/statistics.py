@@ -108,15 +108,12 @@ def answer_tables(
     by_model: Judge | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Single answers, compared and re-evaluated.
+    """Single answers: `paired`, compared; `worked`, re-evaluated, by model.
 
     Args:
         answers: to the problems, by model.
         samples: of lm-evaluation-harness, by model, then by task.
-        by_model: a judge who reads sentences too; see `judged_steps`.
-
-    Returns:
-        `paired`, see `Paired`; `worked`, see `judged_steps`, by model.
+        by_model: see `judged_steps`.
     """
     worked = {}
     for name in dict.fromkeys([*answers, *samples]):
@@ -130,11 +127,7 @@ def answer_tables(
 def compared_answers(
     problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Right final answers, by kind and, where there are several kinds, of all together; word overlap (F1) for HotpotQA. See `Paired`.
-
-    Args:
-        answers: by model, in the order of the problems.
-    """
+    """Right final answers by kind and, where there are several kinds, of all together; for HotpotQA the word overlap (F1). See `Paired`."""
 
     def scored(what: str, score: Callable[[Problem, str], float], rows: list[int]) -> dict[str, Any]:
         found = {name: [score(problems[i], texts[i]) for i in rows] for name, texts in answers.items()}
@@ -187,7 +180,7 @@ def judged_steps(pairs: Iterable[tuple[Problem, str]], by_model: Judge | None = 
     """Worked answers to problems that have them (GSM8K, MATH), re-evaluated step by step; steps are counted from 0.
 
     Args:
-        by_model: a judge who reads sentences too, beside the re-evaluation.
+        by_model: a judge who reads sentences too.
 
     Returns:
         `summary`, percents of the answers; `answers`, each with its labels; {} where no problem has a worked answer.

@@ -124,13 +124,13 @@ def test_the_expectation_over_all_counts_and_sets_is_exact() -> None:
 
 @pytest.mark.slow
 def test_exact_counts_are_within_a_twentieth_of_a_nat_at_128_samples() -> None:
-    """RMSE a token over 200 seeds (a text given 200 times has noise of its own each time), and the standard error beside the spread."""
+    """RMSE a token over 100 seeds (a text given 100 times has noise of its own each time), and the standard error beside the spread."""
     (row,) = rows_of(BED, 1)
-    found = bound_rows(Whole(BED), [Row(row.ids, 0, i) for i in range(200)], n_samples=128, batch_size=4096)
+    found = bound_rows(Whole(BED), [Row(row.ids, 0, i) for i in range(100)], n_samples=128, batch_size=4096)
     errors = (torch.tensor(found.nats) - exact(BED, row)) / 32
     spread = float(errors.std())
     assert 0.005 < float(errors.square().mean().sqrt()) < 0.05
-    assert abs(float(errors.mean())) < 3 * spread / math.sqrt(200)
+    assert abs(float(errors.mean())) < 3 * spread / math.sqrt(100)
     foretold = torch.tensor(found.errors).square().mean().sqrt() / 32
     assert float(foretold) == pytest.approx(spread, rel=0.2)
 
@@ -263,7 +263,6 @@ def test_bad_input(tiny) -> None:
         ({"n_samples": 12}, "`n_samples` must be a multiple"),
         ({"estimator": "per_block"}, "`block_length` is needed"),
         ({"max_length": 1}, "`max_length` must be"),
-        ({"max_length": 8, "stride": 8}, "`stride` must be"),
     ):
         with pytest.raises(ValueError, match=message):
             likelihood(model, tokenizer, TEXTS, **settings)

@@ -47,7 +47,7 @@ def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def names_of(found: dict[str, Any]) -> set[str]:
-    """Names that may be asked for: of the tasks, and of several together."""
+    """Names of the tasks, and of several together."""
     return set(found) | {tag for definition in found.values() for tag in definition["tag"]}
 
 
