@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,21 @@ def _device(wanted: str | None) -> str | None:
 # -- running tasks
 
 
+@cache
+def _task_manager(data: str | None, include_defaults: bool) -> TaskManager:
+    """Tasks by name, those that `data` has files for on these; made once, as the harness reads thousands of definitions of its own."""
+    folder = tempfile.TemporaryDirectory()
+    for name, definition in _local(data).items():
+        (Path(folder.name) / f"{name}.yaml").write_text(yaml.safe_dump(definition))
+    manager = TaskManager(include_path=folder.name, include_defaults=include_defaults)
+    manager.definitions = folder  # read when a task is loaded
+    return manager
+
+
+def _local(data: str | None) -> dict[str, dict[str, Any]]:
+    return local_tasks(Path(data).expanduser()) if data else {}
+
+
 def run_tasks(
     lm: DiffusionLM,
     names: Sequence[str],
@@ -243,35 +259,32 @@ def run_tasks(
     Raises:
         UserError: an unknown task, or one whose data is neither here nor to be had.
     """
-    local = local_tasks(Path(data).expanduser()) if data else {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, definition in local.items():
-            (Path(folder) / f"{name}.yaml").write_text(yaml.safe_dump(definition))
-        manager = TaskManager(include_path=folder, include_defaults=not set(names) <= names_of(local))
-        unknown = [name for name in names if not manager.match_tasks([name])]
-        if unknown or not names:
-            raise UserError(
-                f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: "
-                f"{sorted(names_of(local)) or 'none'} (it can hold {', '.join(LOCAL_TASKS)})."
-            )
-        for name in names:
-            try:
-                manager.load(name)
-            except Exception as error:  # the loaders raise a dozen types for "offline" and "not there"
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                advice = f"give its files with `data`, which can hold {sorted(LOCAL_TASKS)}, or go online"
-                raise UserError(f"`tasks`: {name!r} cannot be loaded: {reason}; {advice}.") from error
-        seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-        return simple_evaluate(
-            model=lm,
-            tasks=list(names),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat_template,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            **dict.fromkeys(seeds, lm.settings["seed"]),
+    local = names_of(_local(data))
+    manager = _task_manager(data, include_defaults=not set(names) <= local)
+    unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown or not names:
+        raise UserError(
+            f"`tasks`: {', '.join(unknown) or 'none'} unknown to lm-evaluation-harness; with files in `data`: "
+            f"{sorted(local) or 'none'} (it can hold {', '.join(LOCAL_TASKS)})."
         )
+    for name in names:
+        try:
+            manager.load(name)
+        except Exception as error:  # the loaders raise a dozen types for "offline" and "not there"
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            advice = f"give its files with `data`, which can hold {sorted(LOCAL_TASKS)}, or go online"
+            raise UserError(f"`tasks`: {name!r} cannot be loaded: {reason}; {advice}.") from error
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    return simple_evaluate(
+        model=lm,
+        tasks=list(names),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        apply_chat_template=chat_template,
+        task_manager=manager,
+        bootstrap_iters=1000,
+        **dict.fromkeys(seeds, lm.settings["seed"]),
+    )
 
 
 if __name__ == "__main__":
