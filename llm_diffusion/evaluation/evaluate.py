@@ -157,7 +157,7 @@ class _Evaluation:
     ) -> None:
         """Adds the figures of a model with its decoding; `autoregressive` None: where it was not trained to be anything else."""
         if autoregressive is None and (autoregressive := not record_of(loaded[0]).trained):
-            who = "The model" if name == BASE else name
+            who = "The model" if name in (BASE, CONVERTED) else name
             self.note(f"{who} is not trained as a diffusion model: it is evaluated as the autoregressive model it is.")
         figures = self.results["models"][name] = {}
         if self.given.texts:

@@ -131,13 +131,14 @@ def _paired(rows: list[dict[str, Any]]) -> list[Section]:
     shares = [[row["what"], row["n"], *(interval(*share) for share in row["shares"].values())] for row in rows]
     tables = [(["right, %", "documents", *rows[0]["shares"]], shares)]
     differences = [
-        [f"{row['what']}: {d['second']} - {d['first']}", interval(d["points"], *d["interval"], "+")]
+        [row["what"], f"{d['second']} - {d['first']}", interval(d["points"], *d["interval"], "+")]
         + [d[name] for name in ("only_first", "only_second", "p_value")]
         for row in rows
         for d in row["differences"]
     ]
     if differences:
-        tables.append((["difference, points", "", "only first right", "only second right", "p"], differences))
+        head = ["difference", "second - first", "points", "only first right", "only second right", "p"]
+        tables.append((head, differences))
     note = "95 % intervals by Wilson (F1, differences: paired bootstrap); p by McNemar, exact, two-sided, of one comparison."
     return [Section("Right on the same documents", tables, note)]
 

@@ -126,7 +126,7 @@ def test_every_figure_is_on_the_page(whole) -> None:
         "66.7 % of the answers end, 33.3 %",
         "No BLEU & ROUGE",
         "prompts: all kinds|77|50.0 [40.2, 60.0]|75.0 [61.5, 88.0]",
-        "prompts: all kinds: converted - AR base|+25.0 [+12.5, +37.5]|3|22|0.00015",
+        "prompts: all kinds|converted - AR base|+25.0 [+12.5, +37.5]|3|22|0.00015",
         "How many?|AR base|AR base says|yes|–|1, 9|no|7",
         "How many?|converted|converted says|no|5|1, 9|no|7",
     )
