@@ -57,10 +57,10 @@ def test_exact_match_counts_by_kind(tiny, autoregressive):
     """References are made from the model's own answers: which of them match is then known, whatever it has learned."""
     model, tokenizer = tiny
     settings = {**SETTINGS, "autoregressive": autoregressive}
-    asked = examples(6, ("sort", "reverse", "compare"))
-    answers = evaluate_answers(model, tokenizer, asked, **settings).answers
+    chosen = examples(6, ("sort", "reverse", "compare"))
+    answers = evaluate_answers(model, tokenizer, chosen, **settings).answers
     graded = [
-        with_reference(e, f" {a}\n" if e["kind"] != "sort" else a + "!") for e, a in zip(asked, answers, strict=True)
+        with_reference(e, f" {a}\n" if e["kind"] != "sort" else a + "!") for e, a in zip(chosen, answers, strict=True)
     ]
     graded[1] = with_reference(graded[1], "no such answer")
     report = evaluate_answers(model, tokenizer, graded, **settings)

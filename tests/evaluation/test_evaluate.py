@@ -42,7 +42,7 @@ TEXTS = ["Tom has 23 apples. Tom gets 45 more.", "Sort the letters: k d e a"]
 
 @pytest.fixture(scope="module")
 def trained(tiny):
-    """The embedded model in a record that says it was trained: what its figures are does not matter here."""
+    """The embedded model with a record of a trained model: what its figures are does not matter here."""
     model, tokenizer = copy.deepcopy(tiny)
     update_record(model, conversion_steps=1)
     return model, tokenizer
@@ -129,7 +129,7 @@ def test_the_revision_is_the_checkouts() -> None:
     assert found["git_revision"] is None or len(found["git_revision"].removesuffix("-dirty")) == 40
 
 
-def test_an_untrained_model_is_evaluated_as_ar_and_said_so(tiny) -> None:
+def test_an_untrained_model_is_evaluated_as_ar_with_a_note(tiny) -> None:
     found = ld.evaluate(*tiny, texts=TEXTS)
     assert list(found["models"]) == [BASE] and "evaluated as the autoregressive model" in found["notes"][0]
 

@@ -51,8 +51,8 @@ def test_is_greedy_tells_whether_the_model_would_write_it(tiny, autoregressive) 
         written = generate(model, **context, max_new_tokens=3)
     ids = written[0, context["input_ids"].shape[1] :].tolist()
     other = [*ids[:-1], (ids[-1] + 1) % 400]
-    asked = [(("", ""), context["input_ids"][0].tolist(), completion) for completion in (ids, other)]
-    assert [same for _, same in lm._loglikelihood_tokens(asked)] == [True, False]
+    requested = [(("", ""), context["input_ids"][0].tolist(), completion) for completion in (ids, other)]
+    assert [same for _, same in lm._loglikelihood_tokens(requested)] == [True, False]
 
 
 def test_ar_scores_are_those_of_the_loss(tiny) -> None:
@@ -149,16 +149,16 @@ def test_chat_templates_reach_the_model(lm, data) -> None:
 
 
 def test_right_answers_are_counted(lm, data, monkeypatch) -> None:
-    monkeypatch.setattr(type(lm), "generate_until", lambda self, asked: [" Yes" for _ in asked])
+    monkeypatch.setattr(type(lm), "generate_until", lambda self, requested: [" Yes" for _ in requested])
     assert run_tasks(lm, ["hotpotqa"], data=str(data))["results"]["hotpotqa"]["exact_match,none"] == 1.0
 
 
 def test_puzzles_are_judged_by_their_rules(lm, data, monkeypatch) -> None:
     """Right answers that no file holds count, wrong ones do not; the name of several tasks stands for all of them."""
-    asked = []
+    requested = []
 
     def answer(self, requests):
-        asked.extend(request.args[0] for request in requests)
+        requested.extend(request.args[0] for request in requests)
         return [solve(request.doc["input"]) for request in requests]
 
     def solve(puzzle):
@@ -174,10 +174,12 @@ def test_puzzles_are_judged_by_their_rules(lm, data, monkeypatch) -> None:
     shares = {task: metrics["exact_match,none"] for task, metrics in found["results"].items()}
     assert shares == {"countdown3": 0.5, "countdown4": 1.0, "sudoku_4x4_12": pytest.approx(3 / 9)}
     question = next(
-        text for text in asked if text.endswith("Reach 5 from 0,2,3, each used once, by + - * / in equations.\nAnswer:")
+        text
+        for text in requested
+        if text.endswith("Reach 5 from 0,2,3, each used once, by + - * / in equations.\nAnswer:")
     )
     assert question.count("Reach") == 9 and "in equations.\nAnswer: 1+2=3,3+3=6\n\n" in question
-    (grid,) = [text for text in asked if text.endswith("Solve the sudoku:\n1204\n3412\n2143\n4321")]
+    (grid,) = [text for text in requested if text.endswith("Solve the sudoku:\n1204\n3412\n2143\n4321")]
     assert grid.count("sudoku") == 9 and "4321\n1234\n3412\n2143\n4321\n\n" in grid
 
 
@@ -191,16 +193,16 @@ def test_puzzles_are_judged_by_their_rules(lm, data, monkeypatch) -> None:
 )
 def test_every_copy_of_logiqa_is_asked_alike(lm, tmp_path, monkeypatch, record) -> None:
     (tmp_path / "logiqa_test.jsonl").write_text(json.dumps(record) + "\n")
-    asked = []
+    requested = []
 
     def score(self, requests, **kwargs):
-        asked.extend(request.args for request in requests)
+        requested.extend(request.args for request in requests)
         return [(-1.0 if "Tom" in request.args[1] else -2.0, False) for request in requests]
 
     monkeypatch.setattr(type(lm), "loglikelihood", score)
     assert run_tasks(lm, ["logiqa"], data=str(tmp_path))["results"]["logiqa"]["acc,none"] == 1.0
     question = "Passage: Cats sleep.\nQuestion: Then?\nChoices:\nA. No.\nB. Tom sleeps.\nAnswer:"
-    assert asked == [(question, " No."), (question, " Tom sleeps.")]
+    assert requested == [(question, " No."), (question, " Tom sleeps.")]
 
 
 @pytest.mark.slow  # it reads the definitions of all its tasks
@@ -219,9 +221,9 @@ def test_the_harness_own_command_line_knows_the_model(tmp_path, monkeypatch) -> 
         "metric_list": [{"metric": "exact_match"}],
     }
     (tmp_path / "mine.yaml").write_text(json.dumps(task))
-    asked = ["--model", "llm_diffusion", "--model_args", "pretrained=tiny,threshold=0.9", "--tasks", "mine"]
+    model = ["--model", "llm_diffusion", "--model_args", "pretrained=tiny,threshold=0.9", "--tasks", "mine"]
     own = ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"), "--limit", "2"]
-    monkeypatch.setattr(sys, "argv", ["harness", *asked, *own])
+    monkeypatch.setattr(sys, "argv", ["harness", *model, *own])
     monkeypatch.delitem(
         model_registry._objs, "llm_diffusion"
     )  # as in a process of its own, which registers it as `__main__`

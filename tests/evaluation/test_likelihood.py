@@ -31,7 +31,7 @@ SMALL = MarkovChain(n_states=4, length=8)
 
 
 class Oracle(torch.nn.Module):
-    """A perfect model of a chain that sees what its attention mask shows, at the places its position ids say."""
+    """A perfect model of a chain that sees what its attention mask shows, at the places its position ids give."""
 
     def __init__(self, chain: MarkovChain, **record: object) -> None:
         super().__init__()
@@ -54,8 +54,8 @@ class Oracle(torch.nn.Module):
         column = torch.where(seen, place[row], chain.length)
         ids = torch.zeros(len(row), chain.length + 1, dtype=torch.long).scatter(1, column, input_ids[row])[:, :-1]
         visible = torch.zeros(len(row), chain.length + 1, dtype=torch.bool).scatter(1, column, seen)[:, :-1]
-        asked = place[row, query] + self.shift
-        logits = chain.log_conditionals(ids, visible)[torch.arange(len(row)), asked]
+        target = place[row, query] + self.shift
+        logits = chain.log_conditionals(ids, visible)[torch.arange(len(row)), target]
         return CausalLMOutput(logits=F.pad(logits.clamp(min=-1e4), (0, 1), value=-1e4))
 
 
@@ -106,7 +106,7 @@ def test_estimates_are_the_exact_likelihood(layout: str, estimator: str) -> None
 
 
 def test_the_expectation_over_all_counts_and_sets_is_exact() -> None:
-    """A second way to the same number, without any draw: every set of masks, weighed by its chance."""
+    """The same number again, without any draw: every set of masks, weighed by its chance."""
     chain = MarkovChain(n_states=3, length=4)
     (row,) = rows_of(chain, 1)
     total = 0.0
@@ -115,8 +115,8 @@ def test_the_expectation_over_all_counts_and_sets_is_exact() -> None:
         for chosen in sets:
             ids = torch.tensor([row.ids])
             ids[0, list(chosen)] = chain.mask_token_id
-            said = chain(ids)[0].log_softmax(-1)
-            total -= sum(float(said[i, row.ids[i]]) for i in chosen) * (4 / k) / len(sets) / 4
+            predicted = chain(ids)[0].log_softmax(-1)
+            total -= sum(float(predicted[i, row.ids[i]]) for i in chosen) * (4 / k) / len(sets) / 4
     assert total == pytest.approx(exact(chain, row), abs=1e-6)
     found = bound_rows(Whole(chain), [row], n_samples=4096)
     assert found.nats[0] == pytest.approx(total, abs=4 * found.errors[0])
@@ -168,8 +168,10 @@ def test_levels_are_the_nll_at_each_share_of_masks() -> None:
     ]  # up to 1/4, 1/2, 3/4 and all, in bins of a tenth
     ids = torch.tensor([row.ids])
     ids[0, 1:] = chain.mask_token_id
-    said = chain(ids)[0].log_softmax(-1)
-    assert found.levels[-1][1] == pytest.approx(-sum(float(said[i, row.ids[i]]) for i in range(1, 5)) / 4, abs=1e-4)
+    predicted = chain(ids)[0].log_softmax(-1)
+    assert found.levels[-1][1] == pytest.approx(
+        -sum(float(predicted[i, row.ids[i]]) for i in range(1, 5)) / 4, abs=1e-4
+    )
 
 
 TEXTS = ["Tom has 23 apples. Tom gets 45 more.", "Sort the letters: k d e a", "3 6 9"]
@@ -206,12 +208,12 @@ def test_the_ar_figure_is_the_loss_of_transformers(tiny) -> None:
     from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
     model, tokenizer = tiny
-    host = AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, dtype=torch.float32).eval()
+    original = AutoModelForCausalLM.from_pretrained(TINY_MODEL_PATH, dtype=torch.float32).eval()
     found = likelihood(model, tokenizer, TEXTS, autoregressive=True, batch_size=2)
     for text, nats, tokens in zip(TEXTS, found.nats, found.tokens, strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            assert nats / tokens == pytest.approx(float(host(input_ids=ids, labels=ids).loss), abs=1e-5)
+            assert nats / tokens == pytest.approx(float(original(input_ids=ids, labels=ids).loss), abs=1e-5)
     assert found.standard_error == 0 and found.estimator == "autoregressive"
 
 

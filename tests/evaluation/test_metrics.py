@@ -152,9 +152,9 @@ def test_the_table_is_the_mean_of_single_rows(tiny) -> None:
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].double()
         logits[:, tokenizer.mask_token_id] = -torch.inf
-        said = logits.softmax(-1)[:, tokenizer.eos_token_id]
-        places.append(said[length - 1].item())
-        errors.append(abs(next((i + 1 for i in range(80) if said[i] >= 0.5), 81) - length))
+        predicted = logits.softmax(-1)[:, tokenizer.eos_token_id]
+        places.append(predicted[length - 1].item())
+        errors.append(abs(next((i + 1 for i in range(80) if predicted[i] >= 0.5), 81) - length))
         true.append(length)
     assert report.examples == 12 and [length for _, length in report.curves] == true[:8]
     assert report.table[0.0]["probability"] == pytest.approx(sum(places) / 12, rel=1e-3)

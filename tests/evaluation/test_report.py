@@ -74,7 +74,7 @@ RESULTS = {
             "answers": [
                 {
                     "question": "How many?",
-                    "answer": f"{name} says",
+                    "answer": f"answer of {name}",
                     "right": name == "AR base",
                     "first_wrong_step": None if name == "AR base" else 4,
                     "superfluous": [0, 8],
@@ -127,8 +127,8 @@ def test_every_figure_is_on_the_page(whole) -> None:
         "No BLEU & ROUGE",
         "prompts: all kinds|77|50.0 [40.2, 60.0]|75.0 [61.5, 88.0]",
         "prompts: all kinds|converted - AR base|+25.0 [+12.5, +37.5]|3|22|0.00015",
-        "How many?|AR base|AR base says|yes|–|1, 9|no|7",
-        "How many?|converted|converted says|no|5|1, 9|no|7",
+        "How many?|AR base|answer of AR base|yes|–|1, 9|no|7",
+        "How many?|converted|answer of converted|no|5|1, 9|no|7",
     )
     for wanted in (*figures, *names, *rows):
         assert wanted in text, wanted
@@ -141,7 +141,7 @@ def test_the_terminal_has_the_figures() -> None:
     text = console.export_text()
     for wanted in ("91.25", "50.0 [40.2, 60.0]", "+25.0 [+12.5, +37.5]", "0.00015", "McNemar", "worked answers"):
         assert wanted in text, wanted
-    assert "AR base says" not in text
+    assert "answer of AR base" not in text
 
 
 def test_pictures_are_inside_and_drawn(whole) -> None:
@@ -185,13 +185,13 @@ def test_an_almost_empty_evaluation_has_a_page() -> None:
 
 @pytest.mark.slow
 def test_a_browser_draws_it(tmp_path, whole) -> None:
-    """Headless, where there is a browser: every picture is decoded, and nothing is asked of the network."""
+    """Headless, where there is a browser: every picture is decoded, and nothing is fetched."""
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no chromium here")
     check = (
         "<script>onload = () => { document.body.dataset.drawn = [...document.images].filter(i => i.naturalWidth > 100).length;"
-        " document.body.dataset.asked = performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length }"
+        " document.body.dataset.fetched = performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length }"
         "</script></body>"
     )
     (tmp_path / "report.html").write_text(whole.replace("</body>", check))
@@ -199,4 +199,4 @@ def test_a_browser_draws_it(tmp_path, whole) -> None:
     dom = subprocess.run(
         [browser, *options, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=120
     ).stdout
-    assert 'data-drawn="4"' in dom and 'data-asked="0"' in dom
+    assert 'data-drawn="4"' in dom and 'data-fetched="0"' in dom
