@@ -29,15 +29,17 @@ from trl import SFTConfig, SFTTrainer
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.evaluation.answers import evaluate_answers
 from llm_diffusion.evaluation.metrics import COLUMNS, distinct_n, foresee_ends
+from llm_diffusion.evaluation.side_by_side import nll_per_token
+from llm_diffusion.generation.inference import continue_autoregressive
 from llm_diffusion.models.conversion import convert_to_diffusion
-from llm_diffusion.pipelines import continue_from_left, nll_per_token, scratch_model
+from llm_diffusion.models.loading import scratch_model
 
 SHAPE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 256}
 CANVAS = 48
 SIZED = {"max_canvas": CANVAS, "random_canvas": 0.5, "first_step_share": 0.25}
 CONVERSIONS: dict[str, dict[str, Any]] = {
     "full attention": {"attention": "bidirectional", "eos_tail": 0, "random_canvas": 0.0},
-    "full attention, ends teacher_mask": {"attention": "bidirectional", **SIZED},
+    "full attention, ends trained": {"attention": "bidirectional", **SIZED},
     "blocks of 4": CO_LOSS,
 }
 SAMPLED = {"do_sample": True, "temperature": 0.7, "max_new_tokens": CANVAS}
@@ -92,7 +94,7 @@ def written(model: torch.nn.Module, tokenizer: Any, judge: torch.nn.Module, rows
 def from_left(judge: torch.nn.Module, tokenizer: Any, rows: list[dict]) -> list[str]:
     """The same of the model from left to right, by the host's own `generate`."""
     started = time.perf_counter()
-    answers = continue_from_left(judge, tokenizer, [row["prompt"] for row in rows], **SAMPLED)
+    answers = continue_autoregressive(judge, tokenizer, [row["prompt"] for row in rows], **SAMPLED)
     seconds = time.perf_counter() - started
     tokens = sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
     return [f"{tokens / seconds:.0f}", "1.00", *judged(judge, tokenizer, rows, answers)]

@@ -1,10 +1,9 @@
 """The settings of the main job: one flat schema for JSON, YAML and presets.
 
-Precedence: defaults < preset < `--config` file < `--hyper-parameters-json`. The flat config.json of DiffuGPT experiments is read
-too, see `diffugpt_config`. Every field of `DiffusionSFTConfig` (and so of TRL's
-and transformers' arguments) is a key too. An unknown key or a wrong type is one clear error.
-Trade-off: a dataclass and a short checker. Alternative: HfArgumentParser, whose YAML reader turns 2e-5 into a string, or pydantic,
-which accepts misspelt keys of a TrainingArguments subclass.
+Precedence: defaults < preset < `--config` file < `--hyper-parameters-json`. Every field of `DiffusionSFTConfig`, so of TRL's and
+transformers' arguments, is a key too. `python -m llm_diffusion.config` prints docs/settings.md, and with `--yaml` config.yaml.
+
+TRL, PEFT and transformers are imported where their settings are checked, so that `--help` is answered at once.
 """
 
 from __future__ import annotations
@@ -13,120 +12,117 @@ import dataclasses
 import difflib
 import inspect
 import json
-import math
-import types
+import re
+import sys
 import typing
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from peft import LoraConfig
-from transformers import BitsAndBytesConfig, GenerationConfig
-from trl import SFTConfig
+from loguru import logger
 
 from . import UserError
-from .diffugpt_config import is_diffugpt_config, read_diffugpt_config, strip_comments
-from .generation.config import DiffusionGenerationConfig
-from .models.special_tokens import TOKEN_IDS
-from .pipelines import check_pipeline as known_pipeline
-from .pipelines import check_scratch
-from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
-from .training.stages import TRAINS
+from .objective.settings import check_settings, check_value, default_of, merge, read_value, setting, settings_table
+from .presets import read_preset
+from .presets.diffugpt import is_diffugpt_config, left_aside, read_diffugpt_config
 
-PRESETS = Path(__file__).parent / "presets"
 SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": SEED_LORA_TARGETS, "bias": "none"}
+QLORA = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+WANDB = {"project": "llm-diffusion", "entity": None, "wandb_log_path": "/tmp/wandb"}
+DPO = "dpo"  # the phase, or stage, of preferences
+PHASES = ("pretrain", "sft", DPO)
 
 
 @dataclass
 class HyperParameters:
-    """Settings of the main job. Names and defaults of the first block are promises.
+    """Settings of the main job, keys of JSON and YAML files; every field of `DiffusionSFTConfig` is a key too, see `training`."""
 
-    Keys beyond these are fields of `DiffusionSFTConfig` and go into `training`; `pretrain_config` and `sft_config` hold such
-    fields for one phase alone, `dpo_config` fields of `DiffusionDPOConfig`. Preferences are the pairs of `preference_dataset`, or
-    injected errors in the training data's answers (see `pairs`). `stages` replace the phases: each a `name`, what it `trains` ("attention", "adapters" or
-    "everything", see `conversion.select_parameters`), and fields for it alone. `model_init_kwargs` are keywords of
-    `from_pretrained`: `device_map`, `max_memory`, `attn_implementation`, `gguf_file`, `revision`, …
-    `pipeline` "arm" trains and decodes from left to right, by TRL's own trainer. `scratch` (`n_embd`, `n_layer`, `n_head`,
-    `n_positions`) is a GPT-2 built from nothing, with the tokenizer of `model`. `token_ids`: ids of the end ("eos") and padding
-    token ("pad") where they are not the tokenizer's. `prompts` are what `llm-diffusion generate --config` continues, and
-    the job of "arm" at its end.
-    """
-
-    model: str = "Qwen/Qwen3-4B-Instruct-2507"
-    dataset: str = "allenai/tulu-3-sft-mixture-0225"
-    epochs: float = 1
-    batch_size: int = 16
-    learning_rate: float = 2e-4
-    gradient_accumulation_steps: int = 4
-    use_qlora: bool = False
-    max_length: int = 768
-    debug: bool = False
-    seed: int = 42
-    test_size: float = 0.01
-    dataloader_num_workers: int = 0
-    output_dir: str = "/tmp/output"
-    diffusion_steps: int = 10
-    lora_config: dict[str, Any] = field(
-        default_factory=lambda: {
-            "r": 16,
-            "lora_alpha": 32,
-            "lora_dropout": 0.05,
-            "target_modules": list(SEED_LORA_TARGETS),
-            "bias": "none",
-        }
+    model: str = setting("Qwen/Qwen3-4B-Instruct-2507", 'Hub name, folder, or "tiny".')
+    dataset: str = setting(
+        "allenai/tulu-3-sft-mixture-0225",
+        'Hub name, saved dataset, folder or file of txt, JSONL or Parquet, or "tiny".',
     )
-    qlora_config: dict[str, Any] = field(
-        default_factory=lambda: {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": "bfloat16",
-        }
+    pipeline: str = setting("diffusion", "`arm`: from left to right, TRL's own training.", choices=("diffusion", "arm"))
+    epochs: float = setting(1, "Epochs of each phase.", above=0)
+    batch_size: int = setting(16, "Rows of a micro-batch on each device.", min=1)
+    gradient_accumulation_steps: int = setting(4, "Micro-batches of an optimiser step.", min=1)
+    learning_rate: float = setting(2e-4, "Highest learning rate.", above=0)
+    max_length: int = setting(768, "Tokens of a row; longer ones are cut.", min=2)
+    output_dir: str = setting(
+        "/tmp/output", "Checkpoints; the result is in its folder `sft_model`, after preferences in `dpo_model`."
     )
-    wandb_config: dict[str, Any] = field(
-        default_factory=lambda: {"project": "llm-diffusion", "entity": None, "wandb_log_path": "/tmp/wandb"}
+    test_size: float = setting(0.01, "Share (below 1) or number of examples held out.", above=0)
+    max_examples: int | None = setting(None, "Training examples at most.", min=2)
+    seed: int = setting(42, "Of data, noise and weights.")
+    debug: bool = setting(False, '100 examples, and names of runs that begin with "debug-".')
+    phases: list[str] = setting(
+        ["pretrain", "sft"],
+        "`pretrain`: every token may be masked; `sft`: prompts stay clean; `dpo`: preferences.",
     )
-    use_wandb: bool = False
-
-    pipeline: str = "diffusion"
-    scratch: dict[str, Any] = field(default_factory=dict)
-    token_ids: dict[str, Any] = field(default_factory=dict)
-    prompts: list[str] = field(default_factory=list)
-    use_lora: bool = True
-    phases: list[str] = field(default_factory=lambda: ["pretrain", "sft"])
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    max_examples: int | None = None
-    answers_from_base: bool = False
-    eval_examples: int = 0
-    eval_answers: int = 0
-    generation: dict[str, Any] = field(default_factory=lambda: {"max_new_tokens": 128, "block_length": 32})
-    device: str | None = None
-    num_threads: int | None = None
-    trust_remote_code: bool = False
-    model_init_kwargs: dict[str, Any] = field(default_factory=dict)
-    pretrain_config: dict[str, Any] = field(default_factory=dict)
-    sft_config: dict[str, Any] = field(default_factory=dict)
-    dpo_config: dict[str, Any] = field(default_factory=dict)
-    preference_dataset: str | None = None
+    stages: list[dict[str, Any]] = setting(
+        [], "Instead of phases: each a `name`, what it `trains` (attention, adapters, everything), training settings."
+    )
+    pretrain_config: dict[str, Any] = setting({}, "Training settings of the phase `pretrain` alone.")
+    sft_config: dict[str, Any] = setting({}, "Training settings of the phase `sft` alone.")
+    dpo_config: dict[str, Any] = setting({}, "Settings of the phase `dpo` alone, fields of `DiffusionDPOConfig`.")
+    preference_dataset: str | None = setting(
+        None, "Pairs with `chosen` and `rejected`; None: the data's answers beside wrong ones made from them."
+    )
+    answers_from_base: bool = setting(False, "Train on the AR base's own answers instead of the data's.")
+    use_lora: bool = setting(True, "False: all weights are trained.")
+    lora_config: dict[str, Any] = setting(LORA, "PEFT's; `target_modules` may also be `all-linear` or `attention`.")
+    use_qlora: bool = setting(False, "4-bit base under the adapters; CUDA, or CPU for tests.")
+    qlora_config: dict[str, Any] = setting(QLORA, "Of transformers' `BitsAndBytesConfig`.")
+    generation: dict[str, Any] = setting({}, "Decoding settings; what is left out is the model's own default.")
+    diffusion_steps: int | None = setting(
+        None, "Denoising steps of a block, unless `generation` has another rule; None: the model's own rule.", min=1
+    )
+    eval_examples: int = setting(0, "Held-out prompts answered before and after training.", min=0)
+    eval_answers: int = setting(0, "Held-out prompts answered at every evaluation during training.", min=0)
+    prompts: list[str] = setting([], "Texts that `generate --config` continues, and the pipeline `arm` at its end.")
+    scratch: dict[str, Any] = setting(
+        {}, "`n_embd`, `n_layer`, `n_head`, `n_positions`: a GPT-2 from nothing, with the tokenizer of `model`."
+    )
+    token_ids: dict[str, Any] = setting({}, "`eos` and `pad`, where they are not the tokenizer's own.")
+    device: str | None = setting(None, "None: the best there is.", choices=("cuda", "mps", "cpu"))
+    num_threads: int | None = setting(None, "CPU threads.", min=1)
+    dataloader_num_workers: int = setting(0, "Processes that prepare batches.", min=0)
+    trust_remote_code: bool = setting(False, "Run the model's own code.")
+    model_init_kwargs: dict[str, Any] = setting(
+        {}, "Keywords of `from_pretrained`: device_map, max_memory, attn_implementation, gguf_file, revision, …"
+    )
+    use_wandb: bool = setting(False, "Log to Weights & Biases.")
+    wandb_config: dict[str, Any] = setting(WANDB, "Project, entity, and the folder of its files.")
     training: dict[str, Any] = field(default_factory=dict)
 
 
 OWN_KEYS = {f.name for f in dataclasses.fields(HyperParameters)} - {"training"}
-TRAINING_KEYS = {f.name for f in dataclasses.fields(DiffusionSFTConfig)}
-DPO = "dpo"  # the phase, or stage, of preferences
-DPO_KEYS = {f.name for f in dataclasses.fields(DiffusionDPOConfig)}
-PHASES = ("pretrain", "sft", DPO)
-# Set by the main job itself from keys of its own.
+# Keys of the trainers that the main job sets itself, from keys of its own or an option of the command line.
 _RENAMED = {
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "use_cpu": "device",
+    "num_train_epochs": "`epochs`",
+    "per_device_train_batch_size": "`batch_size`",
+    "use_cpu": "`device`",
+    "resume_from_checkpoint": "`--resume`, and belongs to the trainers in Python,",
 }
 
 
+# -- reading
+
+
 def read_mapping(source: str, what: str) -> dict[str, Any]:
-    """A mapping from inline JSON or from a JSON or YAML file; ValueError says where it is malformed."""
+    """A mapping from inline JSON or from a JSON or YAML file; JSON may have `//` comments.
+
+    Raises:
+        UserError, FileNotFoundError: malformed, saying where; not there.
+    """
     text, name = source, "the inline JSON"
     if not strip_comments(source).lstrip().startswith("{"):
         path = Path(source).expanduser()
@@ -137,270 +133,211 @@ def read_mapping(source: str, what: str) -> dict[str, Any]:
     try:
         loaded = json.loads(bare) if bare.lstrip().startswith("{") else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        place = (
-            f"line {error.lineno}, column {error.colno}: {error.msg}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
-        raise UserError(f"`{what}`: {name} is malformed, {' '.join(place.split())}.") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
+        raise UserError(f"`{what}`: {name} is malformed: {' '.join(str(error).split())}.") from error
+    if not isinstance(loaded, dict | None):
         raise UserError(f"`{what}`: {name} must hold a mapping of settings, found {type(loaded).__name__}.")
-    return loaded
+    return loaded or {}
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*/*.yaml"))
+def strip_comments(text: str) -> str:
+    """JSON without `// …`, which become blanks, so that errors still name the right column; strings stay as they are."""
+    strings_and_comments = r'"(?:\\.|[^"\\\n])*"|//[^\n]*'
+    return re.sub(strings_and_comments, lambda found: found[0] if found[0][0] == '"' else " " * len(found[0]), text)
 
 
-def read_preset(names: str) -> dict[str, Any]:
-    """The settings of a preset, or of several joined by "+", later ones winning: `qwen3-4b+rtx4080`."""
-    merged: dict[str, Any] = {}
-    if names not in preset_names():  # `phi-2-3stage` is short for `phi-2+3stage`
-        names = names.replace("-3stage", "+3stage")
-    for name in names.split("+"):
-        found = sorted(PRESETS.glob(f"*/{name}.yaml")) if name.strip() else []
-        if not found:
-            close = difflib.get_close_matches(name, preset_names(), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"preset {name!r} is unknown{hint} There are: {', '.join(preset_names())}.")
-        merged = merge(merged, read_mapping(str(found[0]), "preset"))
-    return merged
-
-
-def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """`high` over `low`; nested mappings are merged key by key."""
-    merged = dict(low)
-    for key, value in high.items():
-        merged[key] = merge(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value
-    return merged
-
-
-def resolve(
-    preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None
-) -> HyperParameters:
-    """All layers merged and checked.
-
-    Raises:
-        ValueError, FileNotFoundError: naming the key, what was found and what was expected.
-    """
-    return build(layers(preset, config, hyper_parameters))
-
-
-def layers(preset: str | None, config: str | None, hyper_parameters: str | None) -> dict[str, Any]:
+def layers(preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None) -> dict[str, Any]:
     """Preset < file < JSON, merged, not checked."""
     own = read_mapping(config, "--config") if config else {}
     if hyper_parameters:
         own = merge(own, read_mapping(hyper_parameters, "--hyper-parameters-json"))
     if is_diffugpt_config(own):
+        aside = left_aside(own)
+        for why in dict.fromkeys(aside.values()):
+            logger.info("left aside: " + ", ".join(f"`{key}`" for key in aside if aside[key] == why) + f": {why}")
         own = read_diffugpt_config(own)
     return merge(read_preset(preset) if preset else {}, own)
 
 
+def resolve(*given: str | None, **named: str | None) -> HyperParameters:
+    """`layers`, checked. Raises UserError or FileNotFoundError, naming the key, what was found and what was expected."""
+    return build(layers(*given, **named))
+
+
+def as_dict(hp: HyperParameters) -> dict[str, Any]:
+    """Flat mapping in the schema that `build` reads."""
+    flat = dataclasses.asdict(hp)
+    return flat.pop("training") | flat
+
+
+# -- checking
+
+
 def build(given: dict[str, Any]) -> HyperParameters:
     """Checks a mapping of settings and fills in the defaults."""
-    hp = HyperParameters()
-    if given.get("pipeline") == "arm":
-        hp.generation = {"max_new_tokens": 128}
-    hints = typing.get_type_hints(HyperParameters)
+    hp, hints = HyperParameters(), typing.get_type_hints(HyperParameters)
     for key, value in given.items():
         if key in OWN_KEYS:
-            value = check_type(key, value, hints[key])
+            value = read_value(key, value, hints[key])
             setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
-        else:
-            if key == "resume_from_checkpoint":
-                raise UserError(
-                    "`resume_from_checkpoint` belongs to the trainers in Python; the main job has `--resume`."
-                )
-            check_training_key(key)
-            hp.training[key] = check_training_value(key, value)
-    for name in ("pretrain_config", "sft_config", "dpo_config"):
-        for key in (nested := getattr(hp, name)):
-            nested[key] = check_stage_value(key, nested[key], name, preferences=name == "dpo_config")
-    check_ranges(hp)
-    hp.stages = check_stages(hp.stages)
-    if hp.training.get("attention") == "lossless" and any(stage["name"] == DPO for stage in stages_of(hp)):
-        raise UserError(
-            "`attention`='lossless': a drafter's words are verified by its base, whose preferences it cannot change; leave 'dpo' out."
-        )
-    check_pipeline(hp)
-    if hp.training.get("attention") == "lossless" and any(stage["trains"] == "everything" for stage in stages_of(hp)):
-        raise UserError(
-            "`attention`='lossless' trains adapters, beside a base that stays as it is: `use_lora` is true, and no stage trains 'everything'."
-        )
+    hp.training = _read_training({key: value for key, value in given.items() if key not in OWN_KEYS})
+    for phase in PHASES:
+        name = f"{phase}_config"
+        setattr(hp, name, _read_training(getattr(hp, name), name, phase == DPO))
+    check_settings(hp)
+    _check_nested(hp)
+    _check_order(hp)
+    hp.stages = [_read_stage(stage) for stage in hp.stages]
+    _check_pipeline(hp)
     memory = hp.model_init_kwargs.get("max_memory")
     if isinstance(memory, dict):  # JSON has no integer keys, and accelerate numbers the cards by integers
         hp.model_init_kwargs["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in memory.items()}
     return hp
 
 
+@cache
+def training_hints(preferences: bool = False) -> dict[str, Any]:
+    """Keys of a stage, and their types."""
+    from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
+
+    config = DiffusionDPOConfig if preferences else DiffusionSFTConfig
+    hints = typing.get_type_hints(config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config)}
+
+
+def _read_training(given: dict[str, Any], where: str = "", preferences: bool = False) -> dict[str, Any]:
+    """Settings of the trainers; those of one stage alone, `where`, or those that all share."""
+    hints = training_hints(preferences) if given else {}
+    for key in given:
+        if key in _RENAMED and not where:
+            raise UserError(f"`{key}` is called {_RENAMED[key]} here.")
+        if key not in hints:
+            close = difflib.get_close_matches(key, [*hints, *([] if where else OWN_KEYS)], n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else "; docs/settings.md has all of them."
+            raise UserError(f"unknown key `{key}`{f' in `{where}`' if where else ''}{hint}")
+    return {key: read_value(key, value, hints[key]) for key, value in given.items()}
+
+
+def _read_stage(stage: dict[str, Any]) -> dict[str, Any]:
+    from .training.stages import TRAINS
+
+    where = f"stages.{stage['name']}"
+    check_value(f"{where}.trains", stage.get("trains", "adapters"), str, {"choices": TRAINS})
+    own = {key: stage[key] for key in ("name", "trains") if key in stage}
+    rest = {key: value for key, value in stage.items() if key not in own}
+    return own | _read_training(rest, where, stage["name"] == DPO)
+
+
 def stages_of(hp: HyperParameters) -> list[dict[str, Any]]:
     """The stages as given, or the phases as stages."""
     pretrain = {"completion_only_loss": False, **hp.pretrain_config}
     phases = {"pretrain": pretrain, "sft": hp.sft_config, DPO: hp.dpo_config}
-    trains = "adapters" if hp.use_lora else "everything"
     stages = hp.stages or [{"name": phase, **phases[phase]} for phase in hp.phases]
-    return [{"trains": trains, **stage} for stage in stages]
+    return [{"trains": "adapters" if hp.use_lora else "everything", **stage} for stage in stages]
 
 
-def check_stages(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Stages with checked names, keys and types."""
-    names = [stage.get("name") for stage in stages]
-    if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
-        raise UserError(f"`stages`: every stage needs a `name` of its own, letters and digits, got {names}.")
-    check_order("stages", names)
-    checked = []
-    for stage in stages:
-        where = f"stages.{stage['name']}"
-        if stage.get("trains", "adapters") not in TRAINS:
-            raise UserError(f"`{where}.trains` must be one of {TRAINS}, got {stage['trains']!r}.")
-        own = {key: stage[key] for key in ("name", "trains") if key in stage}
-        for key in [key for key in stage if key not in own]:
-            own[key] = check_stage_value(key, stage[key], where, preferences=stage["name"] == DPO)
-        checked.append(own)
-    return checked
+def _check_order(hp: HyperParameters) -> None:
+    """Names that are folders' too: each once, and the last ones where `stages.stage_folders` expects them."""
+    if not hp.phases or any(phase not in PHASES for phase in hp.phases):
+        raise UserError(f"`phases` must be a non-empty list of {list(PHASES)}, got {hp.phases}.")
+    stages = [stage.get("name") if isinstance(stage, dict) else None for stage in hp.stages]
+    for key, names in (("phases", hp.phases), ("stages", stages)):
+        if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
+            raise UserError(f"`{key}`: each needs a `name` of its own, letters and digits, got {names}.")
+        if DPO in names[:-1] or "sft" in [name for name in names if name != DPO][:-1]:
+            raise UserError(f"`{key}`: only the last may be called 'sft', and 'dpo' behind it, got {names}.")
 
 
-def check_order(key: str, names: list[str]) -> None:
-    """Refuses an order in which a result would be saved under another one's name."""
-    if DPO in names[:-1]:
-        raise UserError(
-            f"`{key}`: 'dpo' must be the last one, because the result is saved as `dpo_model`, got {names}."
-        )
-    if "sft" in [name for name in names if name != DPO][:-1]:
-        raise UserError(
-            f"`{key}`: only the last one may be called 'sft' (but for 'dpo' behind it), because the result is saved as `sft_model`, got {names}."
-        )
+def _check_nested(hp: HyperParameters) -> None:
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
 
+    from .models.special_tokens import TOKEN_IDS
 
-def check_stage_value(key: str, value: Any, where: str, preferences: bool) -> Any:
-    """`value` of a key of one stage alone, as its trainer's config wants it."""
-    config, keys = (DiffusionDPOConfig, DPO_KEYS) if preferences else (DiffusionSFTConfig, TRAINING_KEYS)
-    check_training_key(key, where, keys)
-    return check_type(key, value, typing.get_type_hints(config)[key])
-
-
-def check_training_key(key: str, where: str = "", keys: set[str] = TRAINING_KEYS) -> None:
-    inside = f" in `{where}`" if where else ""
-    if key in _RENAMED and not where:
-        raise UserError(f"`{key}` is called `{_RENAMED[key]}` here.")
-    if key not in keys:
-        close = difflib.get_close_matches(key, sorted(keys if where else OWN_KEYS | keys), n=1)
-        raise UserError(
-            f"unknown key `{key}`{inside}" + (f"; did you mean `{close[0]}`?" if close else "; see config.yaml.")
-        )
-    return key
-
-
-def check_training_value(key: str, value: Any) -> Any:
-    return check_type(key, value, typing.get_type_hints(DiffusionSFTConfig)[key])
-
-
-def check_type(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` wants it; numbers written as text (YAML's 2e-4) are read as numbers.
-
-    Raises:
-        ValueError: wrong type.
-    """
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    origins = [typing.get_origin(option) or option for option in options]
-    if value is None and type(None) in origins:
-        return None
-    if any(origin is Any for origin in origins):
-        return value
-    for option, origin in zip(options, origins, strict=True):
-        if origin is Literal and value in typing.get_args(option):
-            return value
-        if origin is bool and isinstance(value, bool):
-            return value
-        if origin is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if origin is float and (number := _as_float(value)) is not None:
-            return number
-        if isinstance(origin, type) and origin not in (bool, int, float) and isinstance(value, origin):
-            return value
-    if not any(origin in (bool, int, float, str, list, dict, tuple) for origin in origins):
-        return value  # an enum or object of the host, which checks it itself
-    expected = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in origins)
-    raise UserError(f"`{key}` must be {expected}, got {value!r} ({type(value).__name__}).")
-
-
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    return None
-
-
-def check_ranges(hp: HyperParameters) -> None:
-    at_least = {
-        "batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "max_length": 2,
-        "diffusion_steps": 1,
-        "dataloader_num_workers": 0,
-        "max_examples": 2,
-        "eval_examples": 0,
-        "eval_answers": 0,
-        "num_threads": 1,
-    }
-    for name, least in at_least.items():
-        value = getattr(hp, name)
-        if value is not None and value < least:
-            raise UserError(f"`{name}` must be at least {least}, got {value}.")
-    for name in ("epochs", "learning_rate", "test_size"):
-        if not (math.isfinite(getattr(hp, name)) and getattr(hp, name) > 0):
-            raise UserError(f"`{name}` must be above 0, got {getattr(hp, name)}.")
-    for name, keys in (
-        ("wandb_config", set(HyperParameters().wandb_config)),
+    lora = typing.get_type_hints(LoraConfig)
+    for name, known in (
+        ("wandb_config", WANDB),
         ("qlora_config", set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}),
         ("lora_config", {f.name for f in dataclasses.fields(LoraConfig)}),
+        ("token_ids", TOKEN_IDS),
     ):
-        if unknown := sorted(set(getattr(hp, name)) - keys):
+        if unknown := sorted(set(getattr(hp, name)) - set(known)):
             raise UserError(f"`{name}`: unknown key(s) {unknown}.")
-    for key, value in hp.lora_config.items():
-        hp.lora_config[key] = check_type(f"lora_config.{key}", value, typing.get_type_hints(LoraConfig)[key])
-    if not hp.phases or set(hp.phases) - set(PHASES) or len(set(hp.phases)) < len(hp.phases):
-        raise UserError(f"`phases` must be a non-empty list, each once, of {list(PHASES)}, got {hp.phases}.")
-    check_order("phases", hp.phases)
-    if hp.pipeline != "arm":
-        DiffusionGenerationConfig(**hp.generation)
-    if hp.device not in (None, "cuda", "mps", "cpu"):
-        raise UserError(
-            f"`device` must be cuda, mps or cpu, got {hp.device!r}; choose one GPU with CUDA_VISIBLE_DEVICES."
-        )
+    hp.lora_config = {key: read_value(f"lora_config.{key}", value, lora[key]) for key, value in hp.lora_config.items()}
+    hp.token_ids = {key: read_value(f"token_ids.{key}", value, int) for key, value in hp.token_ids.items()}
 
 
-def check_pipeline(hp: HyperParameters) -> None:
-    """What belongs to one pipeline alone, and to models from nothing."""
-    known_pipeline(hp.pipeline)
-    if unknown := sorted(set(hp.token_ids) - set(TOKEN_IDS)):
-        raise UserError(f"`token_ids`: unknown key(s) {unknown}; there are {list(TOKEN_IDS)}.")
-    for name in hp.token_ids:
-        check_type(f"token_ids.{name}", hp.token_ids[name], int)
+def _check_pipeline(hp: HyperParameters) -> None:
+    """Rules between settings: of the two pipelines, of lossless models, and of models from nothing."""
+    from trl import SFTConfig
+
+    from .generation.config import DiffusionGenerationConfig
+    from .generation.inference import check_autoregressive
+    from .models.loading import check_scratch
+
+    stages = stages_of(hp)
+    prefers = any(stage["name"] == DPO for stage in stages)
+    if hp.training.get("attention") == "lossless":
+        if prefers:
+            raise UserError("`attention`='lossless': preferences cannot change the verifying base; leave 'dpo' out.")
+        if any(stage["trains"] == "everything" for stage in stages):
+            raise UserError("`attention`='lossless' trains adapters: set `use_lora`, let no stage train 'everything'.")
     if hp.scratch:
         check_scratch(hp.scratch, hp.max_length)
         if hp.use_lora or hp.use_qlora:
             raise UserError("`scratch`: a model from nothing trains all its weights; set `use_lora` to false.")
-    if hp.pipeline == "arm":
-        if any(stage["name"] == DPO for stage in stages_of(hp)):
-            raise UserError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
-        own = {key for stage in stages_of(hp) for key in (*stage, *hp.training) if key in TRAINING_KEYS}
-        if foreign := sorted(own - {f.name for f in dataclasses.fields(SFTConfig)}):
-            raise UserError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
-        if unknown := sorted(set(hp.generation) - set(vars(GenerationConfig()))):
-            raise UserError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
+    if hp.pipeline == "diffusion":
+        DiffusionGenerationConfig(**hp.generation)
+        return
+    if prefers:
+        raise UserError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
+    own = {key for settings in (hp.training, *stages) for key in settings} & set(training_hints())
+    if foreign := sorted(own - {f.name for f in dataclasses.fields(SFTConfig)}):
+        raise UserError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
+    check_autoregressive(hp.generation)
 
 
-def as_dict(hp: HyperParameters) -> dict[str, Any]:
-    """Flat mapping in the schema that `build` reads."""
-    flat = dataclasses.asdict(hp)
-    training = flat.pop("training")
-    return {**flat, **training}
+# -- what is generated from the declarations
+
+
+def settings_page() -> str:
+    """docs/settings.md."""
+    from .models.record import ConversionSettings
+    from .objective.annealing import AnnealingSettings
+    from .objective.forward_process import NoiseSettings
+    from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
+
+    page = (
+        "# Settings\n\nWritten by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`.\n"
+    )
+    kinds = (
+        HyperParameters,
+        DiffusionSFTConfig,
+        NoiseSettings,
+        AnnealingSettings,
+        ConversionSettings,
+        DiffusionDPOConfig,
+    )
+    for kind in kinds:
+        first_line = kind.__doc__.strip().splitlines()[0]
+        page += f"\n## `{kind.__name__}`\n\n{first_line}\n\n{settings_table(kind)}\n"
+    return page
+
+
+def config_yaml() -> str:
+    """config.yaml: the defaults of the main job, each with its help."""
+    lines = ["# Settings of the main job and their defaults, written by `python -m llm_diffusion.config --yaml`. Use:"]
+    lines += [
+        "# python -m llm_diffusion.main --config config.yaml. Training settings are keys too, see docs/settings.md."
+    ]
+    for declared in dataclasses.fields(HyperParameters):
+        if text := declared.metadata.get("help"):
+            default, comment = default_of(declared), f"# ({declared.type.split('[')[0]}) {text}"
+            if isinstance(default, dict) and default:
+                lines += [f"{declared.name}: {comment}", *(f"  {k}: {json.dumps(v)}" for k, v in default.items())]
+            else:
+                lines.append(f"{declared.name}: {json.dumps(default)} {comment}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(config_yaml() if "--yaml" in sys.argv else settings_page())

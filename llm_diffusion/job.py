@@ -1,7 +1,8 @@
-"""The main job: load, convert, mask-and-denoise pretraining on all tokens, prefix-masked fine-tuning with the same adapters,
-preferences if asked, save, reload from disk, answer held-out prompts beside their references.
+"""The main job, of either pipeline: load, train stage after stage, save, reload from disk, answer held-out prompts.
 
-Trade-off: one file of plain steps, read from top to bottom. Alternative: a pipeline framework.
+pipeline    the model                           trained by              shown at the end
+diffusion   converted when it is loaded         our trainers, on TRL    answers beside those of the AR base
+arm         autoregressive, from left to right  TRL's own SFTTrainer    perplexity, and continuations of `prompts`
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +20,29 @@ import torch
 from datasets import Dataset
 from loguru import logger
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from . import UserError
-from .config import (
-    DPO,
-    DPO_KEYS,
-    SEED_LORA_TARGETS,
-    HyperParameters,
-    as_dict,
-    stages_of,
-)
-from .data.datasets import (
-    DEBUG_EXAMPLES,
-    PLAIN_CHAT_TEMPLATE,
-    load_preference_splits,
-    load_splits,
-)
+from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
+from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
 from .evaluation.answers import AnswerReport, answered_by_base, evaluate_answers
-from .evaluation.job_report import decoding, show
-from .evaluation.metrics import AnswersCallback, foresee_ends, plot_ends
+from .evaluation.job_report import decoding, show, show_autoregressive, show_ends
+from .evaluation.metrics import AnswersCallback
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
-from .models.loading import load_diffusion_model
+from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS
 from .models.special_tokens import use_tokens
-from .pipelines import check_positions, scratch_model
+from .objective.settings import user_settings
 from .reasoning.pairs import preference_pairs
 from .training.callbacks import LogLinesCallback, plot_loss
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 from .training.rows import check_pairs
-from .training.sft import DiffusionSFTTrainer
-from .training.stages import Stage, run_stages, stage_folders
+from .training.stages import Loaded, Stage, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
 # Settings of the other phases that mean something else to preferences, whose own are in `dpo_config`.
@@ -62,147 +51,81 @@ SETTINGS = "hyper_parameters.json"
 
 
 def run(hp: HyperParameters, resume: bool = False) -> None:
-    """The main job."""
+    """The main job; `resume` goes on with a stopped one."""
     started = time.perf_counter()
-    device = hp.device or best_device()
-    first = among_processes(device)
-    if hp.num_threads:
-        torch.set_num_threads(hp.num_threads)
-    output = Path(hp.output_dir).expanduser()
-    quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
-    check_device(device)
-    check_writable(output, "output_dir")
-    if resume:
-        check_same_settings(hp, output / SETTINGS)
+
+    # 1. Whatever can be refused without data and model is refused now.
+    first, device, output = among_processes(), hp.device or best_device(), Path(hp.output_dir).expanduser()
+    check_start(hp, device, output, resume)
     report_to = start_wandb(hp)
-    arguments = [training_arguments(hp, stage, output, device, report_to) for stage in stages_of(hp)]
-    print_settings(hp)
-    limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
-    train, test = load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
-    logger.info(f"data: {len(train):,} examples to train on, {len(test):,} held out")
-    names = [stage["name"] for stage in stages_of(hp)]
-    preferences = preference_data(hp, train, test, limit) if DPO in names else None
-    options = {
-        "quantization_config": quantized,
-        "device": device,
-        "trust_remote_code": hp.trust_remote_code,
-        **hp.model_init_kwargs,
-    }
-    saved = {
-        key: value for key, value in options.items() if key != "gguf_file"
-    }  # adapters remember it, the rest has weights
-    conversion = {name: hp.training.get(name) for name in CONVERSION_OPTIONS}
-    if hp.scratch:
-        model, tokenizer = scratch_model(hp.scratch, hp.model, seed=hp.seed, device=device)
-        convert_to_diffusion(model, tokenizer, **conversion)
-    else:
-        model, tokenizer = load_diffusion_model(hp.model, **conversion, **options)
-    use_tokens(base_of(model), tokenizer, hp.token_ids)
-    check_positions(model, hp.max_length)
-    logger.info(
-        f"model: {'from nothing' if hp.scratch else hp.model} on {device}, converted; mask token {tokenizer.mask_token!r} = {tokenizer.mask_token_id}"
-    )
-    if tokenizer.chat_template is None:
-        logger.info(
-            "the tokenizer has no chat template: using a plain one (User: … Assistant: …), saved with the model"
-        )
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-    # An adapter is trained on.
-    peft_config = None if isinstance(model, PeftModel) or not hp.use_lora else lora(hp, model)
+    stages = [make_stage(hp, stage, output, device, report_to) for stage in stages_of(hp)]
+    options = loader_options(hp, device)
+    log_settings(hp)
+
+    # 2. Data: texts or conversations, and pairs where a stage takes them.
+    data = load_data(hp)
+
+    # 3. The model, and what it answers before it is trained.
+    model, tokenizer = load_start(hp, options)
+    examples = readable(data.test, hp.eval_examples, tokenizer) if hp.pipeline == "diffusion" else []
     reports = {}
-    examples = readable(test, hp.eval_examples, tokenizer)
-    if examples and names == [DPO]:
-        reports["before"] = measure(model, tokenizer, examples, hp)
+    if examples and [stage.name for stage in stages] == [DPO]:
+        reports["before"] = measure(hp, model, tokenizer, examples)
     elif examples:
-        reports["AR base"] = measure(model, tokenizer, examples, hp, autoregressive=True)
+        reports["AR base"] = measure(hp, model, tokenizer, examples, autoregressive=True)
     if hp.answers_from_base:
-        logger.info(
-            f"AR base: answering the {len(train):,} training prompts, which it is trained on in place of the data's answers"
-        )
+        logger.info(f"AR base: answering the {len(data.train):,} training prompts; its answers are trained on")
         limit = hp.generation.get("max_new_tokens", 128)
-        train = answered_by_base(model, tokenizer, train, max_new_tokens=limit)
-    load = (lambda folder: load_diffusion_model(folder, **saved)) if resume else None
-    histories = train_stages(
-        hp, arguments, model, tokenizer, peft_config, train, test, output, load, preferences=preferences
-    )
+        data.train = answered_by_base(model, tokenizer, data.train, max_new_tokens=limit)
+
+    # 4. Training, stage after stage over the same weights.
+    # What is saved has weights of its own, and adapters remember the file of their base.
+    load = partial(load_saved, hp, {key: value for key, value in options.items() if key != "gguf_file"})
+    histories = train(hp, stages, model, tokenizer, data, output, load if resume else None)
     if not first:
-        return  # one is enough to read and show what was trained
-    folders = stage_folders(names, output)
-    final = folders[names[-1]]
+        return  # one process is enough to read and show what was trained
+    plot_loss(histories, output / "loss.png")
+
+    # 5. What was saved is loaded from disk, as a user will, and shown.
     del model
-    if examples and DPO in names[1:]:
-        model, tokenizer = load_diffusion_model(str(folders[names[-2]]), **saved)
-        reports["converted"] = measure(model, tokenizer, examples, hp)
-        del model
-    model, tokenizer = load_diffusion_model(str(final), **saved)
-    if examples:
-        reports["preferences" if names[-1] == DPO else "converted"] = measure(model, tokenizer, examples, hp)
+    folders = stage_folders([stage.name for stage in stages], output)
+    final = folders[stages[-1].name]
+    if hp.pipeline == "arm":
+        show_autoregressive(hp, partial(load, final), histories)
+        logger.info(f"saved: {final}; done in {time.perf_counter() - started:.0f} s")
+        return
+    model, tokenizer = measure_saved(hp, load, folders, examples, reports)
+    if reports:
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        show_ends(arguments, model, tokenizer, examples, output / "ends.png")
-    plot_loss(histories, output / "loss.png")
-    samples = readable(test, 6, tokenizer)
+        show_ends([stage.arguments for stage in stages], model, tokenizer, examples, output / "ends.png")
+    samples = readable(data.test, 6, tokenizer)
     show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
 
 
-def show_ends(
-    arguments: list[DiffusionSFTConfig],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    picture: Path,
-) -> None:
-    """Where the model foresees the ends of held-out answers, if a stage teacher_mask it."""
-    canvases = [getattr(stage, "max_canvas", None) for stage in arguments]
-    canvas = max((size for size in canvases if size is not None), default=None)
-    if canvas is None:
-        return
-    report = foresee_ends(model, tokenizer, examples, canvas)
-    plot_ends(report, picture)
-    print(f"{report}\npicture: {picture}\n")
+# -- 1. before anything long begins
 
 
-def among_processes(device: str) -> bool:
+def among_processes() -> bool:
     """Whether this is the first of several processes, which `accelerate launch` or torchrun start; the others are silent."""
     first = int(os.environ.get("RANK", 0)) == 0
     if not first:
         logger.remove()
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
+    if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return first
 
 
-def preference_data(hp: HyperParameters, train: Dataset, test: Dataset, limit: int | None) -> tuple[Dataset, Dataset]:
-    """Pairs to train and to evaluate on: those of `preference_dataset`, or the data's answers beside wrong ones made from them."""
-    if hp.preference_dataset is not None:
-        found = load_preference_splits(hp.preference_dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
-    else:
-        found = preference_pairs(train, seed=hp.seed), preference_pairs(test, seed=hp.seed)
-    logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
-    train, test = (
-        check_pairs(pairs, "preference") for pairs in found
-    )  # the trainer is built when the phases before are done
-    return train, test.select(range(min(len(test), EVAL_ROWS)))
-
-
-def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The first `n` rows; tokens of a prepared dataset as text."""
-    rows = list(test.select(range(min(n, len(test)))))
-    if "input_ids" not in test.column_names:
-        return rows
-    return [{"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)} for row in rows]
-
-
-def measure(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    hp: HyperParameters,
-    autoregressive: bool = False,
-) -> AnswerReport:
-    name = "AR base" if autoregressive else "converted model"
-    logger.info(f"{name}: answering {len(examples)} held-out prompts")
-    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp, model))
+def check_start(hp: HyperParameters, device: str, output: Path, resume: bool) -> None:
+    if hp.num_threads:
+        torch.set_num_threads(hp.num_threads)
+    check_device(device)
+    check_writable(output, "output_dir")
+    file = output / SETTINGS
+    if resume and file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
+        raise UserError(
+            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
+        )
 
 
 def check_writable(folder: Path, key: str) -> None:
@@ -214,78 +137,18 @@ def check_writable(folder: Path, key: str) -> None:
         raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
 
 
-def check_same_settings(hp: HyperParameters, file: Path) -> None:
-    """Refuses to go on with a run that was started with other settings."""
-    if file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
-        raise UserError(
-            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
-        )
+def loader_options(hp: HyperParameters, device: str) -> dict[str, Any]:
+    """Keywords of the loaders."""
+    quantized = None
+    if hp.use_qlora:
+        with user_settings("`qlora_config`"):
+            quantized = quantization_config("nf4", device, **hp.qlora_config)
+    own = {"quantization_config": quantized, "device": device, "trust_remote_code": hp.trust_remote_code}
+    return own | hp.model_init_kwargs
 
 
-def print_settings(hp: HyperParameters) -> None:
-    logger.info("settings, resolved:")
-    for key, value in as_dict(hp).items():
-        if value not in (None, {}, ""):
-            logger.info(f"  {key}: {json.dumps(value)}")
-    low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
-    if (low, high) != (0.0, 1.0):
-        logger.warning(f"mask probability from {low} to {high}: the loss is a reweighted objective, not the ELBO")
-
-
-def train_stages(
-    hp: HyperParameters,
-    arguments: list[DiffusionSFTConfig],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    peft_config: LoraConfig | None,
-    train: Dataset,
-    test: Dataset,
-    output: Path,
-    load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None,
-    make_trainer: Callable[..., SFTTrainer] = DiffusionSFTTrainer,
-    preferences: tuple[Dataset, Dataset] | None = None,
-) -> dict[str, list[dict]]:
-    """Stage after stage over the same weights; returns their log histories. `load`: loads a saved stage, to resume."""
-    stages = [
-        Stage(stage["name"], stage["trains"], chosen) for stage, chosen in zip(stages_of(hp), arguments, strict=True)
-    ]
-
-    examples = list(test.select(range(min(hp.eval_answers, len(test)))))
-
-    def answers(trainer: Trainer) -> AnswersCallback:
-        return AnswersCallback(trainer, examples, **decoding(hp, trainer.model))
-
-    def started() -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
-        if hp.use_wandb and "WANDB_DIR" in os.environ:
-            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
-
-    return run_stages(
-        model,
-        tokenizer,
-        stages,
-        train,
-        test.select(range(min(len(test), EVAL_ROWS))),
-        output,
-        peft_config,
-        callbacks=lambda stage: [LogLinesCallback(logger.info, stage)],
-        answers=answers if examples else None,
-        load=load,
-        started=started,
-        preferences=preferences,
-        make_trainer=make_trainer,
-    )
-
-
-def training_arguments(
-    hp: HyperParameters,
-    stage: dict[str, Any],
-    output: Path,
-    device: str,
-    report_to: str,
-    kind: type[SFTConfig] = DiffusionSFTConfig,
-) -> SFTConfig | DiffusionDPOConfig:
+def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device: str, report_to: str) -> Stage:
+    """A stage and its checked settings: those of the job < those that all stages share < the stage's own."""
     prefix = "debug-" if hp.debug else ""
     settings: dict[str, Any] = {
         "num_train_epochs": hp.epochs,
@@ -305,46 +168,19 @@ def training_arguments(
         "disable_tqdm": not sys.stderr.isatty(),
         **hp.training,
     }
-    prefers = stage["name"] == DPO
-    if prefers:
-        settings = {key: value for key, value in settings.items() if key in DPO_KEYS - NOT_FOR_DPO}
+    if prefers := stage["name"] == DPO:
+        settings = {key: settings[key] for key in settings.keys() & training_hints(True).keys() - NOT_FOR_DPO}
     settings |= {key: value for key, value in stage.items() if key not in ("name", "trains")}
     if settings.get("load_best_model_at_end"):
         settings = {"metric_for_best_model": "eval_loss", "greater_is_better": False, **settings}
-    if kind is SFTConfig:
-        # The host's defaults: bf16 is emulated on most CPUs, and it still sets the old name, of which transformers warns.
+    kind = DiffusionDPOConfig if prefers else DiffusionSFTConfig
+    if hp.pipeline == "arm":
+        # TRL's defaults: bf16 is emulated on most CPUs, and it still sets the old name, of which transformers warns.
         settings.setdefault("bf16", torch.cuda.is_available())
         settings.setdefault("activation_checkpointing", settings.get("gradient_checkpointing", True))
-    return (DiffusionDPOConfig if prefers else kind)(str(output / stage["name"]), **settings)
-
-
-def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:
-    """LoRA settings with target modules that this architecture has.
-
-    The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
-    user chose are never replaced: unmatched ones are an error. "attention" is every linear layer of the attention, whatever it
-    is called.
-    """
-    settings = dict(hp.lora_config)
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
-    names = {layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"}
-    targets = settings.get("target_modules")
-    if targets == "attention":
-        settings["target_modules"] = [layer for layer in layers if in_attention(layer)]
-    if isinstance(targets, list):
-        missing = [
-            target for target in targets if not any(layer == target or layer.endswith(f".{target}") for layer in layers)
-        ]
-        if missing and targets == SEED_LORA_TARGETS:
-            logger.info(
-                f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {sorted(names)}"
-            )
-            settings["target_modules"] = "all-linear"
-        elif missing:
-            raise UserError(
-                f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {sorted(names)}."
-            )
-    return LoraConfig(task_type="CAUSAL_LM", **settings)
+        kind = SFTConfig
+    with user_settings(f"settings of `{stage['name']}`"):
+        return Stage(stage["name"], stage["trains"], kind(str(output / stage["name"]), **settings))
 
 
 def start_wandb(hp: HyperParameters) -> str:
@@ -363,8 +199,183 @@ def start_wandb(hp: HyperParameters) -> str:
         check_writable(folder, "wandb_config.wandb_log_path")
         os.environ["WANDB_DIR"] = str(folder)
     if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
-        logger.warning(
-            "wandb: not logged in; going on offline. Run `wandb login` or set WANDB_API_KEY, and `wandb sync` to upload."
-        )
+        logger.warning("wandb: not logged in; going on offline. Run `wandb login`, and `wandb sync` to upload.")
         os.environ["WANDB_MODE"] = "offline"
     return "wandb"
+
+
+def log_settings(hp: HyperParameters) -> None:
+    logger.info("settings, resolved:")
+    for key, value in as_dict(hp).items():
+        if value not in (None, {}, [], ""):
+            logger.info(f"  {key}: {json.dumps(value)}")
+    low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
+    if (low, high) != (0.0, 1.0):
+        logger.warning(f"mask probability from {low} to {high}: the loss is a reweighted objective, not the ELBO")
+
+
+# -- 2. data
+
+
+@dataclass
+class Data:
+    """Rows to train on and held-out ones; `pairs` of both, where a stage trains on preferences."""
+
+    train: Dataset
+    test: Dataset
+    pairs: tuple[Dataset, Dataset] | None = None
+
+
+def load_data(hp: HyperParameters) -> Data:
+    limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
+    data = Data(*load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit))
+    logger.info(f"data: {len(data.train):,} examples to train on, {len(data.test):,} held out")
+    if any(stage["name"] == DPO for stage in stages_of(hp)):
+        data.pairs = load_pairs(hp, data, limit)
+    return data
+
+
+def load_pairs(hp: HyperParameters, data: Data, limit: int | None) -> tuple[Dataset, Dataset]:
+    """The pairs of `preference_dataset`, or the data's answers beside wrong ones made from them."""
+    if hp.preference_dataset is not None:
+        found = load_preference_splits(hp.preference_dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
+    else:
+        found = preference_pairs(data.train, seed=hp.seed), preference_pairs(data.test, seed=hp.seed)
+    logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
+    # Checked now: the trainer is built when the phases before are done.
+    train, test = (check_pairs(pairs, "preference") for pairs in found)
+    return train, first_rows(test, EVAL_ROWS)
+
+
+def first_rows(dataset: Dataset, n: int) -> Dataset:
+    return dataset.select(range(min(n, len(dataset))))
+
+
+def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The first `n` rows; tokens of a prepared dataset as text."""
+    rows = list(first_rows(test, n))
+    if "input_ids" not in test.column_names:
+        return rows
+    return [{"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)} for row in rows]
+
+
+# -- 3. the model
+
+
+def load_start(hp: HyperParameters, options: dict[str, Any]) -> Loaded:
+    """The model that training starts from: built from nothing or loaded; converted, unless it stays autoregressive."""
+    conversion = {name: hp.training.get(name) for name in CONVERSION_OPTIONS}
+    if hp.scratch:
+        model, tokenizer = scratch_model(hp.scratch, hp.model, seed=hp.seed, device=options["device"])
+        if hp.pipeline == "diffusion":
+            convert_to_diffusion(model, tokenizer, **conversion)
+    elif hp.pipeline == "diffusion":
+        model, tokenizer = load_diffusion_model(hp.model, **conversion, **options)
+    else:
+        model, tokenizer = load_autoregressive(hp.model, **options)
+    use_tokens(base_of(model), tokenizer, hp.token_ids)
+    check_positions(model, hp.max_length)
+    kind = f"converted; mask token {tokenizer.mask_token!r}" if hp.pipeline == "diffusion" else "from left to right"
+    logger.info(f"model: {'from nothing' if hp.scratch else hp.model} on {options['device']}, {kind}")
+    if tokenizer.chat_template is None:
+        logger.info("the tokenizer has no chat template; a plain one (User: … Assistant: …) is saved with the model")
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return model, tokenizer
+
+
+def load_saved(hp: HyperParameters, options: dict[str, Any], folder: str | Path) -> Loaded:
+    return (load_autoregressive if hp.pipeline == "arm" else load_diffusion_model)(str(folder), **options)
+
+
+def measure(
+    hp: HyperParameters,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict],
+    autoregressive: bool = False,
+) -> AnswerReport:
+    name = "AR base" if autoregressive else "converted model"
+    logger.info(f"{name}: answering {len(examples)} held-out prompts")
+    return evaluate_answers(model, tokenizer, examples, autoregressive=autoregressive, **decoding(hp, model))
+
+
+# -- 4. training
+
+
+def train(
+    hp: HyperParameters,
+    stages: list[Stage],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Data,
+    output: Path,
+    load: Any,
+) -> dict[str, list[dict]]:
+    """Runs the stages; returns their log histories. `load`: loads a saved stage, to resume."""
+    examples = list(first_rows(data.test, hp.eval_answers)) if hp.pipeline == "diffusion" else []
+
+    def add_callbacks(trainer: Any, stage: Stage) -> None:
+        trainer.add_callback(LogLinesCallback(logger.info, stage.name))
+        if examples:
+            trainer.add_callback(AnswersCallback(trainer, examples, **decoding(hp, trainer.model)))
+
+    def save_settings() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+        if hp.use_wandb and "WANDB_DIR" in os.environ:
+            Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
+
+    return run_stages(
+        model,
+        tokenizer,
+        stages,
+        (data.train, first_rows(data.test, EVAL_ROWS)),
+        output,
+        preferences=data.pairs,
+        # An adapter is trained on.
+        peft_config=lora(hp, model) if hp.use_lora and not isinstance(model, PeftModel) else None,
+        on_built=add_callbacks,
+        on_start=save_settings,
+        load=load,
+    )
+
+
+def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:
+    """LoRA settings with target modules that this architecture has; "attention" is every linear layer of the attention.
+
+    The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
+    user chose are never replaced: unmatched ones are an error.
+    """
+    settings = dict(hp.lora_config)
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    names = sorted({layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"})
+    targets = settings.get("target_modules")
+    if targets == "attention":
+        settings["target_modules"] = [layer for layer in layers if in_attention(layer)]
+    elif isinstance(targets, list):
+        missing = [target for target in targets if not any(f".{layer}".endswith(f".{target}") for layer in layers)]
+        if missing and targets == SEED_LORA_TARGETS:
+            logger.info(f"LoRA: {missing} do not exist in this architecture; adapting every linear layer: {names}")
+            settings["target_modules"] = "all-linear"
+        elif missing:
+            raise UserError(
+                f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {names}."
+            )
+    with user_settings("`lora_config`"):
+        return LoraConfig(task_type="CAUSAL_LM", **settings)
+
+
+# -- 5. the result
+
+
+def measure_saved(
+    hp: HyperParameters, load: Any, folders: dict[str, Path], examples: list[dict], reports: dict[str, AnswerReport]
+) -> Loaded:
+    """Adds the answers of what was saved to `reports`: before and after preferences; returns the last model."""
+    *others, final = folders
+    if examples and others and final == DPO:
+        reports["converted"] = measure(hp, *load(folders[others[-1]]), examples)
+    model, tokenizer = load(folders[final])
+    if examples:
+        reports["preferences" if final == DPO else "converted"] = measure(hp, model, tokenizer, examples)
+    return model, tokenizer

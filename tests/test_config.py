@@ -1,4 +1,4 @@
-"""Settings: defaults, layers, types, presets."""
+"""Settings: defaults, layers, types, presets, and every setting that is refused."""
 
 import dataclasses
 import json
@@ -8,19 +8,21 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llm_diffusion import UserError
 from llm_diffusion.config import (
-    PRESETS,
-    TRAINING_KEYS,
     HyperParameters,
     as_dict,
     build,
-    check_type,
-    merge,
-    preset_names,
-    read_preset,
+    config_yaml,
+    layers,
+    read_mapping,
     resolve,
+    settings_page,
     stages_of,
+    training_hints,
 )
+from llm_diffusion.objective.settings import check_settings, merge, read_value
+from llm_diffusion.presets import PRESETS, preset_names, read_preset
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +30,18 @@ ROOT = Path(__file__).parent.parent
 def test_config_yaml_holds_exactly_the_defaults():
     from_file = as_dict(resolve(config=str(ROOT / "config.yaml")))
     assert from_file == as_dict(HyperParameters())
+
+
+@pytest.mark.parametrize(("name", "written"), [("config.yaml", config_yaml), ("docs/settings.md", settings_page)])
+def test_what_is_written_from_the_declarations_is_up_to_date(name, written):
+    """`python -m llm_diffusion.config > docs/settings.md`, and with `--yaml` for config.yaml."""
+    assert (ROOT / name).read_text() == written()
+
+
+def test_every_setting_is_declared_with_help():
+    declared = {f.name: f.metadata for f in dataclasses.fields(HyperParameters) if f.name != "training"}
+    assert all(metadata["help"].endswith(".") or "…" in metadata["help"] for metadata in declared.values())
+    check_settings(HyperParameters())
 
 
 def test_layers_win_in_order(tmp_path):
@@ -114,21 +128,10 @@ def test_stages_stand_for_phases():
     ]
 
 
-@pytest.mark.parametrize(
-    ("stages", "match"),
-    [
-        ([{"trains": "adapters"}], "every stage needs a `name`"),
-        ([{"name": "sft"}, {"name": "a"}], "only the last one may be called 'sft'"),
-        ([{"name": "a"}, {"name": "a"}], "every stage needs a `name` of its own"),
-        ([{"name": "../a"}], "every stage needs a `name`"),
-        ([{"name": "a", "trains": "most"}], "`stages.a.trains` must be one of"),
-        ([{"name": "a", "max_stepz": 1}], "unknown key `max_stepz` in `stages.a`"),
-        ([{"name": "a", "max_steps": "many"}], "`max_steps` must be int"),
-    ],
-)
-def test_bad_stages_are_refused(stages, match):
-    with pytest.raises(ValueError, match=match):
-        build({"stages": stages})
+def test_three_stages_keep_the_best_checkpoint():
+    hp = build(merge(read_preset("3stage"), layers("qwen3-0.6b", None, None)))
+    assert [stage["name"] for stage in stages_of(hp)] == ["attention", "diffusion", "recovery"]
+    assert hp.training["load_best_model_at_end"] is True
 
 
 def test_preferences_are_a_phase_with_settings_of_their_own():
@@ -140,15 +143,16 @@ def test_preferences_are_a_phase_with_settings_of_their_own():
 
 
 def test_every_field_of_the_trainer_is_a_key():
-    assert {"warmup_steps", "lr_scheduler_type", "max_grad_norm", "weight_decay", "save_total_limit"} <= TRAINING_KEYS
+    names = {"warmup_steps", "lr_scheduler_type", "max_grad_norm", "weight_decay", "save_total_limit"}
+    assert names <= set(training_hints())
     assert build({"max_grad_norm": 0.5}).training == {"max_grad_norm": 0.5}
     assert build({"sft_config": {"max_steps": 3}}).sft_config == {"max_steps": 3}
 
 
 def test_yaml_numbers_written_as_text_are_numbers():
     assert yaml.safe_load("2e-4") == "2e-4"  # YAML 1.1; the reason for this rule
-    assert check_type("learning_rate", "2e-4", float) == 2e-4
-    assert check_type("learning_rate", 1, float) == 1.0
+    assert read_value("learning_rate", "2e-4", float) == 2e-4
+    assert read_value("learning_rate", 1, float) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,7 @@ def test_yaml_numbers_written_as_text_are_numbers():
 )
 def test_wrong_types_are_refused(value, hint):
     with pytest.raises(ValueError, match="`key` must be"):
-        check_type("key", value, hint)
+        read_value("key", value, hint)
 
 
 def test_merge_leaves_its_arguments_alone():
@@ -171,7 +175,77 @@ def test_defaults_are_not_shared_between_objects():
     assert HyperParameters().lora_config["r"] == 16
 
 
-def test_a_drafter_is_an_adapter():
-    for more in ({"use_lora": False}, {"stages": [{"name": "sft", "trains": "everything"}]}):
-        with pytest.raises(ValueError, match="lossless"):
-            build({"model": "tiny", "attention": "lossless", **more})
+SHAPE = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 128}
+# what is set -> the field that the error names
+REFUSED = [
+    ({"modle": "tiny"}, "`modle`; did you mean `model`"),
+    ({"sft_config": {"max_step": 1}}, "`max_step` in `sft_config`"),
+    ({"dpo_config": {"num_drawz": 4}}, "`num_drawz` in `dpo_config`; did you mean `num_draws`"),
+    ({"num_train_epochs": 1}, "`epochs`"),
+    ({"resume_from_checkpoint": "x"}, "`--resume`"),
+    ({"batch_size": "many"}, "`batch_size`"),
+    ({"batch_size": -1}, "`batch_size`"),
+    ({"warmup_steps": "soon"}, "`warmup_steps`"),
+    ({"epochs": 0}, "`epochs`"),
+    ({"learning_rate": "nan"}, "`learning_rate`"),
+    ({"learning_rate": float("inf")}, "`learning_rate`"),
+    ({"device": "tpu"}, "`device`"),
+    ({"lora_config": {"rank": 4}}, "`lora_config`.*rank"),
+    ({"lora_config": {"r": "16"}}, "`lora_config.r`"),
+    ({"wandb_config": {"projet": "a"}}, "`wandb_config`"),
+    ({"qlora_config": {"bnb_4bit_quant_typ": "fp4"}}, "`qlora_config`"),
+    ({"token_ids": {"bos": 1}}, "`token_ids`"),
+    ({"token_ids": {"pad": "0"}}, "`token_ids.pad`"),
+    ({"generation": {"block_len": 4}}, "block_len"),
+    ({"generation": {"threshold": "0.9"}}, "`threshold`"),
+    ({"phases": ["warm"]}, "`phases`"),
+    ({"phases": ["sft", "sft"]}, "`phases`"),
+    ({"phases": ["dpo", "sft"]}, "`phases`"),
+    ({"phases": ["sft", "pretrain"]}, "`phases`"),
+    ({"stages": ["sft"]}, "`stages`"),
+    ({"stages": [{"trains": "adapters"}]}, "`stages`"),
+    ({"stages": [{"name": "sft"}, {"name": "a"}]}, "`stages`"),
+    ({"stages": [{"name": "a"}, {"name": "a"}]}, "`stages`"),
+    ({"stages": [{"name": "../a"}]}, "`stages`"),
+    ({"stages": [{"name": "a", "trains": "most"}]}, "`stages.a.trains`"),
+    ({"stages": [{"name": "a", "max_stepz": 1}]}, "`max_stepz` in `stages.a`"),
+    ({"stages": [{"name": "a", "max_steps": "many"}]}, "`max_steps`"),
+    ({"attention": "lossless", "use_lora": False}, "`attention`"),
+    ({"attention": "lossless", "stages": [{"name": "sft", "trains": "everything"}]}, "`attention`"),
+    ({"attention": "lossless", "phases": ["sft", "dpo"]}, "`attention`"),
+    ({"pipeline": "ar"}, "`pipeline`"),
+    ({"pipeline": "arm", "phases": ["dpo"]}, "`pipeline`"),
+    ({"pipeline": "arm", "attention": "block"}, "attention"),
+    ({"pipeline": "arm", "generation": {"steps": 4}}, "`generation`.*steps"),
+    ({"scratch": SHAPE, "max_length": 64}, "`use_lora`"),
+    ({"scratch": {**SHAPE, "n_embd": 9}, "use_lora": False, "max_length": 64}, "`n_head`"),
+    ({"init_from": "last.ckpt", "pipeline": "arm"}, "`init_from`"),
+]
+
+
+@pytest.mark.parametrize(("given", "match"), REFUSED)
+def test_what_cannot_be_is_refused_by_name(given, match):
+    with pytest.raises(UserError, match=match):
+        resolve(hyper_parameters=json.dumps(given))
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ('{"model": "tiny",}', "line 1"),
+        ("[1]", "`here`"),
+        ("none.yaml", "`here`"),
+        ("BAD", "`here`"),
+        ("LIST", "`here`"),
+    ],
+)
+def test_malformed_settings_say_where(source, match, tmp_path):
+    for name, text in (("BAD", "a: [1\n"), ("LIST", "- a\n")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises((UserError, FileNotFoundError), match=match):
+        read_mapping(str(tmp_path / source) if source.isupper() else source, "here")
+
+
+def test_an_unknown_preset_is_refused_with_a_suggestion():
+    with pytest.raises(UserError, match="'tinny'.*did you mean 'tiny'"):
+        read_preset("tinny+qlora")

@@ -16,15 +16,8 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, Qwen3Config
 
-from llm_diffusion import load_diffusion_model
-from llm_diffusion.config import (
-    build,
-    layers,
-    merge,
-    read_preset,
-    stages_of,
-)
-from llm_diffusion.main import cli
+from llm_diffusion import UserError, load_diffusion_model
+from llm_diffusion.main import cli, is_users
 from llm_diffusion.models.record import save_record
 
 FAST = {
@@ -90,6 +83,7 @@ def test_preferences_follow_fine_tuning(tmp_path):
     output = tmp_path / "out"
     settings = {
         "phases": ["sft", "dpo"],
+        "eval_examples": 2,
         "preference_dataset": rows,
         "dpo_config": {"max_steps": 3, "num_draws": 1, "learning_rate": 1e-3},
         "output_dir": str(output),
@@ -194,105 +188,26 @@ def encoder_only(path: Path) -> str:
     return str(path / "bert")
 
 
-# name -> (settings made from a temporary folder, what the line must say)
-def preferences(folder, row):
-    """Settings of a job that prefers by three rows of one pair, two phases after it has started."""
-    rows = write(folder / "pairs.jsonl", "\n".join([json.dumps(row)] * 3))
-    return {"phases": ["pretrain", "sft", "dpo"], "preference_dataset": rows}
-
-
+# What each room refuses is tested there; these are errors of every room, seen through the whole command line.
+# name -> (settings made from a temporary folder, what the line names)
 BAD_INPUT = {
-    "unknown key": (lambda p: {"modle": "tiny"}, "unknown key `modle`; did you mean `model`"),
-    "unknown nested key": (lambda p: {"sft_config": {"max_step": 1}}, "`max_step` in `sft_config`"),
-    "host's name of a key": (lambda p: {"num_train_epochs": 1}, "called `epochs`"),
-    "wrong type": (lambda p: {"batch_size": "many"}, "`batch_size` must be int, got 'many'"),
-    "wrong type of a trainer key": (lambda p: {"warmup_steps": "soon"}, "`warmup_steps` must be"),
-    "negative batch size": (lambda p: {"batch_size": -1}, "`batch_size` must be at least 1, got -1"),
-    "zero epochs": (lambda p: {"epochs": 0}, "`epochs` must be above 0"),
-    "unknown key of LoRA": (lambda p: {"lora_config": {"rank": 4}}, "`lora_config`: unknown key(s) ['rank']"),
-    "unknown key of wandb": (lambda p: {"wandb_config": {"projet": "a"}}, "`wandb_config`"),
-    "unknown key of QLoRA": (lambda p: {"qlora_config": {"bnb_4bit_quant_typ": "fp4"}}, "`qlora_config`"),
-    "text for a number": (lambda p: {"generation": {"threshold": "0.9"}}, "`threshold` must be a number"),
-    "text for a rank": (lambda p: {"lora_config": {"r": "16"}}, "`lora_config.r` must be int"),
-    "not a number": (lambda p: {"learning_rate": "nan"}, "`learning_rate`"),
-    "bad objective": (lambda p: {"random_canvas": 5.0}, "`random_canvas`"),
-    "resuming in the main job": (lambda p: {"resume_from_checkpoint": "x"}, "`resume_from_checkpoint`"),
-    "one phase twice": (lambda p: {"phases": ["sft", "sft"]}, "each once"),
-    "device that is not there": (lambda p: {"device": "mps"}, "there is no mps"),
+    "settings": (lambda p: {"modle": "tiny"}, "`modle`"),
+    "a setting of the trainer": (lambda p: {"random_canvas": 5.0}, "`random_canvas`"),
+    "a setting that transformers refuses": (lambda p: {"lr_scheduler_type": "sudden"}, "`pretrain`"),
+    "model missing": (lambda p: {"model": str(p / "none")}, "`model`"),
+    "model folder empty": (lambda p: {"model": str(p)}, "`model`"),
+    "hub unreachable": (lambda p: {"model": "Qwen/Qwen3-0.6B"}, "`model`"),
+    "encoder": (lambda p: {"model": encoder_only(p)}, "`model`"),
+    "adapter without base": (lambda p: {"model": orphan_adapter(p)}, "`model`"),
+    "dataset not on the hub": (lambda p: {"dataset": "nobody/nothing"}, "`dataset`"),
     "turns without roles": (
         lambda p: {"dataset": write(p / "a.jsonl", '{"messages": [{"from": "human", "value": "hi"}]}\n' * 3)},
-        "`role` and `content` are needed",
+        "`role`",
     ),
-    "unknown phase": (lambda p: {"phases": ["warm"]}, "`phases` must be"),
-    "unknown device": (lambda p: {"device": "tpu"}, "`device` must be"),
-    "mask range reversed": (
-        lambda p: {"min_mask_probability": 0.9, "max_mask_probability": 0.1},
-        "`min_mask_probability`",
-    ),
-    "unknown decoding key": (lambda p: {"generation": {"block_len": 4}}, "block_len"),
-    "model path missing": (lambda p: {"model": str(p / "none")}, "`model`: the folder"),
-    "model folder empty": (lambda p: {"model": str(p)}, "`model`:"),
-    "hub unreachable": (lambda p: {"model": "Qwen/Qwen3-0.6B"}, "`model`: 'Qwen/Qwen3-0.6B' is neither"),
-    "encoder only": (lambda p: {"model": encoder_only(p)}, "`model`:"),
-    "adapter without base": (lambda p: {"model": orphan_adapter(p)}, "of the adapter"),
-    "dataset missing": (lambda p: {"dataset": str(p / "no.jsonl")}, "`dataset`:"),
-    "dataset not on the hub": (lambda p: {"dataset": "nobody/nothing"}, "`dataset`: 'nobody/nothing'"),
-    "no usable column": (lambda p: {"dataset": write(p / "a.jsonl", '{"a": 1}\n{"a": 2}\n')}, "`messages`, `prompt`"),
-    "empty dataset": (lambda p: {"dataset": write(p / "a.jsonl", "")}, "is empty"),
-    "malformed data": (lambda p: {"dataset": write(p / "a.jsonl", '{"text": \n')}, "could not be loaded"),
-    "empty answer": (lambda p: {"dataset": write(p / "a.jsonl", "\n".join([chat_row("hi", " ")] * 3))}, "row 0"),
-    "answers cut off by max_length": (lambda p: {"max_length": 4}, "`max_length`=4"),
-    "qlora on MPS": (lambda p: {"use_qlora": True, "device": "mps"}, "`quantization`"),
+    "answers cut off": (lambda p: {"max_length": 4}, "`max_length`"),
     "output under a file": (lambda p: {"output_dir": write(p / "file", "") + "/out"}, "`output_dir`"),
-    "preferences not last": (lambda p: {"phases": ["dpo", "sft"]}, "`phases`: 'dpo' must be the last one"),
-    "preferences of a drafter": (lambda p: {"phases": ["sft", "dpo"], "attention": "lossless"}, "leave 'dpo' out"),
-    "key of another phase": (
-        lambda p: {"dpo_config": {"num_drawz": 4}},
-        "unknown key `num_drawz` in `dpo_config`; did you mean `num_draws`?",
-    ),
-    "no draws": (lambda p: {"phases": ["dpo"], "dpo_config": {"num_draws": 0}}, "`num_draws` must be at least 1"),
-    "beta of nothing": (lambda p: {"phases": ["dpo"], "dpo_config": {"beta": 0}}, "`beta` must be above 0"),
-    "preferences missing": (
-        lambda p: {"phases": ["dpo"], "preference_dataset": str(p / "no.jsonl")},
-        "`preference_dataset`: ",
-    ),
-    "no rejected side": (
-        lambda p: preferences(p, {"prompt": "a", "chosen": "b"}),
-        "`chosen` and `rejected` are needed",
-    ),
-    "equal sides": (lambda p: preferences(p, {"prompt": "a", "chosen": "b", "rejected": "b"}), "are the same"),
-    "empty rejected side": (
-        lambda p: preferences(p, {"prompt": "a", "chosen": "b", "rejected": " "}),
-        "`rejected` of row 0 is empty",
-    ),
-    "preferences from left to right": (
-        lambda p: {"pipeline": "arm", "phases": ["dpo"], "generation": {}},
-        "has no preferences",
-    ),
-    "unknown pipeline": (lambda p: {"pipeline": "ar"}, "`pipeline` must be one of"),
-    "adapters from nothing": (
-        lambda p: {"scratch": {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 128}},
-        "set `use_lora` to false",
-    ),
-    "a shape that cannot be": (
-        lambda p: {"scratch": {"n_embd": 9, "n_layer": 1, "n_head": 2, "n_positions": 128}, "use_lora": False},
-        "`n_head` (2) must divide `n_embd` (9)",
-    ),
-    "diffusion settings from left to right": (
-        lambda p: {"pipeline": "arm", "attention": "block"},
-        "['attention'] belong to `pipeline`='diffusion'",
-    ),
-    "unmasking from left to right": (
-        lambda p: {"pipeline": "arm", "generation": {"steps": 4}},
-        "['steps'] are no settings of left-to-right decoding",
-    ),
-    "no such mask": (lambda p: {"mask_token_id": 9999}, "`mask_token_id`: 9999 is no token"),
-    "the end as mask": (lambda p: {"mask_token_id": 2}, "ends, starts or pads texts"),
-    "no such padding": (lambda p: {"token_ids": {"pad": 9999}}, "`token_ids.pad`: 9999 is no token"),
-    "token ids by another name": (lambda p: {"token_ids": {"bos": 1}}, "`token_ids`: unknown key(s) ['bos']"),
-    "array of token ids": (lambda p: {"dataset": write(p / "a.bin", "xx")}, "prepare-data"),
-    "checkpoint of another trainer": (lambda p: {"init_from": "last.ckpt", "pipeline": "arm"}, "`init_from`"),
-    "unmatched LoRA target": (lambda p: {"lora_config": {"target_modules": ["wq"]}}, "target_modules"),
+    "no such mask": (lambda p: {"mask_token_id": 9999}, "`mask_token_id`"),
+    "no such padding": (lambda p: {"token_ids": {"pad": 9999}}, "`token_ids.pad`"),
 }
 
 
@@ -315,92 +230,67 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("--hyper-parameters-json", '{"model": "tiny",}'), "malformed, line 1"),
-        (("--hyper-parameters-json", "[1]"), "neither inline JSON nor"),
-        (("--config", "{path}"), "malformed"),
-        (("--config", "none.yaml"), "`--config`"),
-        (("--preset", "tinny"), "did you mean 'tiny'"),
+        (("tinny",), "did you mean 'tiny'"),
+        (("analyse", "tiny"), "did you mean 'analyze'"),
+        (("tiny", "--no-such-option"), "--no-such-option"),
+        (("--config", "{bad}"), "malformed"),
+        (("convert", "--hyper-parameters-json", '{"pipeline": "arm", "stages": [{"name": "a"}]}'), "`pipeline`"),
         (("chat", "{folder}/none", "hi"), "`model`"),
         (("chat", "tiny", "hi", "--settings", '{"step": 1}'), "step"),
-        (("generate", "tiny", "hi", "--settings", '{"threshold": 0.9, "factor": 1}'), "give one"),
-        (
-            ("generate", "tiny", "hi", "--settings", '{"approximate_cache": "all"}'),
-            "`approximate_cache` must be 'prefix'",
-        ),
-        (("generate", "tiny", "hi", "ho", "--svg", "{folder}/a.svg"), "`--svg` draws one text, got 2"),
-        (("generate", "tiny", "hi", "--svg", "{path}/a.svg"), "`--svg`"),
-        (("analyze", "{folder}/none"), "`model`"),
-        (("analyze", "tiny", "--batch-size", "0"), "`batch_size` must be at least 1"),
-        (("analyze", "tiny", "--json", "{path}/a.json"), "`--json`"),
-        (("convert", "--preset", "phi-3stage"), "preset 'phi' is unknown"),
-        (("convert", "--hyper-parameters-json", '{"stages": [{"name": "a", "trains": "most"}]}'), "`stages.a.trains`"),
-        (("evaluate", "tiny"), "nothing to measure"),
-        (("evaluate", "{folder}/none", "--prompts", "tiny"), "`model`"),
-        (("evaluate", "tiny", "--prompts", "tiny", "--settings", '{"step": 1}'), "step"),
-        (
-            ("evaluate", "tiny", "--prompts", "tiny", "--sweep", '{"threshold": 0.5}'),
-            "`sweep.threshold` must be a list",
-        ),
-        (("evaluate", "tiny", "--prompts", "tiny", "--estimator", "exact"), "`estimator` must be one of"),
-        (("evaluate", "tiny", "--prompts", "tiny", "--samples", "9"), "`n_samples` must be a multiple"),
-        (("evaluate", "tiny", "--prompts", "{folder}/no.jsonl"), "`dataset`"),
-        (("evaluate", "tiny", "--prompts", "{odd}"), "the columns ['odd'] is no problem"),
-        (("evaluate", "tiny", "--prompts", "{empty}", "--settings", '{"max_new_tokens": 2}'), "number 0 is empty"),
-        (("evaluate", "tiny", "--prompts", "tiny", "--judge", "localhost"), "`judge`: 'localhost' is no URL"),
-        (("evaluate", "tiny", "--prompts", "tiny", "--judge", "http://localhost:1"), "`judge_model` is needed"),
-        (("evaluate", "tiny", "--text", "{folder}/no.txt"), "`--text`"),
-        (("evaluate", "tiny", "--text", "{path}", "--max-length", "1"), "`max_length` must be"),
-        (("evaluate", "tiny", "--prompts", "tiny", "--output", "{path}/out"), "`--output`"),
-        (("generate", "--settings", "{}"), "MODEL and PROMPTS are missing"),
-        (("generate", "tiny", "hi", "--pipeline", "ar"), "`pipeline` must be one of"),
+        (("generate", "--settings", "{}"), "MODEL and PROMPTS"),
+        (("generate", "tiny", "hi", "--pipeline", "ar"), "`pipeline`"),
+        (("generate", "tiny", "hi", "--pipeline", "arm", "--watch"), "`--watch`"),
         (("generate", "tiny", "hi", "--pipeline", "arm", "--settings", '{"steps": 4}'), "steps"),
-        (("generate", "tiny", "", "--pipeline", "arm"), "empty prompt"),
-        (("generate", "--config", "{scratch}"), "has nothing to say"),
-        (
-            ("convert", "tiny", "--hyper-parameters-json", '{"pipeline": "arm", "stages": [{"name": "a"}]}'),
-            "converts nothing",
-        ),
+        (("generate", "tiny", "hi", "ho", "--svg", "{folder}/a.svg"), "`--svg`"),
+        (("generate", "--config", "{scratch}"), "`init_from`"),
         (("side-by-side", "{folder}/none", "--prompt", "hi"), "`model`"),
-        (("--config", "{scratch}", "--hyper-parameters-json", '{"n_head": 3}'), "`n_head` (3) must divide"),
-        (("--hyper-parameters-json", '{"annealing": "soft", "annealing_schedule": "sudden"}'), "`annealing_schedule`"),
-        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--kinds", "slip"), "`kinds` must be"),
-        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit` must be"),
-        (("prefer", "tiny", "--output", "{path}/o.jsonl"), "`--output`"),
-        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
-        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--judge", "http://localhost:1"), "`--from-model`"),
-        (
-            ("prefer", "tiny", "--output", "{folder}/o.jsonl", "--from-model", "tiny", "--judge", "localhost"),
-            "is no URL",
-        ),
-        (("prefer", "{folder}/none.jsonl", "--output", "{folder}/o.jsonl"), "`dataset`"),
-        (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "row 0: `chosen` and `rejected` are the same"),
-        (("prefer", "{text}", "--output", "{folder}/o.jsonl"), "row 0: a record with the columns ['text']"),
-        (("prepare-data", "{text}", "--model", "tiny", "--output", "{folder}/o", "--form", "cut"), "`--form` must be"),
-        (("prepare-data", "{text}", "--model", "tiny", "--output", "{folder}/o"), "is too short"),
-        (("prepare-data", "{text}", "--model", "{folder}/none", "--output", "{folder}/o"), "`model`"),
-        (("prepare-data", "{text}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
-        (("prepare-data", "{folder}/none.txt", "--model", "tiny", "--output", "{folder}/o"), "does not exist"),
-        (("evaluate", "tiny", "tiny", "--prompts", "tiny"), "`models` must differ"),
+        (("analyze", "tiny", "--json", "{bad}/a.json"), "`--json`"),
+        (("evaluate", "tiny", "--prompts", "tiny", "--output", "{bad}/out"), "`--output`"),
         (("evaluate", "tiny", "{folder}/none", "--prompts", "tiny"), "`model`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
+        (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "`chosen`"),
+        (("prepare-data", "{same}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
     ],
 )
 def test_bad_command_line(arguments, expected, tmp_path):
     shape = '"n_embd": 8, "n_layer": 1, "n_head": 2 // a shape'
     files = {
-        "path": write(tmp_path / "bad.yaml", "a: [1\n"),
+        "bad": write(tmp_path / "bad.yaml", "a: [1\n"),
         "same": write(tmp_path / "same.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n'),
-        "text": write(tmp_path / "text.jsonl", '{"text": "once"}\n'),
-        "odd": write(tmp_path / "odd.jsonl", '{"odd": 1}\n'),
-        "empty": write(tmp_path / "empty.jsonl", '{"prompt": "q", "completion": " "}\n'),
         "folder": str(tmp_path),
         "scratch": write(tmp_path / "scratch.json", f'{{"pipeline": "arm", "init_from": "", {shape}\n}}'),
     }
-    result = invoke(
-        *(re.sub(r"\{(path|same|text|odd|empty|folder|scratch)\}", lambda m: files[m[1]], a) for a in arguments)
-    )
+    result = invoke(*(re.sub(r"\{(\w+)\}", lambda m: files[m[1]], a) for a in arguments))
     assert result.exit_code == 2
-    assert re.match("error: ", result.stderr.splitlines()[-1]) and expected in result.stderr
+    assert re.match("error: ", result.stderr.splitlines()[-1], re.IGNORECASE) and expected in result.stderr
     assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize("fault", [ValueError("a shape"), RuntimeError("a size"), TypeError("an argument")])
+def test_a_fault_of_ours_keeps_its_traceback(fault, monkeypatch):
+    def broken(*arguments):
+        raise fault
+
+    monkeypatch.setattr("llm_diffusion.job.run", broken)
+    with pytest.raises(type(fault)):
+        invoke("tiny")
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UserError("`a` must be b."), True),
+        (FileNotFoundError("`model`: none"), True),
+        (FloatingPointError("the loss is non-finite"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (ImportError("`use_wandb`: wandb is not installed"), True),
+        (ImportError("cannot import name 'x' from 'llm_diffusion.job'"), False),
+        (KeyError("a"), False),
+    ],
+)
+def test_which_errors_are_the_users(error, shown):
+    assert is_users(error) is shown
 
 
 def test_a_text_of_one_token_is_refused_before_anything_is_written(tmp_path):
@@ -568,24 +458,10 @@ def test_convert_runs_three_stages_and_goes_on_after_a_stop(tmp_path):
     assert other.exit_code == 2 and "`--resume`" in other.stderr
 
 
-def test_the_three_stages_are_what_convert_adds():
-    hp = build(merge(read_preset("3stage"), layers("qwen3-0.6b", None, None)))
-    assert [stage["name"] for stage in stages_of(hp)] == ["attention", "diffusion", "recovery"]
-    assert hp.training["load_best_model_at_end"] is True
-
-
-def test_missing_bitsandbytes_is_one_line(tmp_path):
-    """In a process of its own, where the package really cannot be imported."""
-    hidden = write(tmp_path / "bitsandbytes.py", "raise ImportError('hidden')\n")
-    code = "from llm_diffusion.main import cli; cli()"
-    settings = json.dumps({**FAST, "use_qlora": True, "output_dir": str(tmp_path / "out")})
-    result = subprocess.run(
-        [sys.executable, "-c", code, "--hyper-parameters-json", settings],
-        env={**os.environ, "PYTHONPATH": str(Path(hidden).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
+def test_missing_bitsandbytes_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # cannot be imported
+    result = with_settings(use_qlora=True, output_dir=str(tmp_path / "out"))
+    assert result.exit_code == 2
     assert "bitsandbytes is not installed" in result.stderr.splitlines()[-1]
 
 

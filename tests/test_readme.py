@@ -2,14 +2,17 @@
 
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
 
-from llm_diffusion.config import preset_names, read_preset, resolve
+from llm_diffusion.config import resolve
 from llm_diffusion.main import cli
+from llm_diffusion.presets import preset_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -48,31 +51,59 @@ def test_python_blocks_of_the_decoding_page_run(tiny):
     assert names["output"].tokens_per_forward.tolist()[0] <= 1
 
 
+@pytest.fixture(scope="session")
+def handed_through(tmp_path_factory):
+    """What the real run.sh hands to Python for some words, without setting up or running anything."""
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copy(ROOT / "run.sh", folder)  # with its permissions
+    for name, text in (("setup.sh", "exit 0"), (".venv/bin/python", "printf '%s\\0' \"$@\"")):
+        stub = folder / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        stub.chmod(0o755)
+
+    def run(*words):
+        done = subprocess.run([folder / "run.sh", *words], capture_output=True, text=True, check=True)
+        return done.stdout.split("\0")[:-1]
+
+    return run
+
+
 @pytest.mark.parametrize("line", shell_lines())
-def test_command_lines_are_real(line):
+def test_command_lines_are_real(line, handed_through):
     """Training commands are resolved, not run: CI runs the first two, the others need a hub."""
     words = shlex.split(re.sub(r"\s+>.*", "", line))
     words = [word for word in words if word != "nohup"]
-    if words[0] == "source":
+    if words[0] == "source" or words[:2] == ["./run.sh", "test"]:
         return
     if words[:2] == ["accelerate", "launch"]:
         launch, words = words[: words.index("-m")], ["python", *words[words.index("-m") :]]
         known = launch_command_parser().parse_args([*launch[2:], "script.py"])
         assert (ROOT / known.config_file).is_file()
-    if words[0] == "./run.sh":
-        assert (ROOT / "run.sh").stat().st_mode & 0o111
-        if words[1:] == [] or words[1] == "test":
-            return
-        if words[1] not in cli.commands and not words[1].startswith("-"):
-            assert read_preset(words[1])["model"]
-            return
-        words[0] = "llm-diffusion"  # handed through
-    assert words[:3] == ["python", "-m", "llm_diffusion.main"] or words[0] == "llm-diffusion"
-    arguments = words[3:] if words[0] == "python" else words[1:]
-    if arguments == ["--list-presets"]:
-        assert CliRunner().invoke(cli, arguments).stdout.split() == preset_names()
-    elif arguments[0] in cli.commands:
+    elif words[0] == "./run.sh":
+        words = ["python", *handed_through(*words[1:])]
+    elif words[0] == "llm-diffusion":
+        words = ["python", "-m", "llm_diffusion.main", *words[1:]]
+    elif words[1] != "-m":
+        assert words[0] == "python" and (ROOT / words[1]).is_file()
+        return
+    assert words[:3] == ["python", "-m", "llm_diffusion.main"]
+    check_command_line(words[3:])
+
+
+def check_command_line(arguments):
+    """The command is there, and takes these options; the main job's settings are right."""
+    if arguments[0] in cli.commands:
         cli.commands[arguments[0]].make_context(arguments[0], arguments[1:])
-    else:
-        options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        resolve(options.get("--preset"), options.get("--config"), options.get("--hyper-parameters-json"))
+        return
+    given = cli.make_context("llm-diffusion", list(arguments)).params
+    hp = resolve(given["preset"], given["config"], given["hyper_parameters"])
+    assert hp.model or given["list_presets"]
+
+
+def test_every_command_goes_through_run_sh(handed_through):
+    for name in [*cli.commands, "--list-presets", "tiny+qlora"]:
+        assert handed_through(name, "a b", "") == ["-m", "llm_diffusion.main", name, "a b", ""]
+    assert handed_through() == ["-m", "llm_diffusion.main", "tiny"]
+    assert cli.make_context("llm-diffusion", ["tiny"]).params["preset"] == "tiny"
+    assert CliRunner().invoke(cli, ["--list-presets"]).stdout.split() == preset_names()

@@ -255,12 +255,14 @@ def sample_answers(
     n: int = 4,
     seed: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
+    judge: Callable[[str, str, str], dict] | None = None,
     **settings: Any,
 ) -> list[dict]:
     """`n` answers to every problem, each labelled by checking it: natural wrong answers for preference pairs.
 
     Args:
-        progress: wraps the rounds, one answer to every problem each (a progress bar).
+        progress: wraps the rounds, one answer to every problem each, and what the judge reads (a progress bar).
+        judge: labels instead, of a question, an answer and its reference; see `LLMJudge`.
         settings: of decoding; the temperature is 0.7 unless given, and round i draws with the seed `seed` + i.
 
     Returns:
@@ -278,11 +280,14 @@ def sample_answers(
         evaluate_answers(model, tokenizer, examples, **{**settings, "seed": seed + i}).answers
         for i in progress(range(n))
     ]
-    return [
+    rows = [
         labelled_answer(problem, answer, is_right(problem, answer))
         for problem, answers in zip(problems, zip(*rounds, strict=True), strict=True)
         for answer in answers
     ]
+    for row in progress(rows) if judge else ():
+        row |= judge(row["prompt"][-1]["content"], row["answer"], row["reference"])
+    return rows
 
 
 # -- speed and quality

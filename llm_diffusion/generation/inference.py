@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.loading import load_diffusion_model
@@ -162,3 +162,41 @@ class DiffusionInference:
         batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
         sequences = generate(self.model, **batch, **{**self.settings, **settings, "return_dict_in_generate": False})
         return self.tokenizer.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def continue_autoregressive(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **settings: Any
+) -> list[str]:
+    """Continues texts from left to right by transformers' own `generate`; `settings` are its settings, and `seed`.
+
+    Raises:
+        UserError: an empty prompt, no room for the answer, or a setting that transformers does not know.
+    """
+    check_autoregressive(settings)
+    if not all(prompts):
+        raise UserError(
+            f"`prompts`: an empty prompt has nothing to continue; start with {tokenizer.eos_token!r} for one."
+        )
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(base_of(model).device)
+    width = batch["input_ids"].shape[1]
+    settings = {"max_new_tokens": 128, **settings}
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and width + settings["max_new_tokens"] > limit:
+        raise UserError(
+            f"`max_new_tokens`: prompt ({width}) and answer ({settings['max_new_tokens']}) exceed the model's {limit} positions."
+        )
+    # As in unmasking: a temperature above 0 samples, 0 is greedy.
+    temperature = settings.pop("temperature", None)
+    sampling = settings.pop("do_sample", bool(temperature)) and temperature != 0
+    settings |= {"do_sample": sampling, **({"temperature": temperature} if sampling and temperature else {})}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.pop("seed", 0))
+        sequences = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, **settings)
+    return tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
+
+
+def check_autoregressive(settings: dict[str, Any]) -> None:
+    """Raises UserError for settings that `continue_autoregressive` does not know, those of unmasking for one."""
+    if unknown := sorted(set(settings) - set(vars(GenerationConfig())) - {"seed"}):
+        raise UserError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")

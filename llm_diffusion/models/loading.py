@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,11 +25,13 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import UserError
+from ..objective.settings import check_value
 from . import time_embedding as time_embeddings
 from .checkpoints import (
     TINY_MODEL_PATH,
     adapter_base,
     best_device,
+    check_device,
     download,
     from_hub,
     gguf_path,
@@ -41,9 +45,12 @@ from .conversion import convert_to_diffusion, fingerprint
 from .diffugpt import load_published, name_mask
 from .layouts import Layout, find_layout
 from .patching import base_of
-from .record import DiffusionRecord, read_sidecar, update_record
+from .probing import probe_attention
+from .record import SIDECAR, DiffusionRecord, read_sidecar, update_record
 from .special_tokens import grow
 from .token_rows import train_rows_alone
+
+SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 
 
 def load_diffusion_model(
@@ -178,3 +185,92 @@ def _load_time_embedding(model: PreTrainedModel, path: str) -> None:
             state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{time_embeddings.NAME}.")}
     if state:  # an AR checkpoint that is converted now has none
         model.load_state_dict(state, strict=False)
+
+
+def load_autoregressive(
+    name_or_path: str, *, device: str | None = None, trust_remote_code: bool = False, **options: Any
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """A causal model, whatever it was saved as: an AR checkpoint or adapter as it is, a diffusion checkpoint causal again.
+
+    Args:
+        options: keywords of `from_pretrained`.
+
+    Raises:
+        UserError: a diffusion adapter, whose weights mean nothing without its attention; or attention that stays open.
+    """
+    path, device = resolve_path(name_or_path), device or best_device()
+    remote = {"trust_remote_code": trust_remote_code}
+    options = loader_options(device, **options, **remote)
+    tokenizer = from_hub(AutoTokenizer, path, **remote)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if is_adapter(path):
+        if local_file(path, SIDECAR) is not None:
+            raise UserError(
+                f"`model`: {name_or_path!r} is an adapter of a diffusion model, which `pipeline`='arm' cannot train; name its base, "
+                f"{adapter_base(path)!r}, or merge it first."
+            )
+        model = from_hub(AutoPeftModelForCausalLM, path, is_trainable=True, **options)
+    else:
+        config = from_hub(AutoConfig, path, **remote)
+        if (model := load_published(path, config, **options)) is not None:
+            name_mask(model, tokenizer)
+        else:
+            vars(config).pop("diffusion", None)
+            config.is_causal = True
+            model = from_hub(AutoModelForCausalLM, path, config=config, **options)
+        if tokenizer.mask_token_id is not None:
+            model.generation_config.suppress_tokens = [tokenizer.mask_token_id]
+    if "device_map" not in options:
+        model = model.to(device)
+    if (attention := probe_attention(model)) != "causal":
+        raise UserError(f"`model`: {name_or_path!r} attends {attention} from left to right, not causally.")
+    return model.eval(), tokenizer
+
+
+def autoregressive_base(name_or_path: str) -> str:
+    """What `load_autoregressive` loads in place of a diffusion adapter: the base under it; any other model is its own."""
+    path = resolve_path(name_or_path)
+    if is_adapter(path) and local_file(path, SIDECAR) is not None:
+        return adapter_base(path)
+    return name_or_path
+
+
+def scratch_model(
+    scratch: dict[str, int], tokenizer_of: str, *, seed: int = 0, device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A GPT-2 with random weights and the vocabulary of another model's tokenizer, autoregressive as any start.
+
+    Args:
+        scratch: `n_embd`, `n_layer`, `n_head`, `n_positions`.
+        tokenizer_of: hub name, folder or "tiny".
+        seed: of the weights.
+    """
+    device = device or best_device()
+    check_device(device)
+    tokenizer = from_hub(AutoTokenizer, resolve_path(tokenizer_of))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = GPT2Config(vocab_size=len(tokenizer), **scratch, **ends, name_or_path="scratch")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return model.to(device).eval(), tokenizer
+
+
+def check_scratch(scratch: dict[str, Any], max_length: int) -> None:
+    """Raises UserError, naming the value, for a shape that cannot be built or is too short for the data."""
+    if set(scratch) != set(SCRATCH):
+        raise UserError(f"`scratch` must have the keys {list(SCRATCH)}, got {sorted(scratch)}.")
+    for name, value in scratch.items():
+        check_value(f"scratch.{name}", value, int, {"min": 1})
+    if scratch["n_embd"] % scratch["n_head"]:
+        raise UserError(f"`scratch`: `n_head` ({scratch['n_head']}) must divide `n_embd` ({scratch['n_embd']}).")
+    if max_length > scratch["n_positions"]:
+        raise UserError(f"`max_length` ({max_length}) exceeds the {scratch['n_positions']} positions of `scratch`.")
+
+
+def check_positions(model: torch.nn.Module, max_length: int) -> None:
+    """Refuses rows that are longer than the positions a model has learned; others count on, more or less well."""
+    positions = getattr(base_of(model).config, "n_positions", None)
+    if positions is not None and max_length > positions:
+        raise UserError(f"`max_length` ({max_length}) exceeds the {positions} positions of the model; shorten it.")

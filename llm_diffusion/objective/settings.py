@@ -1,17 +1,35 @@
 """A setting is declared once: a dataclass field with its default, its range or choices, and a sentence of help.
 
-One checker reads the declaration, and so do the tables of the docs and `--help`.
+One checker reads the declaration, and so do the tables of docs/settings.md and `--help`.
 
     eos_tail: int = setting(16, "Longest tail of end tokens after an answer.", min=0)
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
+import math
+import types
 import typing
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from .. import UserError
+
+BOUNDS = ("choices", "min", "max", "above", "below")
+TYPE_NAMES = {
+    bool: "true or false",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping",
+    types.NoneType: "None",
+}
 
 
 class _Declaration(dict):
@@ -35,7 +53,7 @@ def setting(
     given = {"choices": choices, "min": min, "max": max, "above": above, "below": below}
     metadata = _Declaration(help=help, **{name: value for name, value in given.items() if value is not None})
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,42 +65,119 @@ def check_settings(settings: Any, declared: type | None = None) -> None:
     """
     hints = typing.get_type_hints(declared or type(settings))
     for field in dataclasses.fields(declared or settings):
-        if not set(field.metadata) & {"choices", "min", "max", "above", "below"}:
-            continue
         value = getattr(settings, field.name)
-        if (value is None and field.default is None) or _fits(value, field, hints[field.name]):
-            continue
-        raise UserError(f"`{field.name}` must be {allowed(field, hints[field.name])}, got {value!r}.")
+        if value is not None or field.default is not None:
+            check_value(field.name, value, hints[field.name], field.metadata)
 
 
-def _fits(value: Any, field: dataclasses.Field, hint: Any) -> bool:
-    choices = field.metadata.get("choices")
-    if choices is not None:
-        return value in choices
+def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> None:
+    """Raises UserError for a value that is none of the `choices`, or no number inside `min`, `max`, `above` and `below`."""
+    if set(bounds) & set(BOUNDS) and not _fits(value, hint, bounds):
+        raise UserError(f"`{name}` must be {allowed(hint, bounds)}, got {value!r}.")
+
+
+def _fits(value: Any, hint: Any, bounds: Mapping[str, Any]) -> bool:
+    if "choices" in bounds:
+        return value in bounds["choices"]
     if isinstance(value, bool) or not isinstance(value, int if _is_whole(hint) else int | float):
         return False
-    bounds = field.metadata
     return (
-        value >= bounds.get("min", value)
+        math.isfinite(value)
+        and value >= bounds.get("min", value)
         and value <= bounds.get("max", value)
         and ("above" not in bounds or value > bounds["above"])
         and ("below" not in bounds or value < bounds["below"])
     )
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _is_whole(hint: Any) -> bool:
-    return float not in (typing.get_args(hint) or (hint,))
+    return float not in _options(hint)
 
 
-def allowed(field: dataclasses.Field, hint: Any) -> str:
-    """What a setting may be, in words: "a whole number, at least 0", "a number in (0, 1]", "one of ('kl', 'tv')"."""
-    bounds = field.metadata
+def allowed(hint: Any, bounds: Mapping[str, Any]) -> str:
+    """What a setting may be, in words: "a whole number, at least 0", "a number in (0, 1]", "one of ('kl', 'tv') or None"."""
+    kinds = [typing.get_origin(option) or option for option in _options(hint)]
+    none = ", or None" if types.NoneType in kinds else ""
     if "choices" in bounds:
-        return f"one of {bounds['choices']}" + (" or None" if field.default is None else "")
-    kind = "a whole number" if _is_whole(hint) else "a number"
+        return f"one of {tuple(bounds['choices'])}{none}"
     low, high = bounds.get("min", bounds.get("above")), bounds.get("max", bounds.get("below"))
+    if low is None and high is None:
+        return " or ".join(
+            dict.fromkeys(TYPE_NAMES.get(kind) or getattr(kind, "__name__", str(kind)) for kind in kinds)
+        )
+    number = "a whole number" if _is_whole(hint) else "a number"
     if low is not None and high is not None:
-        return f"{kind} in {'[' if 'min' in bounds else '('}{low}, {high}{']' if 'max' in bounds else ')'}"
+        return f"{number} in {'[' if 'min' in bounds else '('}{low}, {high}{']' if 'max' in bounds else ')'}{none}"
     if low is not None:
-        return f"{kind}, at least {low}" if "min" in bounds else f"{kind} above {low}"
-    return f"{kind}, at most {high}" if "max" in bounds else f"{kind} below {high}"
+        return f"{number}, at least {low}{none}" if "min" in bounds else f"{number} above {low}{none}"
+    return f"{number}, at most {high}{none}" if "max" in bounds else f"{number} below {high}{none}"
+
+
+def read_value(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint` wants it; a number written as text (YAML's 2e-4) is read as one.
+
+    Raises:
+        UserError: of another type.
+    """
+    options = _options(hint)
+    kinds = [typing.get_origin(option) or option for option in options]
+    if Any in kinds:
+        return value
+    for option, kind in zip(options, kinds, strict=True):
+        if kind is float and (number := _as_float(value)) is not None:
+            return number
+        if kind is Literal and value in typing.get_args(option):
+            return value
+        # A bool is an int to Python, and a float has been read above.
+        if isinstance(kind, type) and kind is not float and isinstance(value, kind):
+            if kind is not int or not isinstance(value, bool):
+                return value
+    if not set(kinds) & (set(TYPE_NAMES) - {types.NoneType}):
+        return value  # an enum or object of transformers, which checks it itself
+    raise UserError(f"`{name}` must be {allowed(hint, {})}, got {value!r} ({type(value).__name__}).")
+
+
+def _as_float(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except ValueError:
+        return None
+
+
+@contextmanager
+def user_settings(where: str, errors: type[Exception] = Exception) -> Iterator[None]:
+    """What transformers, TRL or PEFT refuse in the settings of `where` becomes a UserError that names it."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except errors as error:
+        raise UserError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error
+
+
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """`high` over `low`; nested mappings are merged key by key."""
+    merged = dict(low)
+    for key, value in high.items():
+        merged[key] = merge(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value
+    return merged
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def settings_table(declared: type) -> str:
+    """The settings that a class declares itself, as a table in Markdown."""
+    hints, own = typing.get_type_hints(declared), inspect.get_annotations(declared)
+    rows = ["| setting | default | may be | what it does |", "|---|---|---|---|"]
+    for field in dataclasses.fields(declared):
+        if field.name in own and "help" in field.metadata:
+            default, values = repr(default_of(field)), allowed(hints[field.name], field.metadata)
+            cells = (f"`{field.name}`", f"`{default}`", values, field.metadata["help"])
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)

@@ -25,6 +25,7 @@ from .pairs import (
     KINDS,
     NATURAL_KINDS,
     is_declared,
+    preference_pairs,
 )
 from .problems import Problem, read_problem
 from .text_errors import LENGTH_BOUND
@@ -153,3 +154,13 @@ def _sampled_pair(prompt: list[dict], right: str, wrong: str) -> dict:
     step = judge(wrong, prompt[-1]["content"], right).first_wrong_step
     sides = {"chosen": right, "rejected": wrong}
     return {"prompt": prompt, **sides, "kind": "sampled", "step": step, "span": list(_changed(right, wrong))}
+
+
+def pairs_of(records: Sequence[dict], seed: int = 0, kinds: Sequence[str] | None = None) -> Dataset:
+    """Pairs of labelled answers, pairs as they are and checked, or worked answers beside the same with an error injected."""
+    first = next(iter(records))
+    if {"answer", "right"} <= set(first):
+        return pairs_from_answers(records)
+    if "chosen" in first or "rejected" in first:
+        return checked_pairs(records)
+    return preference_pairs(records, seed, kinds)

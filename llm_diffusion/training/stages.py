@@ -8,7 +8,6 @@
 
 The main job's phases (`pretrain`, `sft`, `dpo`) are such stages. Every finished stage is saved with its log, so that a stopped run
 goes on where it was: finished stages are loaded, the one that was running resumes from its last checkpoint.
-Trade-off: a list of plain settings, no pipeline. Alternative: one run with annealing over its first steps (preset `gradual`).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,20 @@ from .. import UserError
 from ..models.attention import in_attention
 from ..models.patching import base_of
 from ..models.time_embedding import NAME as TIME_EMBEDDING
-from .config import DiffusionDPOConfig
+from ..objective.settings import user_settings
+from .config import DiffusionDPOConfig, DiffusionSFTConfig
 from .dpo import DiffusionDPOTrainer
+from .rows import clean_prompts
 from .sft import DiffusionSFTTrainer
 
 TRAINS = ("attention", "adapters", "everything")
 LOG = "stage.json"  # written last: a folder that has it is a finished stage
+Loaded = tuple[torch.nn.Module, PreTrainedTokenizerBase]
 
 
 @dataclass
 class Stage:
-    """One stage: its name, what it trains ("attention", "adapters" or "everything"), and its training settings."""
+    """One stage: what it trains (of `TRAINS`), and its settings, which choose the trainer; a plain `SFTConfig` is TRL's own."""
 
     name: str
     trains: str
@@ -49,7 +51,6 @@ class Stage:
 
     @property
     def prefers(self) -> bool:
-        """Whether it trains on preferences."""
         return isinstance(self.arguments, DiffusionDPOConfig)
 
 
@@ -63,13 +64,10 @@ def select_parameters(model: torch.nn.Module, trains: str, adapters: set[str]) -
     """Sets which parameters train.
 
     Args:
-        trains: "attention": the adapters of attention modules, the mask token's row and the time embedding. "adapters": all
-            adapters. "everything": all weights, into which the adapters have been merged. A model without adapters trains weights
-            instead: for "attention" those of attention modules and the time embedding, otherwise all.
+        trains: "attention": the adapters of attention modules, the mask token's row and the time embedding; "adapters": all of
+            them; "everything": all weights. Without adapters weights train instead: those of attention modules and the time
+            embedding, otherwise all.
         adapters: names of the parameters that PEFT trains; empty for a model without adapters.
-
-    Raises:
-        ValueError: no parameter is left.
     """
     trained = 0
     for name, parameter in model.named_parameters():
@@ -88,37 +86,30 @@ def run_stages(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     stages: list[Stage],
-    train: Dataset,
-    test: Dataset,
+    data: tuple[Dataset, Dataset],
     output: Path,
-    peft_config: PeftConfig | None = None,
-    callbacks: Callable[[str], list[Any]] = lambda stage: [],
-    answers: Callable[[Any], Any] | None = None,
-    load: Callable[[str], tuple[torch.nn.Module, PreTrainedTokenizerBase]] | None = None,
-    started: Callable[[], None] = lambda: None,
+    *,
     preferences: tuple[Dataset, Dataset] | None = None,
-    make_trainer: Callable[..., SFTTrainer] = DiffusionSFTTrainer,
+    peft_config: PeftConfig | None = None,
+    on_built: Callable[[Any, Stage], None] = lambda trainer, stage: None,
+    on_start: Callable[[], None] = lambda: None,
+    load: Callable[[str], Loaded] | None = None,
 ) -> dict[str, list[dict]]:
-    """Trains stage after stage; the result of each is saved where `stage_folders` says.
+    """Trains stage after stage; the result of each is saved in its folder of `stage_folders`.
 
     Args:
-        model: a converted model, bare or under PEFT.
+        model: a converted model, bare or under PEFT; a causal one for stages of a plain `SFTConfig`.
+        data, preferences: rows to train and to evaluate on; the second for stages that train on preferences.
         peft_config: adapters for the first stage to make.
-        callbacks: name of a stage -> callbacks of its trainer.
-        answers: a trainer -> one more callback, which needs to know it.
+        on_built: adds callbacks to a stage's trainer.
+        on_start: called when everything that can be checked has been, before the first step.
         load: loads a saved stage; given, a stopped run is resumed.
-        started: called when everything that can be checked has been, before the first step.
-        preferences: pairs to train and to evaluate on, for a stage that trains on preferences.
-        make_trainer: takes what `SFTTrainer` takes.
 
-    Returns:
-        The log history of every stage.
+    Returns the log history of every stage.
     """
     folders = stage_folders([stage.name for stage in stages], output)
     if len(set(folders.values())) < len(stages):
-        raise UserError(
-            f"`stages`: only the last one may be called 'sft' (but for 'dpo' behind it), because the result is saved as `sft_model`, got {list(folders)}."
-        )
+        raise UserError(f"`stages`: only the last one, before 'dpo', may be called 'sft', got {list(folders)}.")
     finished = 0
     while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():
         finished += 1
@@ -127,63 +118,74 @@ def run_stages(
         return histories
     if finished:
         (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
-
-    def build(stage: Stage, model: torch.nn.Module, peft_config: PeftConfig | None) -> Any:
-        kind = DiffusionDPOTrainer if stage.prefers else make_trainer
-        data = preferences if stage.prefers else (train, test)
-        trainer = kind(
-            model,
-            args=stage.arguments,
-            train_dataset=data[0],
-            eval_dataset=data[1],
-            processing_class=tokenizer,
-            peft_config=None if stage.trains == "everything" else peft_config,
-            callbacks=callbacks(stage.name),
-        )
-        return _showing(trainer, answers)
-
-    # Trainers are built before the first one runs, so that data that a later stage refuses stops the job at once. Where adapters
-    # are merged on the way that is not possible; nor for preferences, whose reference is the model as the stage before leaves it.
-    trainers: dict[str, Any] = {}
-    for stage in stages[finished:]:
-        if stage.prefers and stage is not stages[finished]:
-            break
-        if stage.trains == "everything" and (isinstance(model, PeftModel) or peft_config is not None):
-            break
-        trainers[stage.name] = build(stage, model, peft_config)
-        model, peft_config = trainers[stage.name].model, None
-    adapters = _trainable(model)
-    started()
+    run = _Run(model, tokenizer, data, preferences, peft_config, on_built)
+    run.build_ahead(stages[finished:])
+    on_start()
     if load is None:
         _forget(stages, folders)
     for stage in stages[finished:]:
-        if stage.trains == "everything":
-            model, adapters = _merged(model), set()
-        trainer = trainers.get(stage.name) or build(stage, model, peft_config)
-        model, peft_config = trainer.model, None
-        select_parameters(model, stage.trains, adapters)
+        trainer, folder = run.trainer(stage), folders[stage.name]
         trainer.train(resume_from_checkpoint=_checkpoint(stage) if load is not None else None)
         trainer.evaluate()
-        folder = folders[stage.name]
         trainer.save_model(str(folder))
-        _note_finished(trainer, folder)
+        if trainer.is_world_process_zero():
+            (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
+        trainer.accelerator.wait_for_everyone()  # the next stage, or the end, may read what was saved
         histories[stage.name] = trainer.state.log_history
     return histories
 
 
-def _showing(trainer: Any, answers: Callable[[Any], Any] | None) -> Any:
-    """The trainer without the host's raw dicts, and with the callback that has to know it."""
-    trainer.remove_callback(PrinterCallback)
-    if answers is not None:
-        trainer.add_callback(answers(trainer))
-    return trainer
+@dataclass
+class _Run:
+    """The weights as they pass through the stages."""
 
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    data: tuple[Dataset, Dataset]
+    preferences: tuple[Dataset, Dataset] | None
+    peft_config: PeftConfig | None
+    on_built: Callable[[Any, Stage], None]
+    trainers: dict[str, Any] = field(default_factory=dict)
+    adapters: set[str] = field(default_factory=set)  # names of what PEFT trains
 
-def _note_finished(trainer: Any, folder: Path) -> None:
-    """By one process; then all go on: the next stage, or the end, may read what was saved."""
-    if trainer.is_world_process_zero():
-        (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
-    trainer.accelerator.wait_for_everyone()
+    def build_ahead(self, stages: list[Stage]) -> None:
+        """Builds trainers before the first one runs, so that data that a later stage refuses stops the job at once; not beyond a
+        merge of adapters, nor for preferences, whose reference is the model as the stage before leaves it."""
+        for stage in stages:
+            merges = stage.trains == "everything" and (isinstance(self.model, PeftModel) or self.peft_config)
+            if merges or (stage.prefers and stage is not stages[0]):
+                break
+            self._build(stage)
+        if isinstance(self.model, PeftModel):
+            self.adapters = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def trainer(self, stage: Stage) -> Any:
+        """The trainer of a stage whose turn it is, with what it trains switched on."""
+        if stage.trains == "everything":
+            self.model, self.adapters = _merged(self.model), set()
+        if stage.name not in self.trainers:
+            self._build(stage)
+        select_parameters(self.model, stage.trains, self.adapters)
+        return self.trainers.pop(stage.name)
+
+    def _build(self, stage: Stage) -> None:
+        args, (train, test) = stage.arguments, self.preferences if stage.prefers else self.data
+        if stage.prefers:
+            kind = DiffusionDPOTrainer
+        elif isinstance(args, DiffusionSFTConfig):
+            kind = DiffusionSFTTrainer
+        else:  # chats are split so that prompts are not trained on, unless every token is
+            kind, split = SFTTrainer, args.completion_only_loss is not False
+            train, test = clean_prompts(train, split), clean_prompts(test, split)
+            if not {"prompt", "messages"} & set(train.column_names):
+                args.completion_only_loss = None  # plain text has no prompt, and TRL refuses the setting
+        peft_config = None if stage.trains == "everything" else self.peft_config
+        given = {"train_dataset": train, "eval_dataset": test, "processing_class": self.tokenizer}
+        with user_settings(f"stage `{stage.name}`", ValueError):
+            trainer = kind(self.model, args=args, peft_config=peft_config, **given)
+        trainer.remove_callback(PrinterCallback)  # prints raw dicts
+        self.on_built(trainer, stage)
+        self.model, self.peft_config, self.trainers[stage.name] = trainer.model, None, trainer
 
 
 def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:
@@ -194,24 +196,14 @@ def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:
             shutil.rmtree(checkpoint, ignore_errors=True)  # another process may be at it
 
 
-def _trainable(model: torch.nn.Module) -> set[str]:
-    """Names of what PEFT trains, nothing for a bare model."""
-    if not isinstance(model, PeftModel):
-        return set()
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _merged(model: torch.nn.Module) -> torch.nn.Module:
     """The adapters in the weights, so that everything can train."""
     if getattr(base_of(model), "is_quantized", False):
-        raise UserError(
-            "`stages.trains`: 'everything' cannot train a quantised base; set `use_qlora` to false, or train adapters."
-        )
+        raise UserError("`stages.trains`: 'everything' cannot train a quantised base; set `use_qlora` to false.")
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 def _checkpoint(stage: Stage) -> str | None:
     """The last checkpoint that was written to its end."""
-    states = Path(stage.arguments.output_dir).glob("checkpoint-*/trainer_state.json")
-    whole = [state.parent for state in states]
+    whole = [state.parent for state in Path(stage.arguments.output_dir).glob("checkpoint-*/trainer_state.json")]
     return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None

@@ -6,12 +6,14 @@ import copy
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 from small_trainers import make
 from transformers import AutoTokenizer
 
@@ -26,6 +28,7 @@ from llm_diffusion.evaluation.evaluate import (
     provenance,
     read_prompts,
     read_texts,
+    run,
     task_figures,
 )
 from llm_diffusion.evaluation.likelihood import likelihood
@@ -210,6 +213,33 @@ def logged_answers(folder) -> dict[str, float]:
     trainer.add_callback(AnswersCallback(trainer, examples, max_new_tokens=8, threshold=0.9))
     metrics = trainer.evaluate()
     return {name: value for name, value in metrics.items() if "match" in name or "eos" in name}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ("", "--prompts"),
+        ("tiny --prompts tiny", "`models`"),
+        ("--prompts FOLDER/no.jsonl", "`dataset`"),
+        ("--prompts tiny --settings {step:1}", "step"),
+        ("--prompts tiny --sweep {threshold:0.5}", "`sweep.threshold`"),
+        ("--prompts tiny --estimator exact", "`estimator`"),
+        ("--prompts tiny --samples 9", "`n_samples`"),
+        ("--prompts tiny --judge localhost", "`judge`"),
+        ("--prompts tiny --judge http://localhost:1", "`judge_model`"),
+        ("--text FOLDER/no.txt", "`--text`"),
+        ("--text TEXT --max-length 1", "`max_length`"),
+    ],
+)
+def test_what_the_command_refuses_leaves_nothing(options, named, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("Tom has 23 apples.")
+    options = options.replace("FOLDER", str(tmp_path)).replace("TEXT", str(tmp_path / "a.txt"))
+    words = [re.sub(r"{(\w+):", r'{"\1":', word) for word in options.split()]
+    given = cli.commands["evaluate"].make_context("evaluate", ["tiny", *words]).params
+    models, _ = given.pop("models"), given.pop("output")
+    with pytest.raises((UserError, OSError), match=named):
+        run(models, tmp_path / "out", Console(), **given)
+    assert not (tmp_path / "out").exists()
 
 
 TWO = """

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import llm_diffusion as ld
+from llm_diffusion import UserError
+from llm_diffusion.generation.inference import continue_autoregressive
 
 MASK = 31
 
@@ -188,3 +190,33 @@ def test_left_padding_changes_nothing(random_diffuser, row, block_length):
     pad = torch.nn.functional.pad
     padded = {"input_ids": pad(ids, (3, 0)), "attention_mask": pad(torch.ones_like(ids), (3, 0))}
     assert torch.equal(inference({"input_ids": ids})[0], inference(padded)[0, 3:])
+
+
+PROMPTS = ["Tom has", "Sort the letters: k d"]
+
+
+def test_continuing_from_left_is_seeded_and_leaves_the_generator_alone(random_llama, tokenizer):
+    model = random_llama()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    drawn = [
+        continue_autoregressive(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=2.0, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.rand(1) == expected
+    greedy = continue_autoregressive(model, tokenizer, PROMPTS, max_new_tokens=8)
+    told = {"max_new_tokens": 8, "do_sample": False, "temperature": 1.0}
+    assert greedy == continue_autoregressive(model, tokenizer, PROMPTS, **told)
+    alone = [continue_autoregressive(model, tokenizer, [prompt], max_new_tokens=8)[0] for prompt in PROMPTS]
+    assert greedy == alone  # padding on the left changes nothing
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "named"),
+    [("", {}, "prompts"), ("Tom has", {"max_new_tokens": 64}, "max_new_tokens"), ("Tom has", {"steps": 4}, "steps")],
+)
+def test_what_left_to_right_refuses(random_llama, tokenizer, prompt, settings, named):
+    with pytest.raises(UserError, match=named):
+        continue_autoregressive(random_llama(), tokenizer, [prompt], **settings)

@@ -57,11 +57,11 @@ def test_values_are_held_against_their_declaration(values, wrong):
 
 def test_what_is_allowed_is_said_in_words():
     fields, hints = {f.name: f for f in dataclasses.fields(Everything)}, typing.get_type_hints(Everything)
-    words = {name: allowed(fields[name], hints[name]) for name in ("share", "rate", "steps", "kind")}
+    words = {name: allowed(hints[name], fields[name].metadata) for name in ("share", "rate", "steps", "kind")}
     assert words == {
         "share": "a number in [0, 1]",
         "rate": "a number in (0, 1)",
-        "steps": "a whole number, at least 1",
+        "steps": "a whole number, at least 1, or None",
         "kind": "one of ('a', 'b')",
     }
     assert Everything().names is not Everything().names

@@ -2,15 +2,20 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from models.test_attention import CONFIGS
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
-from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
+from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, UserError, load_diffusion_model
+from llm_diffusion.data.datasets import PLAIN_CHAT_TEMPLATE
 from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.record import read_record
 from llm_diffusion.training.stages import Stage, run_stages, select_parameters
 
@@ -44,12 +49,19 @@ def recipe(folder, last="adapters"):
     ]
 
 
-@pytest.fixture
-def base(random_llama, tokenizer, tmp_path):
-    folder = tmp_path / "base"
+@pytest.fixture(scope="module")
+def base(random_llama, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
     random_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY_MODEL_PATH).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """The recipe run to its end: where, and the log of every stage."""
+    output = tmp_path_factory.mktemp("whole")
+    return output, run(base, output, recipe(output))
 
 
 def load(path):
@@ -59,7 +71,8 @@ def load(path):
 def run(base, output, stages, peft_config=LORA, **options):
     model, tokenizer = load(base)
     data = tiny_dataset(12)
-    return run_stages(model, tokenizer, stages, data, data.select(range(4)), output, peft_config, **options)
+    data = (data, data.select(range(4)))
+    return run_stages(model, tokenizer, stages, data, output, peft_config=peft_config, **options)
 
 
 # -- what trains
@@ -102,16 +115,15 @@ def test_nothing_to_train_is_an_error(base):
     model, _ = load(base)
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["up_proj"], task_type="CAUSAL_LM"))
     every = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with pytest.raises(ValueError, match="`stages.trains`: 'attention' leaves nothing to train"):
+    with pytest.raises(UserError, match="`stages.trains`"):
         select_parameters(model, "attention", every)
 
 
 # -- stages
 
 
-def test_each_stage_moves_what_it_trains_and_nothing_else(base, tmp_path):
-    output = tmp_path / "out"
-    histories = run(base, output, recipe(output))
+def test_each_stage_moves_what_it_trains_and_nothing_else(whole):
+    output, histories = whole
     assert list(histories) == ["attention", "diffusion", "recovery"]
     assert all("eval_nelbo" in history[-1] or "eval_nelbo" in history[-2] for history in histories.values())
     first, second, third = (
@@ -141,8 +153,8 @@ def test_everything_cannot_train_a_quantised_base(base, tmp_path):
     model, tokenizer = load_diffusion_model(base, device="cpu", quantization="nf4")
     data = tiny_dataset(12)
     stages = [Stage("all", "everything", arguments(tmp_path / "all"))]
-    with pytest.raises(ValueError, match="'everything' cannot train a quantised base"):
-        run_stages(model, tokenizer, stages, data, data, tmp_path, LORA)
+    with pytest.raises(UserError, match="`stages.trains`"):
+        run_stages(model, tokenizer, stages, (data, data), tmp_path, peft_config=LORA)
 
 
 def test_full_fine_tuning_needs_no_adapters(base, tmp_path):
@@ -158,14 +170,17 @@ class Stop(TrainerCallback):
         raise KeyboardInterrupt
 
 
+def stopping(name):
+    return lambda trainer, stage: trainer.add_callback(Stop()) if stage.name == name else None
+
+
 @pytest.mark.parametrize("stopped", ["attention", "diffusion", "recovery"])
-def test_a_stopped_run_goes_on_to_the_same_end(base, tmp_path, stopped):
-    whole = run(base, tmp_path / "whole", recipe(tmp_path / "whole"))
+def test_a_stopped_run_goes_on_to_the_same_end(base, whole, tmp_path, stopped):
     output = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        run(base, output, recipe(output), callbacks=lambda stage: [Stop()] if stage == stopped else [])
+        run(base, output, recipe(output), on_built=stopping(stopped))
     resumed = run(base, output, recipe(output), load=load)
-    losses = [[row["loss"] for row in history if "loss" in row] for history in whole.values()]
+    losses = [[row["loss"] for row in history if "loss" in row] for history in whole[1].values()]
     assert [[row["loss"] for row in history if "loss" in row] for history in resumed.values()] == losses
     # And once more: all stages are finished.
     assert json.dumps(run(base, output, recipe(output), load=load)) == json.dumps(resumed)
@@ -185,7 +200,7 @@ def test_the_best_checkpoint_of_a_stage_is_kept(base, tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     best |= {"metric_for_best_model": "eval_nelbo", "greater_is_better": False}
     stages = [Stage("only", "adapters", arguments(tmp_path / "only", **best))]
-    history = run(base, tmp_path, stages, callbacks=lambda stage: [Ruin()])["only"]
+    history = run(base, tmp_path, stages, on_built=lambda trainer, stage: trainer.add_callback(Ruin()))["only"]
     bounds = [row["eval_nelbo"] for row in history if "eval_nelbo" in row]
     assert bounds[1] > bounds[0]
     assert bounds[-1] == bounds[0]  # the evaluation at the end is of the kept one
@@ -204,27 +219,28 @@ def test_everything_first_makes_no_adapters(base, tmp_path):
     assert again.evaluate()["eval_nelbo"] == pytest.approx(bounds[-1], rel=1e-5)
 
 
-def test_a_fresh_run_forgets_an_earlier_one(base, tmp_path):
+def test_a_fresh_run_forgets_an_earlier_one(base, whole, tmp_path):
     """Stopped and resumed, it must not go on with what the earlier run left."""
-    run(base, tmp_path, recipe(tmp_path))
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(KeyboardInterrupt):
-        run(base, tmp_path, recipe(tmp_path), callbacks=lambda stage: [Stop()] if stage == "attention" else [])
+        run(base, tmp_path, recipe(tmp_path), on_built=stopping("attention"))
     assert not list(tmp_path.glob("*_model/stage.json"))
     assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-1"]
 
 
-def test_a_half_written_checkpoint_is_passed_over(base, tmp_path):
-    whole = run(base, tmp_path / "whole", recipe(tmp_path / "whole"))
-    (tmp_path / "whole" / "sft_model" / "stage.json").unlink()
-    (tmp_path / "whole" / "recovery" / "checkpoint-2" / "trainer_state.json").unlink()
-    again = run(base, tmp_path / "whole", recipe(tmp_path / "whole"), load=load)
-    losses = [[row["loss"] for row in runs["recovery"] if "loss" in row] for runs in (whole, again)]
+def test_a_half_written_checkpoint_is_passed_over(base, whole, tmp_path):
+    output, histories = whole
+    shutil.copytree(output, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "sft_model" / "stage.json").unlink()
+    (tmp_path / "recovery" / "checkpoint-2" / "trainer_state.json").unlink()
+    again = run(base, tmp_path, recipe(tmp_path), load=load)
+    losses = [[row["loss"] for row in runs["recovery"] if "loss" in row] for runs in (histories, again)]
     assert losses[0] == losses[1]
 
 
 def test_only_the_last_stage_may_be_called_sft(base, tmp_path):
     stages = [Stage(name, "adapters", arguments(tmp_path / name)) for name in ("sft", "polish")]
-    with pytest.raises(ValueError, match="only the last one may be called 'sft'"):
+    with pytest.raises(UserError, match="`stages`"):
         run(base, tmp_path, stages)
 
 
@@ -235,3 +251,26 @@ def test_stages_keep_their_own_records(base, tmp_path):
     record = read_record(tmp_path / "one_model")
     assert (record.final_causal_ratio, record.noise_schedule) == (0.5, "cosine")
     assert read_record(tmp_path / "sft_model").noise_schedule == "linear"
+
+
+def plain(folder, **settings):
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "activation_checkpointing": False}
+    return SFTConfig(str(folder), use_cpu=True, bf16=False, max_steps=1, **quiet, **settings)
+
+
+def test_a_plain_config_is_trained_by_trl_and_prompts_are_clean(random_llama, tokenizer, tmp_path):
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Tom"}]
+    rows, seen = Dataset.from_list([{"messages": turns}] * 2), []
+    stages = [Stage("sft", "everything", plain(tmp_path / "sft"))]
+    run_stages(random_llama(), tokenizer, stages, (rows, rows), tmp_path, on_built=lambda *built: seen.append(built[0]))
+    assert type(seen[0]) is SFTTrainer
+    (batch,) = seen[0].get_train_dataloader()
+    assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]).startswith(" Tom")
+
+
+def test_what_trl_refuses_in_a_stage_is_an_error_of_the_user(random_llama, tokenizer, tmp_path):
+    rows = Dataset.from_list([{"text": "Tom has"}] * 2)
+    stages = [Stage("sft", "everything", plain(tmp_path / "sft", assistant_only_loss=True))]
+    with pytest.raises(UserError, match="stage `sft`"):
+        run_stages(random_llama(), tokenizer, stages, (rows, rows), tmp_path)
