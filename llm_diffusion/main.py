@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,14 +288,12 @@ def chat(model: str, question: str | None, settings: str) -> None:
 @click.option("--output", required=True, metavar="FILE", help="JSONL to write.")
 @click.option("--kinds", metavar="NAME,NAME", help="Only these kinds of error; all that fit unless given.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the errors and of sampling.")
-@click.option("--limit", type=int, help="Use the first so many records.")
+@click.option("--limit", type=click.IntRange(1), help="Use the first so many records.")
 @click.option("--from-model", metavar="PATH", help="Sample this converted model's answers instead of injecting errors.")
 @click.option("--samples", type=int, default=4, show_default=True, help="Answers to each problem, with --from-model.")
 @decoding_settings
 @click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
-@click.option(
-    "--judge", metavar="URL", help="Of an OpenAI-style API: with --from-model, a model there labels the answers."
-)
+@click.option("--judge", metavar="URL", help="Of an OpenAI-style API, whose model labels the answers of --from-model.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
 def prefer(
     source: str,
@@ -314,17 +313,18 @@ def prefer(
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
     """
     writable(output, "--output")
-    if limit is not None and limit < 1:
-        raise UserError(f"`--limit` must be at least 1, got {limit}.")
     if (answers or judge) and from_model is None:
         raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
     quiet_libraries()
+    from rich.progress import track
+
     from .evaluation.answers import sample_answers
     from .reasoning.judge import LLMJudge
     from .reasoning.preference_files import pairs_of, write_rows
     from .reasoning.problems import load_records, read_problem
 
-    label, bar = LLMJudge(judge, judge_model or "") if judge else None, progress_bar("prefer")
+    label = LLMJudge(judge, judge_model or "") if judge else None
+    bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
     records = load_records(source, limit, seed=seed)
     if from_model is not None:
         inference = load_inference(from_model, read_mapping(settings, "--settings"))
@@ -337,27 +337,14 @@ def prefer(
         click.echo(f"{count:6d}  {kind}")
 
 
-def progress_bar(what: str) -> Any:
-    """Wraps what is gone through: a bar on a terminal, nothing in a log."""
-    from rich.progress import track
-
-    return lambda items: track(items, what, transient=True, disable=not sys.stderr.isatty())
-
-
 @cli.command()
 @click.argument("models", nargs=-1, required=True)
-@click.option(
-    "--output", "--report", metavar="DIR", default="evaluation", show_default=True, help="Folder of the report."
-)
+@click.option("--output", "--report", metavar="DIR", default="evaluation", show_default=True, help="Its folder.")
 @click.option("--tasks", metavar="A,B", default="", help="Tasks of lm-evaluation-harness.")
-@click.option(
-    "--data", metavar="DIR", help="Local files of tasks, for tasks without a hub; docs/evaluation.md names them."
-)
+@click.option("--data", metavar="DIR", help="Local files of tasks, without the hub: see docs/evaluation.md.")
 @click.option("--limit", type=click.IntRange(1), help="Documents of a task, texts or prompts to use at most.")
 @click.option("--text", metavar="FILE", help="Likelihood of a text file, or of the `text` of a JSONL file.")
-@click.option(
-    "--prompts", metavar="NAME|FILE", help="Prompts with references, or problems: answers, calibration, samples."
-)
+@click.option("--prompts", metavar="NAME|FILE", help="Prompts with references, or problems: answers, calibration.")
 @click.option("--sweep", metavar="[JSON]", is_flag=False, flag_value="{}", help="Sweep decoding settings over lists.")
 @decoding_settings
 @click.option("--base", metavar="MODEL", help="The AR model beside it; default: the same weights without adapters.")
@@ -370,7 +357,7 @@ def progress_bar(what: str) -> Any:
 @click.option("--chat-template", is_flag=True, help="Ask tasks through the chat template.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API: a model there reads worked answers too.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the model's own code.")
+@declared("--trust-remote-code", "trust_remote_code")
 def evaluate(models: tuple[str, ...], output: str, **options: Any) -> None:
     """Measure converted MODELS beside the AR base of the first: likelihood, tasks, answers, speed; one report."""
     quiet_libraries()

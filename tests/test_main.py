@@ -247,7 +247,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("analyze", "tiny", "--json", "{bad}/a.json"), "`--json`"),
         (("evaluate", "tiny", "--prompts", "tiny", "--output", "{bad}/out"), "`--output`"),
         (("evaluate", "tiny", "{folder}/none", "--prompts", "tiny"), "`model`"),
-        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "`--limit`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "--limit"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
         (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "`chosen`"),
         (("prepare-data", "{same}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
