@@ -23,15 +23,14 @@ from datasets import Dataset, Features, Value
 from datasets import List as ListOf
 
 from .. import UserError
-from .arithmetic_errors import ARITHMETIC_ERRORS, UNIT_FACTORS
-from .number_trace import Trace, Wrong
+from .arithmetic_errors import UNIT_FACTORS, Trace, Wrong
 from .problems import (
     Problem,
     is_right,
     load_records,
     read_problem,
 )
-from .text_errors import LENGTH_BOUND, TEXT_ERRORS
+from .text_errors import LENGTH_BOUND, WEIGHTS, errors_of
 from .worked_answers import (
     Judgement,
     equations,
@@ -44,27 +43,6 @@ from .worked_answers import (
 )
 
 logger = logging.getLogger(__name__)
-# Relative frequencies; a kind that does not apply to an answer leaves its share to the others.
-WEIGHTS = {
-    "calculation_slip": 25,
-    "unpropagated_slip": 5,
-    "skipped_step": 25,
-    "premature_answer": 10,
-    "extra_step": 12,
-    "operator_swap": 6,
-    "operand_swap": 6,
-    "misread_number": 6,
-    "off_by_one": 4,
-    "unit_error": 4,
-    "corrupted_reasoning": 5,
-    "quantifier_flip": 20,
-    "converse": 20,
-    "wrong_option": 10,
-    "wrong_bridge_entity": 30,
-    "swapped_items": 25,
-    "truncation": 3,
-    "repetition": 3,
-}
 KINDS = tuple(WEIGHTS)
 RIGHT_ANSWER_KINDS = ("unpropagated_slip", "corrupted_reasoning")  # controls: the answer is right, a step is not
 NATURAL_KINDS = ("sampled", "labelled")  # a model's own wrong answers, and those that people or a judge handed back
@@ -139,7 +117,7 @@ def preference_pair(problem: Problem, seed: int = 0, kinds: Sequence[str] | None
         return None
     digest = hashlib.sha256(f"{problem.question}\0{problem.answer}".encode()).hexdigest()
     rng = random.Random(f"{seed}/{digest}")
-    errors = _errors(problem)
+    errors = errors_of(Trace(problem))
     possible = [k for k in KINDS if k in errors and (kinds is None or k in kinds)]
     # Weighted draw without replacement (Efraimidis and Spirakis 2006): the largest of u^(1/w) comes first.
     for kind in sorted(possible, key=lambda k: rng.random() ** (1 / WEIGHTS[k]), reverse=True):
@@ -157,29 +135,15 @@ def pair_row(problem: Problem, rejected: str, kind: str, step: int, span: tuple[
     return {"prompt": list(problem.prompt), **sides, "kind": kind, "step": step, "span": list(span)}
 
 
-def _errors(problem: Problem) -> dict[str, Callable[[random.Random], Iterator[Wrong | None]]]:
-    """The error kinds of a problem's form, each ready to run."""
-    found: dict[str, Callable[[random.Random], Iterator[Wrong | None]]] = {}
-    for kind, make in TEXT_ERRORS.get(problem.form, {}).items():
-        found[kind] = lambda rng, make=make: make(problem, rng)
-    if (trace := _traced(problem)) is not None:
-        found |= {kind: (lambda rng, make=make: make(trace, rng)) for kind, make in ARITHMETIC_ERRORS.items()}
-    return found
-
-
-def _traced(problem: Problem) -> Trace | None:
-    """The trace of an answer that reckons and whose final number is one of its results; else None."""
-    trace = Trace(problem) if problem.form in ("gsm8k", "math") else None
-    return trace if trace is not None and trace.answer_result() is not None else None
-
-
 def verified(problem: Problem, kind: str, seed: int = 0) -> Iterator[Wrong]:
     """The wrong answers of one kind that hold what the kind declares, in a seeded order."""
+    trace = Trace(problem)
     digest = hashlib.sha256(f"{problem.question}\0{problem.answer}\0{kind}".encode()).hexdigest()
-    make = _errors(problem).get(kind)
-    candidates = make(random.Random(f"{seed}/{digest}")) if make else iter(())
-    for _, wrong in zip(range(_CANDIDATES), candidates, strict=False):
-        if wrong is not None and is_declared(problem, kind, wrong):
+    edits = list(errors_of(trace).get(kind, lambda trace: ())(trace))
+    random.Random(f"{seed}/{digest}").shuffle(edits)
+    for edit in edits[:_CANDIDATES]:
+        wrong = trace.apply(edit)
+        if wrong is not None and is_declared(trace, kind, wrong):
             yield wrong
 
 
@@ -190,9 +154,9 @@ def checked(problem: Problem) -> bool:
     )
 
 
-def is_declared(problem: Problem, kind: str, wrong: Wrong) -> bool:
+def is_declared(trace: Trace, kind: str, wrong: Wrong) -> bool:
     """Whether a wrong answer, read afresh, is wrong in the way of its kind and within the bound on lengths."""
-    chosen, text = problem.answer, wrong.text
+    problem, chosen, text = trace.problem, trace.text, wrong.text
     if not text.strip() or text == chosen or abs(len(text) - len(chosen)) > LENGTH_BOUND * len(chosen):
         return False
     if kind in ("truncation", "repetition") and final_answer(chosen) is not None:
@@ -201,7 +165,7 @@ def is_declared(problem: Problem, kind: str, wrong: Wrong) -> bool:
             final_answer(text) is None and not judge(text).false_steps
         )  # a number cut in two would be a second error
         return whole and (kind == "truncation" or len(set(said)) < len(said))
-    if kind not in ARITHMETIC_ERRORS or _traced(problem) is None:
+    if trace.answer is None:
         return not is_right(problem, text)
     found = judge(text, reference=problem.reference)
     if found.answer is None or found.right != (kind in RIGHT_ANSWER_KINDS):
@@ -219,7 +183,7 @@ def _off_by_a_factor(text: str, step: int) -> bool:
         exact = evaluate(text[slice(*e.left_span)])
         if not e.holds and step_at(text, e.value_span[0]) == step and exact:
             ratios.add(number(text[slice(*e.value_span)]) / exact)
-    return bool(ratios) and all(r in UNIT_FACTORS.values() or 1 / r in UNIT_FACTORS.values() for r in ratios)
+    return bool(ratios) and all(r in UNIT_FACTORS or 1 / r in UNIT_FACTORS for r in ratios)
 
 
 def _results(text: str) -> list[Fraction]:

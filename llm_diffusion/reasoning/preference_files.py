@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from .. import UserError
 from ..data.datasets import load_any
-from .number_trace import Wrong
+from .arithmetic_errors import Trace, Wrong
 from .pairs import (
     FEATURES,
     KINDS,
@@ -79,7 +79,7 @@ def _checked_pair(row: dict, where: str) -> dict:
     if len(span) != 2 or not 0 <= span[0] <= span[1] <= len(rejected):
         raise UserError(f"{where}: `span` must be a start and an end within the rejected answer, got {span}.")
     if kind in KINDS and not is_declared(
-        read_problem({"messages": [*prompt, *sides["chosen"]]}), kind, Wrong(rejected, tuple(span))
+        Trace(read_problem({"messages": [*prompt, *sides["chosen"]]})), kind, Wrong(rejected, tuple(span))
     ):
         raise UserError(f"{where}: the rejected answer is not wrong by {kind}; correct it, or leave `kind` out.")
     step = row.get("step")

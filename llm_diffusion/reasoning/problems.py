@@ -33,6 +33,7 @@ from .worked_answers import (
     same_answer,
 )
 
+WORKED_FORMS = ("gsm8k", "math")  # with steps that can be judged
 LETTERS = string.ascii_uppercase
 TINY_RECORDS = 1000
 # name -> (dataset, its configuration or None, split with answers)

@@ -59,6 +59,8 @@ _BINARY = {
 }
 _LARGEST_POWER = 64
 _LONGEST = 400  # characters of an expression
+LARGEST = 10**9  # of the numbers that a solver would write
+Span = tuple[int, int]  # start and end, characters of a text
 
 
 class Equation(NamedTuple):
@@ -102,6 +104,21 @@ def _value(node: ast.expr) -> Fraction:
 
 def number(text: str) -> Fraction:
     return Fraction(text.replace(",", ""))
+
+
+def writable(value: Fraction | None, before: str = "") -> bool:
+    """Positive, of a believable size, and with no more decimals than two (or than were there)."""
+    decimals = max(2 if "." in before else 0, len(before.partition(".")[2]))
+    return value is not None and 0 < value < LARGEST and (value * 10**decimals).denominator == 1
+
+
+def written(value: Fraction, before: str = "") -> str:
+    """A number in the manner of the one that stood there: commas, decimals."""
+    comma = "," if "," in before else ""
+    if value.denominator == 1:
+        return f"{int(value):{comma}}"
+    decimals = next(d for d in range(1, 20) if (value * 10**d).denominator == 1)
+    return f"{float(value):{comma}.{max(decimals, len(before.partition('.')[2]))}f}"
 
 
 def numbers_in(text: str) -> set[Fraction]:
@@ -168,6 +185,11 @@ def step_spans(text: str) -> tuple[tuple[int, int], ...]:
 def step_at(text: str, position: int) -> int:
     """Index of the step that holds a character position; that of the last step after its end."""
     return max(0, bisect_right([start for start, _ in step_spans(text)], position) - 1)
+
+
+def step_span(text: str, position: int) -> Span:
+    """The step that holds a character position."""
+    return step_spans(text)[step_at(text, position)]
 
 
 def boxed_span(text: str) -> tuple[int, int] | None:

@@ -13,11 +13,12 @@ from llm_diffusion.reasoning.arithmetic_errors import ARITHMETIC_ERRORS
 from llm_diffusion.reasoning.pairs import RIGHT_ANSWER_KINDS, checked, verified
 from llm_diffusion.reasoning.problems import read_problem
 
+ARITHMETIC_KINDS = [error.__name__ for error in ARITHMETIC_ERRORS]
 EQUATION = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?(?:[-+*/]\d+(?:\.\d+)?)+)=(\d+(?:\.\d+)?)(?![\d.]*\d)")
 FINAL = re.compile(r"(?:#### |The answer is )(\d+(?:\.\d+)?)")
 
 
-def reckoned(text):
+def recomputed(text):
     """Equations as (left, value said, value by Python), each once a step, and the final answer."""
     found = [[(left, float(said), eval(left)) for left, said in EQUATION.findall(step)] for step in split(text)]
     finals = FINAL.findall(text)
@@ -29,7 +30,7 @@ def split(text):
 
 
 def false_steps(text):
-    return [i for i, step in enumerate(reckoned(text)[0]) if any(abs(said - right) > 1e-9 for _, said, right in step)]
+    return [i for i, step in enumerate(recomputed(text)[0]) if any(abs(said - right) > 1e-9 for _, said, right in step)]
 
 
 @st.composite
@@ -54,13 +55,13 @@ def worked(draw):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(worked(), st.integers(0, 3))
-@pytest.mark.parametrize("kind", [*ARITHMETIC_ERRORS, "truncation", "repetition"])
+@pytest.mark.parametrize("kind", [*ARITHMETIC_KINDS, "truncation", "repetition"])
 def test_every_kind_is_wrong_as_it_says(kind, record, seed):
     problem = read_problem(record)
     assert checked(problem) and problem.answer == record["answer"]
     for _, wrong in zip(range(3), verified(problem, kind, seed), strict=False):
-        steps, final = reckoned(wrong.text)
-        right_steps, right_final = reckoned(record["answer"])
+        steps, final = recomputed(wrong.text)
+        right_steps, right_final = recomputed(record["answer"])
         a, b = wrong.span
         assert 0 <= a <= b <= len(wrong.text) and wrong.text != record["answer"]
         assert wrong.text[:a] == record["answer"][:a]
@@ -106,7 +107,7 @@ def propagated(steps, final, where):
     assert final == chain[-1][1]
 
 
-@pytest.mark.parametrize("kind", list(ARITHMETIC_ERRORS))
+@pytest.mark.parametrize("kind", ARITHMETIC_KINDS)
 def test_every_kind_comes_about(kind):
     """On fixed problems of four and five steps, so that the property above is not empty."""
     long = "So after that she has "
@@ -122,7 +123,7 @@ def by_hand(kind, question, answer):
 
 def test_what_the_errors_look_like():
     question = "Tom has 77 apples. Tom gives away 67. Tom gets 73 more. How many apples does Tom have now?"
-    answer = "77-67=10. 10+73=83. The answer is 83."  # 10 is a usual number: nothing is reckoned through it
+    answer = "77-67=10. 10+73=83. The answer is 83."  # 10 is a usual number: nothing is computed through it
     assert by_hand("calculation_slip", question, answer) >= {"77-67=10. 10+73=93. The answer is 93."}
     question = "Tom has 23 apples. Tom gets 45 more. Tom gives away 19. How many apples does Tom have now?"
     answer = "23+45=68. 68-19=49. The answer is 49."

@@ -6,12 +6,8 @@ import pytest
 from datasets import Dataset
 
 from llm_diffusion.data.tiny import tiny_dataset
-from llm_diffusion.reasoning.pairs import (
-    FEATURES,
-    KINDS,
-    WEIGHTS,
-    preference_pairs,
-)
+from llm_diffusion.reasoning.pairs import FEATURES, KINDS, preference_pairs
+from llm_diffusion.reasoning.text_errors import WEIGHTS
 
 
 def test_the_same_pairs_in_any_order_and_any_share_of_the_work():

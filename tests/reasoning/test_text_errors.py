@@ -5,9 +5,10 @@ import re
 import pytest
 
 from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.reasoning.arithmetic_errors import Trace
 from llm_diffusion.reasoning.pairs import preference_pairs, verified
 from llm_diffusion.reasoning.problems import read_problem
-from llm_diffusion.reasoning.text_errors import TEXT_ERRORS
+from llm_diffusion.reasoning.text_errors import errors_of
 
 LOGIQA = {
     "context": "All cats sleep by day.",
@@ -67,7 +68,7 @@ def test_the_bridge_leads_elsewhere():
     (found,) = made(HOTPOTQA, "wrong_bridge_entity")
     body = "Emma Blue is a novel by John Doe, who never saw it printed. John Doe was born in Bath."
     assert found == (body + "\nThe answer is Jane Roe.", "John Doe")  # hop one is taken for the answer
-    bare = {"question": "Who teacher_mask the pupil of Corliss Archer in the film Kiss Me?", "answer": "Chief Protocol"}
+    bare = {"question": "Who taught the pupil of Corliss Archer in the film Kiss Me?", "answer": "Chief Protocol"}
     assert ("The answer is Corliss Archer.", "Corliss Archer") in made(bare, "wrong_bridge_entity")
 
 
@@ -75,7 +76,7 @@ def test_the_bridge_leads_elsewhere():
 def test_rows_differ_in_the_declared_place(form):
     for example in tiny_dataset(12, 2, kinds=(form,)):
         answer = example["messages"][-1]["content"]
-        for kind in TEXT_ERRORS[form]:
+        for kind in errors_of(Trace(read_problem(example))):
             for text, _ in made(example, kind):
                 assert len(text) == len(answer) or form in ("fill", "compare")
                 changed = [(x, y) for x, y in zip(answer.split(), text.split(), strict=True) if x != y]
