@@ -227,8 +227,7 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, li
     from llm_diffusion.data.tiny import tiny_dataset
     from llm_diffusion.evaluation.answers import evaluate_answers, sample_answers
     from llm_diffusion.models.patching import base_of
-    from llm_diffusion.reasoning.pairs import preference_pairs
-    from llm_diffusion.reasoning.preference_files import pairs_from_answers
+    from llm_diffusion.reasoning.pairs import pairs_from_answers, preference_pairs
     from llm_diffusion.reasoning.problems import read_problem
 
     held_out = list(tiny_dataset(args.problems, seed=99, split="test", kinds=("arithmetic",)))

@@ -320,7 +320,7 @@ def prefer(
 
     from .evaluation.answers import sample_answers
     from .reasoning.judge import LLMJudge
-    from .reasoning.preference_files import pairs_of, write_rows
+    from .reasoning.pairs import pairs_of, write_rows
     from .reasoning.problems import load_records, read_problem
 
     label = LLMJudge(judge, judge_model or "") if judge else None

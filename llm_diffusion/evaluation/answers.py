@@ -27,7 +27,7 @@ from .. import UserError
 from ..generation.generate import generate, generate_autoregressive
 from ..models.patching import base_of
 from ..models.record import record_of
-from ..reasoning.preference_files import labelled_answer
+from ..reasoning.pairs import labelled_answer
 from ..reasoning.problems import Problem, is_right, read_problem
 
 logger = logging.getLogger(__name__)

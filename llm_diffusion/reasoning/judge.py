@@ -3,11 +3,8 @@
     judge = LLMJudge("http://localhost:8000/v1", "some-model")
     judge(question, answer, reference)          # {"right": False, "first_wrong_step": 1}
 
-Purpose: steps that are said in words, which re-evaluating equations leaves unjudged.
-Trade-off: plain HTTP of the standard library, one request an answer, at temperature 0; the judge is sometimes wrong itself, so the report shows how
-often it agrees with the re-evaluation. Alternative: a client library, for one POST.
-
-References: judging with a model: Zheng et al. 2023 (arXiv 2306.05685), with the reference answer given (section 3.4).
+It reads what re-evaluating equations leaves unjudged, and is sometimes wrong itself: the report shows how often both agree.
+References: judging with a model, the reference answer given: Zheng et al. 2023 (arXiv 2306.05685), section 3.4.
 """
 
 from __future__ import annotations
@@ -24,8 +21,8 @@ from typing import Any
 from .. import UserError
 from .worked_answers import step_spans
 
-INSTRUCTIONS = """You check a worked answer to a question. Its steps are numbered. A right solution is given for comparison; another way to the same \
-result is right too.
+INSTRUCTIONS = """You check a worked answer to a question. Its steps are numbered. A right solution is given for comparison; \
+another way to the same result is right too.
 Reply with one JSON object and nothing else: {"right": true or false, "first_wrong_step": a step number or null}.
 "right" says whether the final result is right, "first_wrong_step" is the first step with a mistake in reasoning or arithmetic."""
 TRIES = 4
@@ -33,7 +30,7 @@ AGAIN = {408, 409, 429, 500, 502, 503, 504}  # statuses that may pass
 
 
 class LLMJudge:
-    """Asks the model for one label an answer.
+    """One label an answer, at temperature 0.
 
     Args:
         url: of the API, up to `/v1` or to `/chat/completions`.
@@ -47,7 +44,7 @@ class LLMJudge:
         if not re.match(r"https?://[^/\s]+", url):
             raise UserError(f"`judge`: {url!r} is no URL; give one such as 'http://localhost:8000/v1'.")
         if not model:
-            raise UserError("`judge_model` is needed with `judge`: the name of the model that is asked.")
+            raise UserError("`judge_model` is needed with `judge`: the name of the model there.")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.timeout, self.pause = model, timeout, pause
         self.key = os.environ.get("OPENAI_API_KEY") if key is None else key
@@ -58,38 +55,29 @@ class LLMJudge:
         Raises:
             ConnectionError: no reply, or none that is a label, after some tries.
         """
-        spans = step_spans(answer)
-        steps = "\n".join(f"{number}. {answer[slice(*span)].strip()}" for number, span in enumerate(spans, start=1))
-        asked = f"Question:\n{question}\n\nRight solution:\n{reference}\n\nAnswer to check:\n{steps}"
-        messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}]
+        steps = [f"{i}. {answer[a:b].strip()}" for i, (a, b) in enumerate(step_spans(answer), start=1)]
+        task = "\n".join([f"Question:\n{question}\n\nRight solution:\n{reference}\n\nAnswer to check:", *steps])
+        messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": task}]
         body = {"model": self.model, "messages": messages, "temperature": 0, "seed": 0}
-        reason = ""
         for attempt in range(TRIES):
-            if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
+            time.sleep(self.pause * 2 ** (attempt - 1) if attempt else 0)
             try:
-                return _label(self._post(body), max(1, len(spans)))
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code} {error.reason}"
-                if error.code not in AGAIN:
-                    break
+                return _label(self._post(body), max(1, len(steps)))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reason = str(error) or type(error).__name__
-        raise ConnectionError(
-            f"`judge`: no label from {self.model!r} at {self.url} after {attempt + 1} tries: {reason}."
-        )
+                if isinstance(error, urllib.error.HTTPError) and error.code not in AGAIN:
+                    break
+        raise ConnectionError(f"`judge`: no label from {self.model!r} at {self.url}, try {attempt + 1}: {reason}.")
 
     def _post(self, body: dict[str, Any]) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = response.read().decode()
         try:
             return json.loads(reply)["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError) as error:
-            raise UserError(f"the reply is no chat completion: {reply[:80]!r}") from error
+            raise ValueError(f"the reply is no chat completion: {reply[:80]!r}") from error
 
 
 def _label(reply: str, n_steps: int) -> dict[str, Any]:
@@ -102,4 +90,4 @@ def _label(reply: str, n_steps: int) -> dict[str, Any]:
         right, step = label.get("right"), label.get("first_wrong_step")
         if isinstance(right, bool) and (step is None or type(step) is int and 1 <= step <= n_steps):
             return {"right": right, "first_wrong_step": None if step is None else step - 1}
-    raise UserError(f"the reply holds no label: {reply[:80]!r}")
+    raise ValueError(f"the reply holds no label: {reply[:80]!r}")

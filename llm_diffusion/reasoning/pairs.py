@@ -1,60 +1,35 @@
-"""Preference pairs: a right worked answer, and a wrong one made from it by one named error.
+"""Preference pairs: a right worked answer and a wrong one, made from it by a named error or written by a model.
 
-    from llm_diffusion.preferences import preference_pairs
     pairs = preference_pairs("tiny", seed=0)           # prompt, chosen, rejected, kind, step, span
 
-Purpose: data for Diffusion-DPO whose two sides differ in one known place, so that the noise of both can be shared.
-Every pair is checked by reading and re-evaluating both texts afresh: the chosen one is right, the rejected one wrong in the way
-that its kind declares, and their lengths differ by a tenth at most.
-Trade-off: errors by rule, with the mix that two real diffusion models showed on GSM8K (a slip in 35 to 38 % of their wrong answers,
-too few steps in 52 to 54 %, too many in 17 to 18 %). Alternative: the model's own wrong answers (`answer_sampling`).
+Both texts of a pair are read and evaluated afresh: the chosen one is right, the rejected one wrong in the way of its kind, and
+their lengths differ by a tenth at most. The mix of kinds is that of two diffusion models on GSM8K (a slip in 35 to 38 % of their
+wrong answers, too few steps in 52 to 54 %, too many in 17 to 18 %).
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from fractions import Fraction
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from os.path import commonprefix
+from pathlib import Path
 
-from datasets import Dataset, Features, Value
-from datasets import List as ListOf
+from datasets import Dataset
 
 from .. import UserError
 from .arithmetic_errors import UNIT_FACTORS, Trace, Wrong
-from .problems import (
-    Problem,
-    is_right,
-    load_records,
-    read_problem,
-)
+from .problems import WORKED_FORMS, Problem, is_right, load_records, read_problem
 from .text_errors import LENGTH_BOUND, WEIGHTS, errors_of
-from .worked_answers import (
-    Judgement,
-    equations,
-    evaluate,
-    final_answer,
-    judge,
-    number,
-    step_at,
-    step_spans,
-)
+from .worked_answers import Span, equations, evaluate, judge, step_at, step_spans
 
 logger = logging.getLogger(__name__)
 KINDS = tuple(WEIGHTS)
 RIGHT_ANSWER_KINDS = ("unpropagated_slip", "corrupted_reasoning")  # controls: the answer is right, a step is not
 NATURAL_KINDS = ("sampled", "labelled")  # a model's own wrong answers, and those that people or a judge handed back
-_MESSAGES = ListOf({"role": Value("string"), "content": Value("string")})
-FEATURES = Features(
-    prompt=_MESSAGES,
-    chosen=_MESSAGES,
-    rejected=_MESSAGES,
-    kind=Value("string"),
-    step=Value("int64"),
-    span=ListOf(Value("int64")),
-)
 _CANDIDATES = 200  # tried of one kind before the next kind is
 
 
@@ -63,84 +38,76 @@ def preference_pairs(
 ) -> Dataset:
     """One pair of every record that an error fits.
 
-    The noise of a pair is keyed by the seed and the text of its record: neither the order of the records nor how they are spread
-    over workers matters.
+    The noise of a pair is keyed by the seed and the text of its record: neither the order of the records nor how they are
+    spread over workers matters.
 
     Args:
-        records_or_dataset: records of the forms in `problems`, a `Dataset` of them, or the name of one ("tiny", a file, a hub name).
+        records_or_dataset: records of the forms in `problems`, or the name of a dataset ("tiny", a file, a hub name).
         seed: any integer.
         kinds: only these errors, a subset of `KINDS`.
 
     Returns:
-        rows of TRL's conversational preference format: `prompt`, `chosen` and `rejected` (messages), `kind`, `step` (of the rejected
-        answer, from 0), `span` ([start, end], characters of the rejected answer in which the error was put).
+        rows of TRL's conversational preference format: `prompt`, `chosen` and `rejected` (messages), `kind`, `step` (of the
+        rejected answer, from 0), `span` ([start, end], characters of the rejected answer in which the error was put).
 
     Raises:
         ValueError: unknown kind, a record that cannot be read, or no record that an error fits.
     """
-    check_kinds(kinds)
+    if kinds is not None and (not kinds or isinstance(kinds, str) or set(kinds) - set(KINDS)):
+        raise UserError(f"`kinds` must be a non-empty list of names among {list(KINDS)}, got {kinds!r}.")
     records = load_records(records_or_dataset, seed=seed) if isinstance(records_or_dataset, str) else records_or_dataset
-    rows, left_out, seen = [], Counter(), set()
-    for index, record in enumerate(records):
+    found: dict[tuple[str, str], dict | None] = {}
+    n_records = n_false = 0
+    for record in records:
         try:
             problem = read_problem(record)
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"`records`: row {index}: {error}") from error
-        row = preference_pair(problem, seed, kinds)
-        if (problem.prompt[-1]["content"], problem.answer) in seen:
-            left_out["are there twice"] += 1
-        elif row is None:
-            left_out["have no error that fits" if checked(problem) else "do not hold themselves"] += 1
-        else:
-            rows.append(row)
-        seen.add((problem.prompt[-1]["content"], problem.answer))
-    if left_out:
-        said = ", ".join(f"{count} {why}" for why, count in left_out.items())
-        logger.warning(
-            "%d of %d records give no pair: %s", sum(left_out.values()), len(rows) + sum(left_out.values()), said
-        )
+            raise UserError(f"`records`: row {n_records}: {error}") from error
+        holds = checked(problem)
+        found[problem.question, problem.answer] = preference_pair(problem, seed, kinds) if holds else None
+        n_records, n_false = n_records + 1, n_false + (not holds)
+    rows = [row for row in found.values() if row is not None]
+    if len(rows) < n_records:
+        missing, twice = n_records - len(rows), n_records - len(found)
+        reasons = f"{n_false} do not hold themselves, {twice} are there twice, the others have no error that fits"
+        logger.warning("%d of %d records give no pair: %s", missing, n_records, reasons)
     if not rows:
         raise UserError(
             f"`records`: no record gives a pair (kinds {list(kinds or KINDS)}); try other kinds or records."
         )
-    return Dataset.from_list(rows, features=FEATURES)
-
-
-def check_kinds(kinds: Sequence[str] | None) -> None:
-    if kinds is not None and (not kinds or isinstance(kinds, str) or set(kinds) - set(KINDS)):
-        raise UserError(f"`kinds` must be a non-empty list of names among {list(KINDS)}, got {kinds!r}.")
+    return Dataset.from_list(rows)
 
 
 def preference_pair(problem: Problem, seed: int = 0, kinds: Sequence[str] | None = None) -> dict | None:
-    """The pair of one problem; None: no error of `kinds` fits, or the problem's own answer does not hold."""
-    if not checked(problem):
-        return None
-    digest = hashlib.sha256(f"{problem.question}\0{problem.answer}".encode()).hexdigest()
-    rng = random.Random(f"{seed}/{digest}")
-    errors = errors_of(Trace(problem))
-    possible = [k for k in KINDS if k in errors and (kinds is None or k in kinds)]
+    """The pair of one problem; None: no error of `kinds` fits."""
+    rng, errors = _rng(seed, problem.question, problem.answer), errors_of(Trace(problem))
+    possible = [kind for kind in KINDS if kind in errors and (kinds is None or kind in kinds)]
     # Weighted draw without replacement (Efraimidis and Spirakis 2006): the largest of u^(1/w) comes first.
-    for kind in sorted(possible, key=lambda k: rng.random() ** (1 / WEIGHTS[k]), reverse=True):
-        wrong = next(verified(problem, kind, seed), None)
-        if wrong is not None:
-            return pair_row(problem, wrong.text, kind, step_at(wrong.text, wrong.span[0]), wrong.span)
+    for kind in sorted(possible, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True):
+        for wrong in verified(problem, kind, seed):
+            return _row(
+                problem.prompt, problem.answer, wrong.text, kind, step_at(wrong.text, wrong.span[0]), wrong.span
+            )
     return None
 
 
-def pair_row(problem: Problem, rejected: str, kind: str, step: int, span: tuple[int, int]) -> dict:
-    sides = {
-        name: [{"role": "assistant", "content": text}]
-        for name, text in (("chosen", problem.answer), ("rejected", rejected))
-    }
-    return {"prompt": list(problem.prompt), **sides, "kind": kind, "step": step, "span": list(span)}
+def _rng(seed: int, *texts: str) -> random.Random:
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return random.Random(f"{seed}/{digest}")
+
+
+def _row(prompt: Iterable[dict], chosen: str, rejected: str, kind: str, step: int, span: Span) -> dict:
+    sides = {"chosen": chosen, "rejected": rejected}
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    return {"prompt": list(prompt), **answers, "kind": kind, "step": step, "span": list(span)}
 
 
 def verified(problem: Problem, kind: str, seed: int = 0) -> Iterator[Wrong]:
     """The wrong answers of one kind that hold what the kind declares, in a seeded order."""
     trace = Trace(problem)
-    digest = hashlib.sha256(f"{problem.question}\0{problem.answer}\0{kind}".encode()).hexdigest()
-    edits = list(errors_of(trace).get(kind, lambda trace: ())(trace))
-    random.Random(f"{seed}/{digest}").shuffle(edits)
+    error = errors_of(trace).get(kind)
+    edits = list(error(trace)) if error else []
+    _rng(seed, problem.question, problem.answer, kind).shuffle(edits)
     for edit in edits[:_CANDIDATES]:
         wrong = trace.apply(edit)
         if wrong is not None and is_declared(trace, kind, wrong):
@@ -149,48 +116,143 @@ def verified(problem: Problem, kind: str, seed: int = 0) -> Iterator[Wrong]:
 
 def checked(problem: Problem) -> bool:
     """Whether the right answer is right: its answer by the form's own rule, and every equation by re-evaluation."""
-    return is_right(problem, problem.answer) and (
-        problem.form not in ("gsm8k", "math") or not judge(problem.answer).false_steps
-    )
+    steps_hold = problem.form not in WORKED_FORMS or not judge(problem.answer).false_steps
+    return steps_hold and is_right(problem, problem.answer)
 
 
 def is_declared(trace: Trace, kind: str, wrong: Wrong) -> bool:
     """Whether a wrong answer, read afresh, is wrong in the way of its kind and within the bound on lengths."""
-    problem, chosen, text = trace.problem, trace.text, wrong.text
+    text, chosen = wrong.text, trace.text
     if not text.strip() or text == chosen or abs(len(text) - len(chosen)) > LENGTH_BOUND * len(chosen):
         return False
-    if kind in ("truncation", "repetition") and final_answer(chosen) is not None:
-        said = [text[a:b].strip() for a, b in step_spans(text)]
-        whole = (
-            final_answer(text) is None and not judge(text).false_steps
-        )  # a number cut in two would be a second error
-        return whole and (kind == "truncation" or len(set(said)) < len(said))
+    found = judge(text, reference=trace.problem.reference)
+    if kind in ("truncation", "repetition") and trace.final is not None:
+        steps = [text[start:end].strip() for start, end in step_spans(text)]
+        repeated = kind == "truncation" or len(set(steps)) < len(steps)
+        return repeated and found.answer is None and not found.false_steps  # no number cut in two, a second error
     if trace.answer is None:
-        return not is_right(problem, text)
-    found = judge(text, reference=problem.reference)
+        return not is_right(trace.problem, text)
     if found.answer is None or found.right != (kind in RIGHT_ANSWER_KINDS):
         return False
     if kind in ("calculation_slip", "unpropagated_slip", "unit_error"):
-        step = step_at(text, wrong.span[0])
-        return found.false_steps == [step] and (kind != "unit_error" or _off_by_a_factor(text, step))
-    return not found.false_steps and _DECLARED.get(kind, lambda *_: True)(found, text)
+        missed = [(e.value, e.exact) for e in equations(text) if not e.holds and kind == "unit_error"]
+        by_units = all(any(x * f == y or y * f == x for f in UNIT_FACTORS) for x, y in missed)
+        return by_units and found.false_steps == [step_at(text, wrong.span[0])]
+    results, answer = [e.value for e in equations(text)], evaluate(found.answer)
+    if kind == "premature_answer" and answer not in results[:-1] or kind == "corrupted_reasoning" and answer in results:
+        return False
+    return not found.false_steps
 
 
-def _off_by_a_factor(text: str, step: int) -> bool:
-    """Whether the false equations of a step miss their value by a unit's factor."""
-    ratios = set()
-    for e in equations(text):
-        exact = evaluate(text[slice(*e.left_span)])
-        if not e.holds and step_at(text, e.value_span[0]) == step and exact:
-            ratios.add(number(text[slice(*e.value_span)]) / exact)
-    return bool(ratios) and all(r in UNIT_FACTORS or 1 / r in UNIT_FACTORS for r in ratios)
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line; the file appears when all of it is written."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    unfinished.replace(path)
 
 
-def _results(text: str) -> list[Fraction]:
-    return [number(text[slice(*e.value_span)].lstrip("-")) for e in equations(text)]
+def checked_pairs(rows: Iterable[dict]) -> Dataset:
+    """Pairs as `preference_pairs` makes them, or with `prompt`, `chosen` and `rejected` alone (text or messages).
+
+    A pair that bears the name of an injected error is re-evaluated: it must be wrong in that way.
+
+    Raises:
+        ValueError: a column is missing, a side is empty, both are the same, or a pair is not what its kind says.
+    """
+    found = [_checked_pair(row, f"`pairs`: row {index}") for index, row in enumerate(rows)]
+    if not found:
+        raise UserError("`pairs`: there is no pair.")
+    return Dataset.from_list(found)
 
 
-_DECLARED: dict[str, Callable[[Judgement, str], bool]] = {
-    "premature_answer": lambda found, text: evaluate(found.answer) in _results(text)[:-1],
-    "corrupted_reasoning": lambda found, text: evaluate(found.answer) not in _results(text),
-}
+def _checked_pair(row: dict, where: str) -> dict:
+    missing = [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]
+    if missing:
+        raise UserError(f"{where} lacks {missing}, it has {sorted(row)}; `prompt`, `chosen` and `rejected` are needed.")
+    prompt = _as_messages(row["prompt"], "user", f"{where}: `prompt`")
+    sides = {name: _as_messages(row[name], "assistant", f"{where}: `{name}`") for name in ("chosen", "rejected")}
+    chosen, rejected = (side[-1]["content"] for side in sides.values())
+    if chosen.strip() == rejected.strip():
+        raise UserError(f"{where}: `chosen` and `rejected` are the same; change one of them or leave the row out.")
+    kind, span = row.get("kind") or "labelled", tuple(row.get("span") or _changed(chosen, rejected))
+    if kind not in KINDS + NATURAL_KINDS:
+        raise UserError(f"{where}: `kind` must be one of {list(KINDS + NATURAL_KINDS)}, got {kind!r}.")
+    if len(span) != 2 or not 0 <= span[0] <= span[1] <= len(rejected):
+        raise UserError(f"{where}: `span` must be a start and an end within the rejected answer, got {span}.")
+    if kind in KINDS:
+        trace = Trace(read_problem({"messages": [*prompt, *sides["chosen"]]}))
+        if not is_declared(trace, kind, Wrong(rejected, span)):
+            raise UserError(f"{where}: the rejected answer is not wrong by {kind}; correct it, or leave `kind` out.")
+    step = step_at(rejected, span[0]) if row.get("step") is None else row["step"]
+    return {"prompt": prompt, **sides, "kind": kind, "step": step, "span": list(span)}
+
+
+def _as_messages(side: str | list[dict], role: str, where: str) -> list[dict]:
+    messages = [{"role": role, "content": side}] if isinstance(side, str) else list(side)
+    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+        raise UserError(f"{where} must be text or messages with `role` and `content`, got {side!r}.")
+    if not (messages[-1]["content"] or "").strip():
+        raise UserError(f"{where} is empty; give it a text or leave the row out.")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _changed(chosen: str, rejected: str) -> Span:
+    """The characters of the rejected text between what both texts begin and end with."""
+    start = len(commonprefix([chosen, rejected]))
+    return start, len(rejected) - len(commonprefix([chosen[start:][::-1], rejected[start:][::-1]]))
+
+
+def labelled_answer(problem: Problem, answer: str, right: bool | None) -> dict:
+    """A row for people or a judge: `right` is theirs to change, None is not judged yet."""
+    found = judge(answer, problem.question, problem.reference)
+    row = {"prompt": list(problem.prompt), "answer": answer, "reference": problem.answer, "right": right}
+    return row | {"first_wrong_step": None if right else found.first_wrong_step}
+
+
+def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
+    """Pairs of labelled answers: each wrong one with the right one of the same prompt that is nearest in length.
+
+    The reference stands in for a right answer. Wrong answers whose length differs by more than a tenth from every right one
+    are left out, with a line that counts them.
+
+    Args:
+        rows: as `labelled_answer` makes them; rows whose `right` is null are not judged and not used.
+
+    Raises:
+        ValueError: a column is missing, or no pair comes about.
+    """
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        where = f"`answers`: row {index}"
+        if not {"prompt", "answer", "right"} <= set(row) or row["right"] not in (True, False, None):
+            raise UserError(
+                f"{where} must have `prompt`, `answer` and `right` (true, false or null), got {sorted(row)}."
+            )
+        groups[json.dumps(_as_messages(row["prompt"], "user", f"{where}: `prompt`"))].append(row)
+    pairs, left_out = [], 0
+    for key, answers in groups.items():
+        prompt = json.loads(key)
+        rights = {a["answer"] for a in answers if a["right"]} | {a["reference"] for a in answers if a.get("reference")}
+        for wrong in dict.fromkeys(a["answer"] for a in answers if a["right"] is False and a["answer"].strip()):
+            right = min(rights - {wrong}, key=lambda right: (abs(len(right) - len(wrong)), right), default=None)
+            if right is None or abs(len(right) - len(wrong)) > LENGTH_BOUND * len(right):
+                left_out += 1
+                continue
+            step = judge(wrong, prompt[-1]["content"], right).first_wrong_step
+            pairs.append(_row(prompt, right, wrong, "sampled", step, _changed(right, wrong)))
+    if left_out:
+        logger.warning("%d wrong answers have no right one of about their length and are left out", left_out)
+    if not pairs:
+        raise UserError("`answers`: no prompt has a right and a wrong answer of about the same length.")
+    return checked_pairs(pairs)
+
+
+def pairs_of(records: Sequence[dict], seed: int = 0, kinds: Sequence[str] | None = None) -> Dataset:
+    """Pairs of labelled answers, pairs that are checked, or of worked answers with an error injected; by their columns."""
+    columns = set(records[0])
+    if {"answer", "right"} <= columns:
+        return pairs_from_answers(records)
+    return checked_pairs(records) if columns & {"chosen", "rejected"} else preference_pairs(records, seed, kinds)

@@ -1,4 +1,4 @@
-"""Problems with one right answer, read from the records of well-known datasets, and the check of an answer to each.
+r"""Problems with one right answer, read from the records of well-known datasets, and the check of an answer to each.
 
     form        a record                                                      an answer is right when
     gsm8k       question, answer ending in `#### 72`                          its final number is the same
@@ -6,36 +6,33 @@
     logiqa      options, correct_option (or answer, label), query, context    it picks the same letter
     hotpotqa    question, answer; type, context, supporting_facts             it is the same after normalising (F1 beside it)
     countdown   input `44,15,79,50`, output `44-15=29,79-29=50`               it holds, uses each number once, reaches the last
-    sudoku      input, output: grids of digits                                it is a solution that keeps the givens
+    sudoku      input, output: grids of digits (0 is blank)                   it is a solution that keeps the givens
     sort … fill the tiny tasks, as chats                                      it is the one right answer, found by rule
 
-Chats and prompts with completions of any dataset are read too: the form is seen in their text.
-Trade-off: a form is told by the columns, so that nobody names it. Alternative: a table of dataset names, which misses local files.
+Chats and prompts with completions of any dataset are read too: the form is seen in their text. A puzzle is solved by the rules
+of the game, however a model writes it (`44-15=29,79-29=50` or `79-(44-15)=50`), not by equality with the reference.
+References: countdown, Gandhi et al. 2024 (arXiv 2404.03683).
 """
 
 from __future__ import annotations
 
 import re
 import string
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import dropwhile, pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 from .. import UserError
 from ..data.datasets import load_any
 from ..data.tiny import tiny_dataset
-from .planning import reaches_countdown, solves_sudoku
-from .worked_answers import (
-    boxed_span,
-    evaluate,
-    final_answer,
-    same_answer,
-)
+from .worked_answers import NUMBER, PLAIN_SIGNS, evaluate, final_answer, number, same_answer
 
-WORKED_FORMS = ("gsm8k", "math")  # with steps that can be judged
+WORKED_FORMS = ("gsm8k", "math")  # whose steps can be judged
 LETTERS = string.ascii_uppercase
-TINY_RECORDS = 1000
 # name -> (dataset, its configuration or None, split with answers)
 HUB_NAMES = {
     "gsm8k": ("openai/gsm8k", "main", "test"),
@@ -56,7 +53,7 @@ class Problem:
         reference: the right final answer.
         entities: names that a wrong bridge may be taken from (hotpotqa).
         bridge: the name that joins the two hops (hotpotqa), or None.
-        kind: what the record calls its kind of task; the form where it says nothing.
+        kind: what the record calls its kind of task; the form where it names none.
     """
 
     prompt: tuple[dict, ...]
@@ -84,82 +81,59 @@ def read_problem(record: dict) -> Problem:
     Raises:
         ValueError: no form fits its columns, or it has no answer.
     """
-    given = {name: value for name, value in record.items() if value is not None}
-    for columns, read in _READERS:
-        if columns <= set(given):
-            problem = read(given)
-            if not all(text.strip() for text in (problem.question, problem.answer, problem.reference)):
-                raise UserError(f"the question or the answer is empty in the record {_shortened(record)}.")
-            kind = given.get("kind")
-            return replace(problem, kind=kind if isinstance(kind, str) else problem.form)
+    problem = _read({name: value for name, value in record.items() if value is not None})
+    if not all(text.strip() for text in (problem.question, problem.answer, problem.reference)):
+        raise UserError(f"the question or the answer is empty in the record {textwrap.shorten(str(record), 120)}.")
+    kind = record.get("kind")
+    return replace(problem, kind=kind if isinstance(kind, str) else problem.form)
+
+
+def _read(record: dict) -> Problem:
+    match record:
+        case {"messages": [*prompt, {"role": "assistant", "content": answer}]} if prompt:
+            return _seen_in_text(tuple(prompt), answer or "")
+        case {"messages": _}:
+            raise UserError("`messages` must be a prompt followed by an assistant turn.")
+        case {"prompt": prompt, "completion": answer}:
+            answer = answer if isinstance(answer, str) else answer[-1]["content"] or ""
+            return _seen_in_text(_ask(prompt) if isinstance(prompt, str) else tuple(prompt), answer)
+        case {"options": _}:
+            return _from_logiqa(record)
+        case {"problem": question, "solution": answer} if final_answer(answer) is None:
+            raise UserError(f"`solution` has no boxed answer: {textwrap.shorten(answer, 120)}.")
+        case {"problem": question, "solution": answer}:
+            return _worked(_ask(question), answer)
+        case {"question": question, "answer": str(answer)}:
+            return _from_hotpotqa(record) if final_answer(answer) is None else _worked(_ask(question), answer)
+        case {"input": question, "output": answer}:
+            form = "sudoku" if set(question) <= set(string.digits + "\n") else "countdown"
+            return Problem(_ask(question), answer, form, answer)
     raise UserError(
-        f"a record with the columns {sorted(given)} is no problem that can be read; give `messages`, `prompt` + `completion`, "
-        "`question` + `answer`, `problem` + `solution`, `input` + `output`, or `options` + `correct_option`."
+        f"a record with the columns {sorted(record)} is no problem that can be read; give `messages`, `prompt` + `completion`, "
+        "`question` + `answer` (text), `problem` + `solution`, `input` + `output`, or `options` + `correct_option`."
     )
-
-
-def _shortened(record: dict) -> str:
-    text = str(record)
-    return text if len(text) <= 120 else text[:120] + "…"
 
 
 def _ask(text: str) -> tuple[dict, ...]:
     return ({"role": "user", "content": text},)
 
 
-def _from_chat(record: dict) -> Problem:
-    turns = list(record["messages"])
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise UserError("`messages` must be a prompt followed by an assistant turn.")
-    return _told_by_text(tuple(turns[:-1]), turns[-1]["content"])
-
-
-def _from_prompt(record: dict) -> Problem:
-    prompt, completion = record["prompt"], record["completion"]
-    prompt = _ask(prompt) if isinstance(prompt, str) else tuple(prompt)
-    return _told_by_text(prompt, completion if isinstance(completion, str) else completion[-1]["content"])
-
-
-_BEGINNINGS = {
-    "Sort the letters: ": "sort",
-    "Reverse the letters: ": "reverse",
-    "Which is ": "compare",
-    "Fill the gap: ": "fill",
-    "Solve the sudoku:\n": "sudoku",
-}
-_COUNTDOWN = re.compile(r"\d+(?:,\d+)+")
-
-
-def _told_by_text(prompt: tuple[dict, ...], answer: str) -> Problem:
-    question = prompt[-1]["content"] or ""
-    for beginning, form in _BEGINNINGS.items():
-        if question.startswith(beginning) and _RULES[form](question, answer or ""):
-            return Problem(prompt, answer, form, answer)
-    if _COUNTDOWN.fullmatch(question) and reaches_countdown(question, answer or ""):
-        return Problem(prompt, answer, "countdown", answer)
-    return _worked(prompt, answer or "")
+def _seen_in_text(prompt: tuple[dict, ...], answer: str) -> Problem:
+    form = next((form for form in _RULES if _solves(form, prompt[-1]["content"] or "", answer)), None)
+    return Problem(prompt, answer, form, answer) if form else _worked(prompt, answer)
 
 
 def _worked(prompt: tuple[dict, ...], answer: str) -> Problem:
     final = final_answer(answer)
-    if final is None:
-        return Problem(prompt, answer, "plain", answer)
-    return Problem(prompt, answer, "math" if boxed_span(answer) else "gsm8k", final)
-
-
-def _from_math(record: dict) -> Problem:
-    problem = _worked(_ask(record["problem"]), record["solution"])
-    if problem.form == "plain":
-        raise UserError(f"`solution` has no boxed answer in the record {_shortened(record)}.")
-    return problem
+    form = "plain" if final is None else "math" if "\\boxed{" in answer else "gsm8k"
+    return Problem(prompt, answer, form, final or answer)
 
 
 def _from_logiqa(record: dict) -> Problem:
     context, question, options, index = logiqa_parts(record)
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-    final = f"The answer is {LETTERS[index]}."
     asked = _ask("\n".join(filter(None, [context, question, listed])))
-    return Problem(asked, _explained(record, final), "logiqa", LETTERS[index], tuple(options))
+    return Problem(asked, _explained(record, LETTERS[index]), "logiqa", LETTERS[index], tuple(options))
 
 
 def logiqa_parts(record: dict) -> tuple[str, str, list[str], int]:
@@ -169,83 +143,41 @@ def logiqa_parts(record: dict) -> tuple[str, str, list[str], int]:
         ValueError: the right option is not among the options.
     """
     options, right = list(record["options"]), _first(record, "correct_option", "label", "answer")
-    index = right
-    if isinstance(right, str):
-        letter = right.strip().upper()
-        index = LETTERS.index(letter) if len(letter) == 1 and letter in LETTERS else right
+    index = dict(zip(LETTERS, range(26), strict=True)).get(right.strip().upper()) if isinstance(right, str) else right
     if not isinstance(index, int) or not 0 <= index < len(options):
         raise UserError(f"the right option must be a letter or an index of {len(options)} options, got {right!r}.")
     context, question = _first(record, "context", "text", "passage"), _first(record, "query", "question")
     return context or "", question or "", options, index
 
 
-def _explained(record: dict, final: str) -> str:
-    worked = _first(record, "rationale", "explanation", "reasoning")
-    return f"{worked.strip()}\n{final}" if worked else final
+def _explained(record: dict, answer: str, otherwise: str = "") -> str:
+    worked = _first(record, "rationale", "explanation", "reasoning") or otherwise
+    return f"{worked.strip()}\nThe answer is {answer}.".lstrip()
 
 
-def _first(record: dict, *names: str) -> object:
+def _first(record: dict, *names: str) -> Any:
     return next((record[name] for name in names if record.get(name) is not None), None)
-
-
-def _from_question(record: dict) -> Problem:
-    answer = record["answer"]
-    if not isinstance(answer, str):
-        raise UserError(f"`answer` must be text, got {answer!r}.")
-    if final_answer(answer) is not None:
-        return _worked(_ask(record["question"]), answer)
-    return _from_hotpotqa(record)
 
 
 def _from_hotpotqa(record: dict) -> Problem:
     """The worked answer: a rationale of the record, or its supporting sentences, then the answer."""
-    articles = _articles(record.get("context") or [])
-    facts = [(title, sentence) for title, sentence in _facts(record, articles) if sentence]
-    titles = list(dict.fromkeys(title for title, _ in facts))
-    told = " ".join(sentence.strip() for _, sentence in facts)
-    final = f"The answer is {record['answer']}."
-    explained = _explained(record, final)
-    if explained == final and told:
-        explained = f"{told}\n{final}"
+    articles, found = dict(_pairs(record, "context", "sentences")), _pairs(record, "supporting_facts", "sent_id")
+    facts = [(title, articles[title][i].strip()) for title, i in found if i < len(articles.get(title, ()))]
+    titles = dict.fromkeys(title for title, sentence in facts if sentence)
     # The bridge is the article that another supporting article speaks of.
     bridge = next((t for t in titles if any(t in sentence for other, sentence in facts if other != t)), None)
-    entities = tuple(t for t in articles if t not in titles) or _names(record["question"])
-    return Problem(
-        _ask(record["question"]), explained, "hotpotqa", record["answer"], (), entities, record.get("bridge") or bridge
-    )
+    # Runs of capitalised words that do not begin the question.
+    names = re.findall(r"(?<=[\w,] )(?:[A-Z][\w'’.-]*(?: (?=[A-Z\d]))?)+(?:\d+)?", record["question"])
+    others = [title for title in articles if title not in titles] or [n.strip(" .?") for n in names if len(n) > 1]
+    worked = _explained(record, record["answer"], " ".join(sentence for _, sentence in facts if sentence))
+    found = {"entities": tuple(dict.fromkeys(others)), "bridge": record.get("bridge") or bridge}
+    return Problem(_ask(record["question"]), worked, "hotpotqa", record["answer"], **found)
 
 
-def _articles(context: dict | list) -> dict[str, list[str]]:
-    pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
-    return {title: list(sentences) for title, sentences in pairs}
-
-
-def _facts(record: dict, articles: dict[str, list[str]]) -> list[tuple[str, str]]:
-    facts = record.get("supporting_facts") or []
-    pairs = zip(facts["title"], facts["sent_id"], strict=True) if isinstance(facts, dict) else facts
-    return [(title, articles[title][i]) for title, i in pairs if i < len(articles.get(title, ()))]
-
-
-def _names(question: str) -> tuple[str, ...]:
-    """Runs of capitalised words that do not begin the question."""
-    runs = re.findall(r"(?<=[\w,] )(?:[A-Z][\w'’.-]*(?: (?=[A-Z\d]))?)+(?:\d+)?", question)
-    return tuple(dict.fromkeys(run.strip(" .?") for run in runs if len(run) > 1))
-
-
-def _from_planning(record: dict) -> Problem:
-    question, answer = record["input"], record["output"]
-    form = "sudoku" if set(question) <= set(string.digits + "\n") else "countdown"
-    return Problem(_ask(question), answer, form, answer)
-
-
-_READERS: tuple[tuple[set[str], Callable[[dict], Problem]], ...] = (
-    ({"messages"}, _from_chat),
-    ({"prompt", "completion"}, _from_prompt),
-    ({"options"}, _from_logiqa),
-    ({"problem", "solution"}, _from_math),
-    ({"question", "answer"}, _from_question),
-    ({"input", "output"}, _from_planning),
-)
+def _pairs(record: dict, column: str, second: str) -> list[tuple[str, Any]]:
+    """Titles with what belongs to them: lists of pairs in some copies of HotpotQA, two lists in others."""
+    found = record.get(column) or []
+    return list(zip(found["title"], found[second], strict=True)) if isinstance(found, dict) else list(found)
 
 
 def load_records(name: str, limit: int | None = None, split: str = "train", seed: int = 0) -> list[dict]:
@@ -255,7 +187,7 @@ def load_records(name: str, limit: int | None = None, split: str = "train", seed
         FileNotFoundError, ValueError: nothing there, or nothing in it.
     """
     if name == "tiny":
-        return list(tiny_dataset(limit or TINY_RECORDS, seed, split))
+        return list(tiny_dataset(limit or 1000, seed, split))
     hub, configuration, own_split = HUB_NAMES.get(name, (None, None, None))
     loaded = load_any(name) if hub is None or Path(name).exists() else load_any(hub, configuration)
     rows = loaded.get(split) or loaded.get(own_split) or next(iter(loaded.values()))
@@ -267,15 +199,13 @@ def load_records(name: str, limit: int | None = None, split: str = "train", seed
 def is_right(problem: Problem, answer: str) -> bool:
     """Whether the final answer in `answer` (whatever a model wrote) is right."""
     if problem.form in _RULES:
-        return _RULES[problem.form](problem.question, answer)
+        return _solves(problem.form, problem.question, answer)
     found = extract(problem, answer)
     if found is None:
         return False
     if problem.form == "hotpotqa":
         return normalised_text(found) == normalised_text(problem.reference)
-    if problem.form in ("gsm8k", "math"):
-        return same_answer(found, problem.reference)
-    return found == problem.reference.strip()
+    return same_answer(found, problem.reference) if problem.form in WORKED_FORMS else found == problem.reference.strip()
 
 
 def extract(problem: Problem, answer: str) -> str | None:
@@ -286,19 +216,12 @@ def extract(problem: Problem, answer: str) -> str | None:
     """
     marked = final_answer(answer)
     if problem.form == "logiqa":
-        letters = re.findall(rf"\b([{LETTERS[: len(problem.options)]}])\b", answer if marked is None else marked)
-        return (letters[-1] if marked is None else letters[0]) if letters else None
-    if marked is not None and problem.form != "gsm8k":
-        return marked
-    if problem.form == "gsm8k":
-        numeric = evaluate(problem.reference) is not None
-        if marked is not None and not numeric:
-            return marked
-        numbers = re.findall(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", answer if marked is None else marked)
-        if marked is not None:
-            return marked if evaluate(marked) is not None or not numbers else numbers[0]
-        return numbers[-1] if numbers else None
-    return None if problem.form == "math" else answer.strip() or None
+        parts = re.findall(rf"\b([{LETTERS[: len(problem.options)]}])\b", marked or answer)
+        return parts[0 if marked else -1] if parts else None
+    if problem.form == "gsm8k" and evaluate(problem.reference) is not None and evaluate(marked or "") is None:
+        parts = re.findall(rf"-?(?:{NUMBER.pattern})", marked or answer)
+        return parts[0 if marked else -1] if parts else marked
+    return marked if marked or problem.form in WORKED_FORMS else answer.strip() or None
 
 
 def normalised_text(text: str) -> str:
@@ -317,32 +240,78 @@ def f1(problem: Problem, answer: str) -> float:
     return 2 * shared / (len(words) + len(wanted)) if shared else 0.0
 
 
-def _letters(question: str) -> list[str]:
-    return question.partition(": ")[2].split()
+def _compares(word: str, first: str, second: str, answer: str) -> bool:
+    winner, other = sorted((first, second), key=int, reverse=word == "greater")
+    return answer.strip() == f"{winner} is {word} than {other}."
 
 
-def _compare_is_right(question: str, answer: str) -> bool:
-    asked = re.fullmatch(r"Which is (greater|smaller), (\d+) or (\d+)\?", question)
-    if asked is None:
+def _fills(question: str, answer: str) -> bool:
+    given, terms = question.split(), answer.split()
+    if len(given) != len(terms) or not all(term.isdecimal() for term in terms):
         return False
-    word, pair = asked[1], sorted(map(int, asked.groups()[1:]), reverse=asked[1] == "greater")
-    return answer.strip() == f"{pair[0]} is {word} than {pair[1]}."
+    steps = {int(after) - int(before) for before, after in pairwise(terms)}
+    return len(steps) <= 1 and all(shown in ("_", term) for shown, term in zip(given, terms, strict=True))
 
 
-def _fill_is_right(question: str, answer: str) -> bool:
-    given, terms = _letters(question), answer.split()
-    if len(given) != len(terms) or not all(t.isdecimal() for t in terms):
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_EXPRESSION = re.compile(rf"[\s(]*{_NUMBER}[\s)]*(?:[-+*/][\s(]*{_NUMBER}[\s)]*)*")
+_LEAF = re.compile(r"(?:^-|(?<=[-+*/(])-)?\d+(?:\.\d+)?")  # a sign is a sign only where no number stands before it
+
+
+def reaches_countdown(numbers: str, answer: str) -> bool:
+    """Whether the equations of `answer` hold, use each number once (results too) and end at the last of `numbers`.
+
+    Args:
+        numbers: separated by commas, the target last.
+        answer: equations separated by commas, semicolons or line ends, or one expression: what it marks as its answer, or
+            else its first paragraph.
+    """
+    text = final_answer(answer) or answer.strip().split("\n\n")[0]
+    *pool, target = [number(n) for n in numbers.split(",")]
+    for equation in re.split(r"[,;\n]", text.translate(PLAIN_SIGNS).strip().rstrip(".")):
+        left, _, stated = equation.partition("=")
+        value = evaluate(left) if _EXPRESSION.fullmatch(left) else None
+        if value is None or ("=" in equation and evaluate(stated) != value):
+            return False
+        for leaf in _LEAF.findall(re.sub(r"\s", "", left)):
+            if number(leaf) not in pool:
+                return False
+            pool.remove(number(leaf))
+        pool.append(value)
+    return pool == [target]
+
+
+def solves_sudoku(puzzle: str, answer: str) -> bool:
+    """Whether `answer` fills the blanks ("0") of an n² x n² `puzzle`, digits row by row: rows, columns, boxes once each.
+
+    The grid of an answer is its last lines that are digits (and blanks, bars or commas) alone.
+    """
+    lines = [re.sub(r"[\s|,]", "", line) for line in reversed(answer.splitlines())]
+    filled = [*takewhile(str.isdecimal, dropwhile(lambda line: not line.isdecimal(), lines))][::-1]
+    given = puzzle.split()
+    n = len(given)
+    side = round(n**0.5)
+    if side * side != n or [len(row) for row in filled] != [n] * n or any(len(row) != n for row in given):
         return False
-    values = list(map(int, terms))
-    progression = len({b - a for a, b in zip(values, values[1:], strict=False)}) <= 1
-    return progression and all(g in ("_", t) for g, t in zip(given, terms, strict=True))
+    corners = [(r, c) for r in range(0, n, side) for c in range(0, n, side)]
+    boxes = [{filled[r + i][c + j] for i in range(side) for j in range(side)} for r, c in corners]
+    groups = [*filled, *zip(*filled, strict=True), *boxes]
+    kept = all(shown in ("0", digit) for shown, digit in zip("".join(given), "".join(filled), strict=True))
+    return kept and all(set(group) == set(string.digits[1 : n + 1]) for group in groups)
 
 
-_RULES: dict[str, Callable[[str, str], bool]] = {
-    "sort": lambda question, answer: answer.split() == sorted(_letters(question)),
-    "reverse": lambda question, answer: answer.split() == _letters(question)[::-1],
-    "compare": _compare_is_right,
-    "fill": _fill_is_right,
-    "sudoku": lambda question, answer: solves_sudoku(question.partition(":\n")[2] or question, answer),
-    "countdown": reaches_countdown,
+# The question of a form, and whether an answer is right, given the groups of the question.
+_RULES: dict[str, tuple[str, Callable[..., bool]]] = {
+    "sort": ("Sort the letters: (.*)", lambda letters, answer: answer.split() == sorted(letters.split())),
+    "reverse": ("Reverse the letters: (.*)", lambda letters, answer: answer.split() == letters.split()[::-1]),
+    "compare": (r"Which is (greater|smaller), (\d+) or (\d+)\?", _compares),
+    "fill": ("Fill the gap: (.*)", _fills),
+    "sudoku": (r"(?:Solve the sudoku:\n)?([\d\n]+)", solves_sudoku),
+    "countdown": (r"(\d+(?:,\d+)+)", reaches_countdown),
 }
+
+
+def _solves(form: str, question: str, answer: str) -> bool:
+    pattern, rule = _RULES[form]
+    match = re.fullmatch(pattern, question)
+    return match is not None and rule(*match.groups(), answer)

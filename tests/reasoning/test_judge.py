@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, *replies: str | int | bytes) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.replies, self.asked = list(replies), []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
 
@@ -101,21 +101,21 @@ def test_what_may_pass_is_tried_again(serve, failure) -> None:
 @pytest.mark.parametrize(
     ("failure", "tries", "message"),
     [
-        (500, TRIES, "status 500"),
-        (401, 1, "status 401"),
+        (500, TRIES, "500"),
+        (401, 1, "401"),
         ("nonsense", TRIES, "no label: 'nonsense'"),
         (b"<html>", TRIES, "no chat completion: '<html>'"),
     ],
 )
 def test_one_clear_error_in_the_end(serve, failure, tries, message) -> None:
     server = serve(failure)
-    with pytest.raises(ConnectionError, match=f"`judge`: no label from 'wise' at .* after {tries} tries: .*{message}"):
+    with pytest.raises(ConnectionError, match=f"`judge`: .* try {tries}: .*{message}"):
         judge_at(server)("q", ANSWER, "30")
     assert len(server.asked) == tries
 
 
 def test_nobody_there_and_nobody_answering() -> None:
-    with socket.socket() as bound:  # nobody uses_teacher
+    with socket.socket() as bound:  # nobody is there
         bound.bind(("127.0.0.1", 0))
         judge = LLMJudge(f"http://127.0.0.1:{bound.getsockname()[1]}", "wise", pause=0.001, timeout=0.1)
         with pytest.raises(ConnectionError, match="refused"):

@@ -1,12 +1,21 @@
-"""Preference pairs: rows in TRL's format, the same whatever the order, in the declared mix; what is refused."""
+"""Preference pairs: rows in TRL's format, the same whatever the order, in the declared mix; out to JSONL and back; what is refused."""
 
+import json
 import random
 
 import pytest
 from datasets import Dataset
 
 from llm_diffusion.data.tiny import tiny_dataset
-from llm_diffusion.reasoning.pairs import FEATURES, KINDS, preference_pairs
+from llm_diffusion.reasoning.pairs import (
+    KINDS,
+    checked_pairs,
+    labelled_answer,
+    pairs_from_answers,
+    preference_pairs,
+    write_rows,
+)
+from llm_diffusion.reasoning.problems import load_records, read_problem
 from llm_diffusion.reasoning.text_errors import WEIGHTS
 
 
@@ -24,7 +33,7 @@ def test_the_same_pairs_in_any_order_and_any_share_of_the_work():
 def test_rows_are_trls_and_the_chosen_side_is_untouched():
     records = list(tiny_dataset(60, 4))
     pairs = preference_pairs(records, 0)
-    assert pairs.features == FEATURES and len(pairs) == 60
+    assert list(pairs.features) == ["prompt", "chosen", "rejected", "kind", "step", "span"] and len(pairs) == 60
     for record, row in zip(records, pairs, strict=True):
         assert row["prompt"] == record["messages"][:1] and row["chosen"] == record["messages"][1:]
         text, (start, end) = row["rejected"][0]["content"], row["span"]
@@ -55,3 +64,82 @@ def test_bad_input(caplog):
     with pytest.raises(ValueError, match="no record gives a pair"):
         preference_pairs([{"question": "q", "answer": "2+2=5.\n#### 5"}])  # does not hold itself
     assert "1 do not hold themselves" in caplog.text
+
+
+# -- out to people or a judge, and back
+
+QUESTION = "Tom has 23 apples. Tom gets 45 more. Tom gives away 19. How many apples does Tom have now?"
+RIGHT = "23+45=68. 68-19=49. The answer is 49."
+SLIP = "23+45=78. 78-19=59. The answer is 59."
+PAIR = {"prompt": QUESTION, "chosen": RIGHT, "rejected": SLIP}
+
+
+def test_pairs_come_back_as_they_went(tmp_path):
+    pairs = preference_pairs("tiny", 1, ["swapped_items", "calculation_slip", "truncation", "misread_number"])
+    write_rows(tmp_path / "new" / "pairs.jsonl", pairs)
+    again = checked_pairs(load_records(str(tmp_path / "new" / "pairs.jsonl")))
+    assert list(again) == list(pairs) and again.features == pairs.features
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_failed_write_leaves_nothing_of_that_name(tmp_path):
+    def rows():
+        yield {"a": 1}
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        write_rows(tmp_path / "a.jsonl", rows())
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_plain_texts_get_kind_step_and_span():
+    (row,) = checked_pairs([PAIR])
+    assert row["kind"] == "labelled" and row["step"] == 0 and row["prompt"] == [{"role": "user", "content": QUESTION}]
+    assert row["span"] == [6, len(SLIP) - 2]  # from the first to the last changed digit
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "chosen": "a"}, "row 0 lacks \\['rejected'\\]"),
+        ({**PAIR, "rejected": " "}, "`rejected` is empty"),
+        ({**PAIR, "rejected": []}, "`rejected` must be text or messages"),
+        ({**PAIR, "rejected": RIGHT + " "}, "are the same"),
+        ({**PAIR, "chosen": [{"from": "a"}]}, "`chosen` must be text or messages"),
+        ({**PAIR, "kind": "slip"}, "`kind` must be one of"),
+        ({**PAIR, "span": [3, 99]}, "`span` must be"),
+        ({**PAIR, "kind": "operator_swap"}, "not wrong by operator_swap"),
+        ({**PAIR, "rejected": SLIP.replace("59", "49"), "kind": "calculation_slip"}, "not wrong by calculation_slip"),
+    ],
+)
+def test_what_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        checked_pairs([row])
+
+
+def test_an_injected_kind_is_checked_and_let_through():
+    (row,) = checked_pairs([{**PAIR, "kind": "calculation_slip", "span": [6, 8], "step": 0}])
+    assert row["kind"] == "calculation_slip" and row["span"] == [6, 8]
+    with pytest.raises(ValueError, match="no pair"):
+        checked_pairs([])
+
+
+def test_labelled_answers_become_pairs(caplog):
+    problem = read_problem({"question": QUESTION, "answer": RIGHT})
+    other = RIGHT.replace("The", "So the")
+    given = [(RIGHT, True), (SLIP, False), (SLIP, False), (other, True), ("no", False), ("23+45=67.", None)]
+    rows = json.loads(json.dumps([labelled_answer(problem, *g) for g in given]))
+    assert [row["first_wrong_step"] for row in rows] == [None, 0, 0, None, 0, 0]
+    (pair,) = pairs_from_answers(rows)  # each wrong answer once, with the right one nearest in length
+    assert pair["chosen"][0]["content"] == RIGHT and pair["rejected"][0]["content"] == SLIP
+    assert (pair["kind"], pair["step"]) == ("sampled", 0)
+    assert "1 wrong answers" in caplog.text  # "no" is too short
+    rows[0]["right"] = None
+    for row in rows:
+        del row["reference"]
+    (pair,) = pairs_from_answers(rows)
+    assert pair["chosen"][0]["content"] == other
+    with pytest.raises(ValueError, match="row 0 must have"):
+        pairs_from_answers([{"prompt": "q", "answer": "a"}])
+    with pytest.raises(ValueError, match="no prompt has a right and a wrong answer"):
+        pairs_from_answers(rows[:1])

@@ -12,8 +12,7 @@ from datasets import Dataset
 from lm_eval import tasks
 
 from ... import UserError
-from ...reasoning.planning import reaches_countdown, solves_sudoku
-from ...reasoning.problems import LETTERS, logiqa_parts
+from ...reasoning.problems import LETTERS, logiqa_parts, reaches_countdown, solves_sudoku
 
 HARNESS, OWN = Path(tasks.__file__).parent, Path(__file__).parent
 # Of a local task: its definitions, the later over the earlier, and the file of every split.
