@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 KINDS = tuple(WEIGHTS)
 RIGHT_ANSWER_KINDS = ("unpropagated_slip", "corrupted_reasoning")  # controls: the answer is right, a step is not
 NATURAL_KINDS = ("sampled", "labelled")  # a model's own wrong answers, and those that people or a judge handed back
-_CANDIDATES = 200  # tried of one kind before the next kind is
 
 
 def preference_pairs(
@@ -68,13 +67,10 @@ def preference_pairs(
         n_records, n_false = n_records + 1, n_false + (not holds)
     rows = [row for row in found.values() if row is not None]
     if len(rows) < n_records:
-        missing, twice = n_records - len(rows), n_records - len(found)
-        reasons = f"{n_false} do not hold themselves, {twice} are there twice, the others have no error that fits"
-        logger.warning("%d of %d records give no pair: %s", missing, n_records, reasons)
+        reasons = f"{n_false} do not hold themselves, {n_records - len(found)} are duplicates, no error fits the others"
+        logger.warning("%d of %d records give no pair: %s", n_records - len(rows), n_records, reasons)
     if not rows:
-        raise UserError(
-            f"`records`: no record gives a pair (kinds {list(kinds or KINDS)}); try other kinds or records."
-        )
+        raise UserError(f"`records`: none gives a pair (kinds {list(kinds or KINDS)}); try other kinds or records.")
     return Dataset.from_list(rows)
 
 
@@ -85,9 +81,7 @@ def preference_pair(problem: Problem, seed: int = 0, kinds: Sequence[str] | None
     # Weighted draw without replacement (Efraimidis and Spirakis 2006): the largest of u^(1/w) comes first.
     for kind in sorted(possible, key=lambda kind: rng.random() ** (1 / WEIGHTS[kind]), reverse=True):
         for wrong in verified(problem, kind, seed):
-            return _row(
-                problem.prompt, problem.answer, wrong.text, kind, step_at(wrong.text, wrong.span[0]), wrong.span
-            )
+            return _row(problem.prompt, problem.answer, wrong.text, kind, wrong.span)
     return None
 
 
@@ -96,9 +90,10 @@ def _rng(seed: int, *texts: str) -> random.Random:
     return random.Random(f"{seed}/{digest}")
 
 
-def _row(prompt: Iterable[dict], chosen: str, rejected: str, kind: str, step: int, span: Span) -> dict:
+def _row(prompt: Iterable[dict], chosen: str, rejected: str, kind: str, span: Span) -> dict:
     sides = {"chosen": chosen, "rejected": rejected}
     answers = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    step = step_at(rejected, span[0])
     return {"prompt": list(prompt), **answers, "kind": kind, "step": step, "span": list(span)}
 
 
@@ -108,7 +103,7 @@ def verified(problem: Problem, kind: str, seed: int = 0) -> Iterator[Wrong]:
     error = errors_of(trace).get(kind)
     edits = list(error(trace)) if error else []
     _rng(seed, problem.question, problem.answer, kind).shuffle(edits)
-    for edit in edits[:_CANDIDATES]:
+    for edit in edits[:200]:  # then the next kind is tried
         wrong = trace.apply(edit)
         if wrong is not None and is_declared(trace, kind, wrong):
             yield wrong
@@ -149,8 +144,7 @@ def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -228,9 +222,7 @@ def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
     for index, row in enumerate(rows):
         where = f"`answers`: row {index}"
         if not {"prompt", "answer", "right"} <= set(row) or row["right"] not in (True, False, None):
-            raise UserError(
-                f"{where} must have `prompt`, `answer` and `right` (true, false or null), got {sorted(row)}."
-            )
+            raise UserError(f"{where} must have `prompt`, `answer`, `right` (true, false, null), got {sorted(row)}.")
         groups[json.dumps(_as_messages(row["prompt"], "user", f"{where}: `prompt`"))].append(row)
     pairs, left_out = [], 0
     for key, answers in groups.items():
@@ -242,7 +234,7 @@ def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
                 left_out += 1
                 continue
             step = judge(wrong, prompt[-1]["content"], right).first_wrong_step
-            pairs.append(_row(prompt, right, wrong, "sampled", step, _changed(right, wrong)))
+            pairs.append(_row(prompt, right, wrong, "sampled", _changed(right, wrong)) | {"step": step})
     if left_out:
         logger.warning("%d wrong answers have no right one of about their length and are left out", left_out)
     if not pairs:

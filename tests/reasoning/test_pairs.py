@@ -61,7 +61,7 @@ def test_bad_input(caplog):
         preference_pairs([*tiny_dataset(1), {"a": 1}])
     with pytest.raises(ValueError, match="row 0: .*empty"):
         preference_pairs([{"question": " ", "answer": "#### 1"}])
-    with pytest.raises(ValueError, match="no record gives a pair"):
+    with pytest.raises(ValueError, match="`records`: none"):
         preference_pairs([{"question": "q", "answer": "2+2=5.\n#### 5"}])  # does not hold itself
     assert "1 do not hold themselves" in caplog.text
 
