@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..models.memory import PAGED, ModelMemory, TrainingSetup
+from ..analysis import PAGED, ModelMemory, TrainingSetup
 from ..models.patching import base_of
 from ..models.record import record_of
 
