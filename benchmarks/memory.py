@@ -1,4 +1,4 @@
-"""Measures the peak memory of real training steps beside the estimates of `llm_diffusion.models.memory`.
+"""Measures the peak memory of real training steps beside the estimates of `llm_diffusion.analysis`.
 
     python benchmarks/memory.py                  # CPU, fp32, random models of 80 to 90 million parameters, ten minutes (Linux)
     python benchmarks/memory.py --device cuda    # CUDA, bf16: Qwen3-0.6B, Qwen3-4B and Llama-3.1-8B shapes; 48 GB, 20 GB of disk
@@ -269,7 +269,7 @@ def measure(name: str, device: str) -> dict[str, float]:
 
 def run_case(name: str, device: str) -> dict[str, Any]:
     """Measures a case in a fresh process and estimates it in this one."""
-    from llm_diffusion.models.memory import ModelMemory, TrainingSetup
+    from llm_diffusion.analysis import ModelMemory, TrainingSetup
 
     shape, kind, rows, length, attention, checkpointing = CASES[device][name]
     setup = TrainingSetup(kind, rows, length, 16, attention, checkpointing)

@@ -1,68 +1,72 @@
 """What a model is made of, what it needs in memory, and which cards train it: `llm-diffusion analyze`.
 
-Everything comes from the config; weights are never loaded. To be counted, the model is built on the meta device; what training
-needs is traced, see `memory`.
-Trade-off: what does not fit is answered with the first changes that help, in a fixed order. Alternative: a search over all settings,
-whose answer nobody could foresee.
+Everything comes from the config: parameters are counted on the meta device, and what a step keeps for its backward pass follows from the
+widths of the layers (`ModelMemory`). `benchmarks/memory.py` measures real steps beside the estimates.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import torch
 import transformers
-from rich.table import Table
-from transformers import AutoConfig, PreTrainedConfig
+from peft import LoraConfig, get_peft_model
+from rich.table import Column, Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from . import UserError
 from .models.attention import in_attention
-from .models.checkpoints import (
-    adapter_base,
-    from_hub,
-    is_adapter,
-    resolve_path,
-)
-from .models.memory import (
-    GIB,
-    KINDS,
-    NF4_BITS,
-    PAGED,
-    ModelMemory,
-    TrainingSetup,
-)
+from .models.checkpoints import adapter_base, from_hub, is_adapter, resolve_path
+from .models.lm_head import GPU_PIECE, PIECE
 from .models.probing import recurrent_layers
+from .objective.settings import check_settings, setting
 
+GIB = 2**30
+KINDS = ("lora", "qlora", "full")
 CARDS = {"RTX 4080": 16, "RTX A4500": 20, "RTX 3090/4090": 24, "RTX A6000": 48, "A100/H100": 80}  # GiB
 CUDA_CONTEXT_GIB = 1.0  # driver, kernels, cuBLAS workspaces
 FRAGMENTATION = 1.05  # what the caching allocator cannot reuse
-SHORTER_LENGTHS = (512, 256)
-ASSUMPTIONS = (
-    "lora: bf16 base, fp32 adapters on all linear layers; qlora: NF4 linear layers, all else fp32, bf16 adapters; full: fp32 "
-    "weights, gradients and moments under bf16 autocast; every token masked, gradients accumulated"
-)
+PAGED = "paged_adamw_8bit"
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # blocks of 64 with 8-bit scales; 256 of these share an fp32 one
+ASSUMPTIONS = "lora: bf16 base, fp32 adapters on all linear layers; qlora: NF4 linear layers, all else fp32, bf16 adapters; full: fp32 weights, gradients and moments under bf16 autocast; every token masked, gradients accumulated"
+_MLP_NAMES = {"mlp", "ffn", "feed_forward", "moe", "block_sparse_moe", "experts", "fc1", "fc2"}
+
+# Bytes of a number in matrix products, in the residual stream, between the layers of an MLP, and in a dropout's mask; and what a number of
+# the MLP's inner width and of the stream takes for a moment, where a block has been recomputed and its backward pass begins.
+_BYTES = {
+    ("cuda", "lora"): (2, 2, 2, 1, 10, 10),  # under bf16 autocast; adapters are fp32
+    ("cuda", "qlora"): (2, 4, 4, 1, 9, 8),
+    ("cuda", "full"): (2, 4, 2, 1, 4, 8),
+    ("cpu", "lora"): (4, 4, 4, 4, 4, 20),
+    ("cpu", "qlora"): (4, 4, 4, 4, 4, 20),
+    ("cpu", "full"): (4, 4, 4, 4, 8, 4),
+}
 
 
-@dataclass
-class CardFit:
-    """Whether a kind of training fits a card, in GiB with the reserve; if not, the first changes that make it fit, if any."""
+@dataclass(frozen=True)
+class TrainingSetup:
+    """A kind of training and the shape of its steps; with blocks, a row has 2 x `length` tokens."""
 
-    card: str
-    gib: int
-    kind: str
-    total: float
-    fits: bool
-    changes: list[str] = field(default_factory=list)
-    total_changed: float | None = None
+    kind: str = setting("lora", "What is trained; qlora: adapters on an NF4 base.", choices=KINDS)
+    batch_size: int = setting(16, "Rows of a micro-batch.", min=1)
+    length: int = setting(768, "Tokens of a row.", min=2)
+    lora_rank: int = setting(16, "Rank of the adapters.", min=1)
+    attention: str = setting("bidirectional", "Attention mode.", choices=("bidirectional", "block", "lossless"))
+    gradient_checkpointing: bool = True
+    optimizer: str = "adamw"
+    cards: int = 1
 
 
 @dataclass
 class Analysis:
-    """What `analyze` found: facts of the model, parameters by part, GiB of weights and of inference by type of weight.
-
-    `training`: by kind, the GiB of `ModelMemory.training`; empty, as `cards`, where there is no estimate (`notes` says why).
-    """
+    """What `analyze` found. GiB: `weights` and `inference` by type of weight, `training` by kind, `cards` with the reserve, and after the
+    first changes that help. The last two are empty where there is no estimate; then `notes` says why."""
 
     name: str
     model: dict[str, Any]
@@ -70,204 +74,307 @@ class Analysis:
     weights: dict[str, float]
     inference: dict[str, float]
     setup: dict[str, Any]
+    notes: list[str]
     training: dict[str, dict[str, float]] = field(default_factory=dict)
-    cards: list[CardFit] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    cards: list[dict[str, Any]] = field(default_factory=list)
 
 
-def analyze(
-    name_or_path: str | PreTrainedConfig,
-    *,
-    batch_size: int = 16,
-    length: int = 768,
-    lora_rank: int = 16,
-    attention: str = "bidirectional",
-    gradient_checkpointing: bool = True,
-    trust_remote_code: bool = False,
-) -> Analysis:
+class ModelMemory:
+    """The memory that training takes: exact counts of parameters, and a formula for what a step keeps beside them.
+
+    A micro-batch runs as `DiffusionSFTTrainer` runs it: cut in two by length, both parts forward, then the later one backward first,
+    whose gradients wait for the earlier one's. Layers are taken to be alike.
+    """
+
+    def __init__(self, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
+        self.text = text = config.get_text_config()
+        self.layers, self.stream = text.num_hidden_layers, text.hidden_size
+        options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        self.parameters = count_parameters(self.model)
+        head = self.model.get_output_embeddings()
+        # What transformers hands to bitsandbytes: plain linear layers but the head; not experts in one 3-D tensor.
+        plain = [m for m in self.model.modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
+        self.quantizable = [m.weight.numel() for m in plain if m is not head]
+        # The blocks; a vision tower has its own. Each module with whether it belongs to attention.
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.layers]
+        blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=self.model)
+        self.modules = [(in_attention(name), module) for name, module in blocks.named_modules()]
+        self.experts = [p for p in self.model.parameters() if p.dim() == 3]
+        self.heads = getattr(text, "num_attention_heads", None) or 0
+        self.head_dim = getattr(text, "head_dim", None) or (text.hidden_size // self.heads if self.heads else 0)
+        self.kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or self.heads
+        self.multi_query = getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False)
+        self.kv_heads = 1 if self.multi_query else self.kv_heads  # Falcon-7B
+
+    def training(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
+        """GiB on one card at the peak of an optimiser step, and their `total`; on "cuda" under bf16 autocast, on a "cpu" in fp32.
+
+        `logits` is all that is as wide as the vocabulary, with every maskable token masked (the worst case), `masks` are attention
+        masks. Two cards share evenly all but these.
+        """
+        sizes = {**self.fixed(setup, device), **self.peak(setup, device)}
+        sizes = {k: v / GIB / (1 if k in ("logits", "masks") else setup.cards) for k, v in sizes.items()}
+        return {**sizes, "total": sum(sizes.values())}
+
+    def fixed(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
+        """Bytes of weights, gradients and AdamW's two moments on all cards.
+
+        Full: all fp32. LoRA: a bf16 base on CUDA, fp32 adapters. QLoRA: NF4 linear layers, all else fp32
+        (`prepare_model_for_kbit_training`), bf16 adapters and moments (TRL). Paged 8-bit moments: fp32 ones of embeddings.
+        """
+        total, quantized = self.parameters["total"], sum(self.quantizable)
+        trained, size = self.trained(setup), 2 if setup.kind == "qlora" else 4
+        base = {"full": 0, "qlora": quantized * NF4_BITS / 8 + (total - quantized) * 4}
+        frozen = base.get(setup.kind, total * (2 if device == "cuda" else 4))
+        wide = self.parameters["embeddings"] * (setup.kind == "full")
+        moments = 2 * (trained - wide) + 8 * wide if setup.optimizer == PAGED else 2 * size * trained
+        return {"weights": frozen + size * trained, "gradients": size * trained, "optimizer": moments}
+
+    def trained(self, setup: TrainingSetup) -> int:
+        """How many parameters are trained; under LoRA the row of the mask token too."""
+        if setup.kind == "full":
+            return self.parameters["total"]
+        return self.stream + setup.lora_rank * self._adapters_of_rank_one
+
+    @cached_property
+    def _adapters_of_rank_one(self) -> int:
+        conv = any(isinstance(layer, Conv1D) for layer in self.model.modules())
+        lora = LoraConfig(r=1, target_modules="all-linear", fan_in_fan_out=conv)
+        with torch.device("meta"):
+            model = get_peft_model(copy.deepcopy(self.model), lora)
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+    def _kept(self, setup: TrainingSetup, device: str, span: int, masked: bool) -> tuple[int, int]:
+        """Bytes that the blocks keep for their backward pass, a token; and the inner widths of their MLPs."""
+        product, _, between, dropout, *_ = _BYTES[device, setup.kind]
+        linear = [(attends, m) for attends, m in self.modules if isinstance(m, nn.Linear | Conv1D)]
+        sides = [(attends, *m.weight.shape[:: 1 if isinstance(m, Conv1D) else -1]) for attends, m in linear]
+        norms = [(attends, m) for attends, m in self.modules if "norm" in type(m).__name__.lower()]
+        reads, width = sum(read for _, read, _ in sides), self.layers * self.stream
+        queries, keys = (self.layers * n * self.head_dim for n in (self.heads, self.kv_heads))
+        # Attention: queries, keys (under a mask transformers repeats them for the kernel), values, result, and its logarithms.
+        repeated = queries if masked or self.multi_query else keys
+        kept = 2 * (queries + repeated) * product + self.layers * self.heads * (4 + span * self._weight_bytes(device))
+        # MLP: its last layer reads what is between. A gate's activation is kept as a factor too; a GELU spelt out with a power is fp32.
+        inner = sum(read for attends, read, _ in sides if not attends and read != self.stream)
+        written = sum(wrote for attends, read, wrote in sides if not attends and read == self.stream)
+        gated = written >= 2 * inner
+        spelt_out = not gated and any(type(m).__name__ == "NewGELUActivation" for _, m in self.modules)
+        kept += (written + inner * gated) * between + 12 * written * spelt_out
+        # Experts, (experts, 2 I, D) and (experts, D, I), of which a token meets a few: what they read, write and compute between.
+        chosen = (getattr(self.text, "num_experts_per_tok", None) or 1) if self.experts else 0
+        wrote = chosen * sum(p.numel() // len(p) for p in self.experts) // self.stream
+        inner, kept = inner + wrote // 3, kept + (wrote + 2 * chosen * width) * between
+        # Norms compute in fp32 whatever the type of the weights.
+        of_heads = (queries + keys) // (2 * self.layers) * sum(attends for attends, _ in norms)
+        kept += 4 * (of_heads + self.stream * sum(not attends for attends, _ in norms))
+        if setup.kind != "full":
+            # Every adapter keeps what it reads, after a dropout of its own, and what its first half writes.
+            return kept + reads * (product + dropout) + len(linear) * setup.lora_rank * product, inner
+        # Under autocast every layer casts the fp32 stream anew. The last layer of attention reads what is counted above.
+        reads = reads - queries if device == "cuda" else 2 * width + inner
+        scaled = self.stream * sum(not attends and not isinstance(m, nn.LayerNorm) for attends, m in norms)
+        return kept + (reads + of_heads) * product + 4 * scaled, inner
+
+    def _weight_bytes(self, device: str) -> int:
+        """Bytes that are kept of an attention weight: none where a fused kernel runs."""
+        eager = self.model.config._attn_implementation == "eager"
+        dropout = getattr(self.text, "attention_dropout", 0) or getattr(self.text, "attn_pdrop", 0)
+        return 8 if eager else 12 if dropout and device == "cpu" else 4 * self.multi_query
+
+    def peak(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
+        """Bytes of activations, logits and masks at the fullest moment of a micro-batch: where the forward pass ends, or in a part's
+        backward pass at the last block or, where gradients of the vocabulary meet in full fine-tuning, at the head or embeddings."""
+        product, size, _, _, busy_inner, busy_stream = _BYTES[device, setup.kind]
+        full, rerun, halves = setup.kind == "full", setup.gradient_checkpointing, setup.attention != "bidirectional"
+        rows, length, stream, layers = setup.batch_size, setup.length, self.stream, self.layers
+        parts = [rows] if rows < 3 else [2 * rows // 3, rows - 2 * rows // 3]
+        span, masked = length * (2 if halves else 1), rows > 1 or halves
+        # Bytes a row: what one block takes in its backward pass; what all keep; with what stands before and after them.
+        kept, inner = self._kept(setup, device, span, masked)
+        busy = span * ((kept * rerun + busy_inner * inner) // layers + busy_stream * stream)
+        kept = span * (stream * size * layers if rerun else kept)
+        each = kept + stream * (4 * span + 8 * length)
+        # Fused kernels make a float mask of a padding mask, each its own; a mask of blocks is float, cast where the base is fp32.
+        shared = self._weight_bytes(device) or halves and (device == "cpu" or setup.kind == "lora")
+        mask = masked * span**2 * product * (1 if rerun or shared else layers)
+        # Copies of weights: 16-bit ones of trained weights, by autocast; of experts also those to which PEFT adds their adapters.
+        cast, experts = full and device == "cuda", sum(p.numel() for p in self.experts)
+        copies = 2 * sum(self.quantizable) * cast + product * experts * (cast or not full)
+        matrix, tied = 4 * self.text.vocab_size * stream, self.parameters["head"] == 0
+        gradients = self.trained(setup) * (2 if setup.kind == "qlora" else 4) - full * matrix * (1 if tied else 2)
+        logits = [self._logits(n * length, setup.kind, device) for n in parts]
+        lasting = copies * (not rerun)
+        moments = [(rows * each + len(parts) * lasting + copies * (rerun and full), logits[-1])]
+        for index, n in enumerate(parts):
+            waits = index + 1 < len(parts)
+            before = sum(parts[:index]) * each + index * lasting + gradients * waits
+            block = before + n * (kept + busy) + (copies // layers if rerun else copies)
+            moments.append((block, full * matrix * (tied or len(parts) > 1)))
+            if full:
+                head = logits[index] + matrix * (1 + waits * (1 if tied else 2))
+                moments += [(before + n * each + lasting, head), (before, matrix * (3 if tied or waits else 1))]
+        activations, wide = max(moments, key=sum)
+        weight = 2 * max(self.quantizable, default=0) if setup.kind == "qlora" else 0  # one at a time is 16 bits wide
+        return {"activations": activations + weight, "logits": wide, "masks": rows * mask}
+
+    def _logits(self, tokens: int, kind: str, device: str) -> int:
+        """Bytes where the vocabulary is met: two fp32 tables of a piece and two of the piece before; a 16-bit copy of the matrix."""
+        vocabulary, half = self.text.vocab_size, 2 if device == "cuda" else 0
+        piece = max(1, (GPU_PIECE if device == "cuda" else PIECE) // vocabulary)
+        first, second = min(tokens, piece), min(max(tokens - piece, 0), piece)
+        copied = 2 * vocabulary * self.stream * (device == "cuda" and kind != "lora")
+        return vocabulary * max(first * (8 + half), first * 8 + second * (4 + half)) + copied
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Parameters by part; a head tied to the embedding is counted once, as embedding."""
+    heads = {id(p) for p in (model.get_output_embeddings() or nn.Module()).parameters()}
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    counts = dict.fromkeys(("embeddings", "attention", "mlp", "other", "head"), 0)
+    for name, parameter in model.named_parameters():
+        part = "attention" if in_attention(name) else "mlp" if _MLP_NAMES & {*name.split(".")} else "other"
+        part = "embeddings" if id(parameter) in tables else "head" if id(parameter) in heads else part
+        counts[part] += parameter.numel()
+    return {**counts, "total": sum(counts.values())}
+
+
+def analyze(name_or_path: str | PreTrainedConfig, *, trust_remote_code: bool = False, **setup: Any) -> Analysis:
     """Counts a causal language model and estimates, from its config alone, what it needs on CUDA.
 
     Args:
         name_or_path: hub name, folder of a model or adapter, "tiny", or a config.
-        batch_size, length: rows of a micro-batch and tokens of a row; inference caches one row of `length` tokens.
-        attention: "bidirectional", or "block": noisy and clean halves, 2 x `length` tokens.
+        setup: fields of `TrainingSetup` but its kind; inference caches one row of `length` tokens.
 
     Raises:
-        ValueError: not a decoder-only causal model, or a setting out of range.
-        OSError: there is no such model.
+        UserError: not a decoder-only causal model, or a setting out of range. OSError: there is no such model.
     """
-    setup = TrainingSetup("lora", batch_size, length, lora_rank, attention, gradient_checkpointing)
-    for key, least in (("batch_size", 1), ("length", 2), ("lora_rank", 1)):
-        if getattr(setup, key) < least:
-            raise UserError(f"`{key}` must be at least {least}, got {getattr(setup, key)}.")
-    if attention not in ("bidirectional", "block"):
-        raise UserError(f"`attention` must be 'bidirectional' or 'block', got {attention!r}.")
+    setup = TrainingSetup(**setup)
+    check_settings(setup)
     memory = ModelMemory(load_config(name_or_path, trust_remote_code), trust_remote_code)
-    analysis = _describe(memory, setup)
-    if isinstance(name_or_path, str):
-        analysis.name = name_or_path
-    if not analysis.model["softmax_attention"]:
-        return analysis
-    try:
-        analysis.training = {kind: memory.training(replace(setup, kind=kind)) for kind in KINDS}
-    except Exception as error:  # remote code may fail in any way on tensors without data; the counts hold all the same
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        analysis.notes.append(f"no estimate of training: a step fails on tensors without data ({reason})")
-        return analysis
-    analysis.cards = [_fit(memory, card, replace(setup, kind=kind)) for kind in KINDS for card in CARDS]
+    name = name_or_path if isinstance(name_or_path, str) else memory.model.config.model_type
+    analysis = _describe(name, memory, setup)
+    if analysis.model["softmax_attention"]:
+        setups = {kind: replace(setup, kind=kind) for kind in KINDS}
+        analysis.training = {kind: memory.training(setups[kind]) for kind in KINDS}
+        analysis.cards = [_fit(memory, card, setups[kind]) for kind in KINDS for card in CARDS]
     return analysis
 
 
-def load_config(name_or_path: str | PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config of a decoder-only causal model. ValueError: it is of another kind. OSError: there is none."""
-    config = name_or_path
+def load_config(config: str | PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of a decoder-only causal model, by name or itself. UserError: it is of another kind. OSError: there is none."""
     if not isinstance(config, PreTrainedConfig):
-        path = resolve_path(name_or_path)
+        path = resolve_path(config)
         if is_adapter(path):
             return load_config(adapter_base(path), trust_remote_code)
         config = from_hub(AutoConfig, path, trust_remote_code=trust_remote_code)
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    found = None
-    if config.is_encoder_decoder:
-        found = "is an encoder-decoder"
-    elif type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
-        found = "is an encoder"
-    elif type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        found = "has no causal language model"
-    if found:
-        advice = "give a decoder-only causal LM, for example Qwen3, Llama or GPT-2"
-        raise UserError(f"`model`: {config.model_type!r} {found}; {advice}.")
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or remote
+    if config.is_encoder_decoder or encoder or not causal:
+        raise UserError(f"`model`: {config.model_type!r} is not a decoder-only causal LM like Qwen3, Llama or GPT-2.")
     return config
 
 
-def _describe(memory: ModelMemory, setup: TrainingSetup) -> Analysis:
-    text, total = memory.text, memory.parameters["total"]
-    heads = getattr(text, "num_attention_heads", None)
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None) or heads
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        kv_heads = 1  # Falcon-7B
-    window = getattr(text, "sliding_window", None)
-    if "sliding_attention" not in (getattr(text, "layer_types", None) or ["sliding_attention"]):
-        window = None
-    names = [name for name, _ in memory.model.named_modules()]
-    attending = [name for name in names if in_attention(name) and not in_attention(name.rpartition(".")[0])]
-    recurrent = recurrent_layers(memory.model)
-    softmax = heads is not None and not recurrent and len(attending) >= memory.layers  # a vision tower has its own
+def _describe(name: str, memory: ModelMemory, setup: TrainingSetup) -> Analysis:
+    model, text, total = memory.model, memory.text, memory.parameters["total"]
+    attending = sum(in_attention(n) and not in_attention(n.rpartition(".")[0]) for n, _ in model.named_modules())
+    recurrent = recurrent_layers(model)
+    softmax = bool(memory.heads) and not recurrent and attending >= memory.layers  # a vision tower has its own
     linear = sum(memory.quantizable)
-    sizes = {
-        "fp32": (4, 4),
-        "bf16": (2, 2),
-        "int8": (1, 2),
-        "nf4": (NF4_BITS / 8, 2),
-    }  # of quantizable layers, of all else
-    weights = {k: (linear * a + (total - linear) * b) / GIB for k, (a, b) in sizes.items()}
-    cache = 2 * 2 * memory.layers * kv_heads * head_dim * setup.length / GIB if softmax else 0.0
+    sizes = {"fp32": (4, 4), "bf16": (2, 2), "int8": (1, 2), "nf4": (NF4_BITS / 8, 2)}  # linear layers, all else
+    weights = {kind: (linear * a + (total - linear) * b) / GIB for kind, (a, b) in sizes.items()}
+    cache = 2 * 2 * memory.layers * memory.kv_heads * memory.head_dim * setup.length / GIB if softmax else 0.0
+    sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    window = getattr(text, "sliding_window", None) if sliding else None
     facts = {
-        "architecture": type(memory.model).__name__,
+        "architecture": type(model).__name__,
         "layers": memory.layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
+        "heads": memory.heads or None,
+        "kv_heads": memory.kv_heads or None,
+        "head_dim": memory.head_dim or None,
         "hidden_size": text.hidden_size,
         "vocabulary": text.vocab_size,
         "context_length": getattr(text, "max_position_embeddings", None),
         "sliding_window": window,
         "softmax_attention": softmax,
     }
-    shown = {k: v for k, v in asdict(setup).items() if k not in ("kind", "optimizer", "cards")}
+    notes = {
+        f"sliding window of {window} tokens: conversion widens it to the whole context": window,
+        f"{', '.join(recurrent)} run from left to right; blocks, packing and annealing are refused": recurrent,
+        "not every layer is softmax attention: no estimate of training, which takes layers to be alike": not softmax,
+    }
+    shown = {key: value for key, value in asdict(setup).items() if key not in ("kind", "optimizer", "cards")}
     inference = {"kv_cache": cache, **{kind: weights[kind] + cache for kind in ("bf16", "int8", "nf4")}}
-    notes = [f"sliding window of {window} tokens: conversion widens it to the whole context"] if window else []
-    if recurrent:
-        notes.append(
-            f"{', '.join(recurrent)} run from left to right, converted or not: blocks, packing and annealing are refused, and so is a "
-            "model of nothing else"
-        )
-    if not softmax:
-        notes.append("not every layer is softmax attention: no estimate of training, which takes layers to be alike")
-    return Analysis(memory.config.model_type, facts, memory.parameters, weights, inference, shown, notes=notes)
+    return Analysis(name, facts, memory.parameters, weights, inference, shown, [n for n, so in notes.items() if so])
 
 
-def _fit(memory: ModelMemory, card: str, setup: TrainingSetup) -> CardFit:
-    def needed(tried: TrainingSetup) -> float:
-        return memory.training(tried)["total"] * FRAGMENTATION + CUDA_CONTEXT_GIB
+def _fit(memory: ModelMemory, card: str, setup: TrainingSetup) -> dict[str, Any]:
+    def needed(setup: TrainingSetup) -> float:
+        return memory.training(setup)["total"] * FRAGMENTATION + CUDA_CONTEXT_GIB
 
-    fit = CardFit(card, CARDS[card], setup.kind, needed(setup), needed(setup) <= CARDS[card])
-    for changes, tried in [] if fit.fits else _changes(setup):
-        # No trace where weights alone are too much.
-        if sum(memory.fixed(tried).values()) / tried.cards / GIB < fit.gib and needed(tried) <= fit.gib:
-            fit.changes, fit.total_changed = changes, needed(tried)
-            break
-    return fit
+    gib, total = CARDS[card], needed(setup)
+    sizes = ((changes, needed(changed)) for changes, changed in _changes(setup))
+    changes, changed = next(((changes, size) for changes, size in sizes if size <= gib), ([], None))
+    fit = {"card": card, "gib": gib, "kind": setup.kind, "total": total, "fits": total <= gib, "changes": changes}
+    return {**fit, "total_changed": changed if changes else None}
 
 
 def _changes(setup: TrainingSetup) -> Iterator[tuple[list[str], TrainingSetup]]:
-    """What to try, in order: checkpointing, a smaller batch, shorter rows; then the same with QLoRA, with an 8-bit paged
-    optimiser too, and on two cards too."""
-    ways = [([], setup)]
+    """What to try, in order; under each start checkpointing, then a smaller batch, then shorter rows."""
+    starts = [([], setup)]
     if setup.kind == "lora":
-        ways.append((["use_qlora: true"], replace(setup, kind="qlora")))
-    ways.append(([*ways[-1][0], f"optim: {PAGED}"], replace(ways[-1][1], optimizer=PAGED)))
-    ways.append(([*ways[-1][0], "two such cards by device_map"], replace(ways[-1][1], cards=2)))
-    for told, tried in ways:
-        yield told, tried
+        starts.append((["use_qlora: true"], replace(setup, kind="qlora")))
+    starts.append(([*starts[-1][0], f"optim: {PAGED}"], replace(starts[-1][1], optimizer=PAGED)))
+    starts.append(([*starts[-1][0], "two such cards by device_map"], replace(starts[-1][1], cards=2)))
+    for changes, changed in starts:
+        yield changes, changed
         if not setup.gradient_checkpointing:
-            told, tried = [*told, "gradient_checkpointing: true"], replace(tried, gradient_checkpointing=True)
-            yield told, tried
-        rows, fewer = setup.batch_size, told
-        while rows > 1:
-            rows //= 2
-            fewer = [*told, f"batch_size: {rows} and {-(-setup.batch_size // rows)} x accumulation"]
-            yield fewer, replace(tried, batch_size=rows)
-        for length in (length for length in SHORTER_LENGTHS if length < setup.length):
-            yield [*fewer, f"max_length: {length}"], replace(tried, batch_size=1, length=length)
+            changes, changed = [*changes, "gradient_checkpointing: true"], replace(changed, gradient_checkpointing=True)
+            yield changes, changed
+        fewer = changes
+        for rows in (setup.batch_size >> halvings for halvings in range(1, setup.batch_size.bit_length())):
+            fewer = [*changes, f"batch_size: {rows} and {-(-setup.batch_size // rows)} x accumulation"]
+            yield fewer, replace(changed, batch_size=rows)
+        for length in (length for length in (512, 256) if length < setup.length):
+            yield [*fewer, f"max_length: {length}"], replace(changed, batch_size=1, length=length)
 
 
 def analysis_tables(analysis: Analysis) -> list[Table]:
     """Tables of the model, parameters, weights and, where there are figures, of training by kind and of the cards."""
-    shown = {
-        k: "-" if v is None else ("no", "yes")[v] if isinstance(v, bool) else str(v) for k, v in analysis.model.items()
-    }
-    facts = [(key.replace("_", " "), value) for key, value in shown.items()]
+    words = {"None": "-", "True": "yes", "False": "no"}
+    facts = [(key.replace("_", " "), words.get(str(value), str(value))) for key, value in analysis.model.items()]
     counts = [(k, f"{n:,}", f"{100 * n / analysis.parameters['total']:.1f}") for k, n in analysis.parameters.items()]
     running = {k: f"{v:.2f}" for k, v in analysis.inference.items()}
     weights = [(k, f"{v:.2f}", running.get(k, "-")) for k, v in analysis.weights.items()]
-    cache = f"with KV cache of {analysis.setup['length']:,} tokens"
     tables = [
         _table("Model", ["name", analysis.name], facts, "\n".join(analysis.notes)),
         _table("Parameters", ["part", "count", "%"], counts),
-        _table("Weights, GiB", ["type", "alone", cache], weights),
+        _table("Weights, GiB", ["type", "alone", f"with KV cache of {analysis.setup['length']:,} tokens"], weights),
     ]
-    if not analysis.cards:
-        return tables
-    setup = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in analysis.setup.items())
-    parts = [(kind, *(f"{size:.2f}" for size in analysis.training[kind].values())) for kind in KINDS]
-    tables.append(
-        _table("Training on CUDA, GiB", ["kind", *analysis.training["lora"]], parts, f"{setup}\n{ASSUMPTIONS}")
-    )
-    verdicts = {(fit.card, fit.kind): _verdict(fit) for fit in analysis.cards}
-    cards = [(f"{card}, {gib}", *(verdicts[card, kind] for kind in KINDS)) for card, gib in CARDS.items()]
-    reserve = (
-        f"with {CUDA_CONTEXT_GIB:g} GiB for the CUDA context and {100 * FRAGMENTATION - 100:.0f} % for fragmentation"
-    )
-    return [*tables, _table("Cards, GiB", ["card", *KINDS], cards, reserve)]
+    if analysis.cards:
+        setup = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in analysis.setup.items())
+        parts = [(kind, *(f"{size:.2f}" for size in analysis.training[kind].values())) for kind in KINDS]
+        columns = ["kind", *analysis.training["lora"]]
+        tables.append(_table("Training on CUDA, GiB", columns, parts, f"{setup}\n{ASSUMPTIONS}"))
+        verdicts = {(fit["card"], fit["kind"]): _verdict(**fit) for fit in analysis.cards}
+        cards = [(f"{card}, {gib}", *(verdicts[card, kind] for kind in KINDS)) for card, gib in CARDS.items()]
+        reserve = f"with {CUDA_CONTEXT_GIB:g} GiB for the CUDA context and {FRAGMENTATION - 1:.0%} for fragmentation"
+        tables.append(_table("Cards, GiB", ["card", *KINDS], cards, reserve))
+    return tables
 
 
-def _verdict(fit: CardFit) -> str:
-    if fit.total_changed is None:
-        return f"{fit.total:.1f} {'fits' if fit.fits else 'does not fit'}"
-    return "\n".join([f"{fit.total:.1f} does not fit; {fit.total_changed:.1f} with", *fit.changes])
+def _verdict(total: float, fits: bool, changes: list[str], total_changed: float | None, **_: Any) -> str:
+    helping = f"; {total_changed:.1f} with" if changes else ""
+    return "\n".join([f"{total:.1f} {'fits' if fits else 'does not fit'}{helping}", *changes])
 
 
 def _table(title: str, columns: list[str], rows: list[tuple[str, ...]], caption: str = "") -> Table:
-    table = Table(
-        title=title,
-        caption=caption,
-        caption_justify="left",
-        show_lines=any("\n" in cell for row in rows for cell in row),
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and not table.show_lines else "left")
+    lines = any("\n" in cell for row in rows for cell in row)
+    heads = (Column(name, justify="left" if lines else "right") for name in columns[1:])
+    table = Table(columns[0], *heads, title=title, caption=caption, caption_justify="left", show_lines=lines)
     for row in rows:
         table.add_row(*row)
     return table

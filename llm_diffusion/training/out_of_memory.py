@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from ..models.memory import PAGED, ModelMemory, TrainingSetup
+from ..analysis import PAGED, ModelMemory, TrainingSetup
 from ..models.patching import base_of
 from ..models.record import record_of
 
@@ -19,7 +19,7 @@ def out_of_memory(model: torch.nn.Module, args: Any, shape: torch.Size, error: E
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     try:
         now, changes = remedies(model, args, shape)
-    except Exception:  # a model that cannot be traced; the error itself must come through
+    except Exception:  # a model that cannot be estimated; the error itself must come through
         return torch.OutOfMemoryError(reason)
     rows = "; ".join(f"{text} ({gib:.2f} GiB)" for text, gib in changes[:3])
     return torch.OutOfMemoryError(

@@ -14,7 +14,7 @@ import torch
 from small_trainers import LORA, make
 from transformers.trainer_utils import get_last_checkpoint
 
-from llm_diffusion.models.memory import PAGED, ModelMemory, TrainingSetup
+from llm_diffusion.analysis import PAGED, ModelMemory, TrainingSetup
 from llm_diffusion.training.out_of_memory import _single_changes
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
