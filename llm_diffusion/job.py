@@ -33,6 +33,7 @@ from .evaluation.metrics import AnswersCallback
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
+from .models.decoding_defaults import save_generation_config
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS
@@ -87,9 +88,12 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     plot_loss(histories, output / "loss.png")
 
     # 5. What was saved is loaded from disk, as a user will, and shown.
-    del model
     folders = stage_folders([stage.name for stage in stages], output)
     final = folders[stages[-1].name]
+    if hp.pipeline == "diffusion":
+        for folder in folders.values():
+            save_generation_config(model, folder, decoding(hp, model))
+    del model
     if hp.pipeline == "arm":
         show_autoregressive(hp, partial(load, final), histories)
         logger.info(f"saved: {final}; done in {time.perf_counter() - started:.0f} s")

@@ -240,7 +240,7 @@ def generate_by_diffusion(
     if not (watch or picture):
         click.echo("\n".join(inference.generate(list(prompts))))
         return
-    from .generation.watching import Watch
+    from .generation.streaming import Watch
 
     terminal = console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
     for prompt in prompts:
@@ -370,11 +370,9 @@ def evaluate(models: tuple[str, ...], output: str, **options: Any) -> None:
 
 def load_inference(model: str, settings: dict[str, Any]) -> Any:
     quiet_libraries()
-    from .generation.inference import DiffusionInference, default_decoding
+    from .generation.inference import DiffusionInference
 
-    inference = DiffusionInference.from_pretrained(model, **settings)
-    inference.settings |= default_decoding(inference.model, settings)
-    return inference
+    return DiffusionInference.from_pretrained(model, **settings)
 
 
 def writable(path: str, option: str, folder: bool = False) -> Path:

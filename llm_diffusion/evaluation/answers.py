@@ -11,7 +11,6 @@ import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -39,18 +38,6 @@ TRAINABLE = ({"messages"}, {"text"}, {"prompt", "completion"})
 
 
 # -- a model over many items
-
-
-@contextmanager
-def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; training goes on as before."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def in_batches(items: Iterable, size: int) -> Iterator[list]:

@@ -26,8 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
-from ..generation.config import DiffusionGenerationConfig
-from ..generation.inference import default_decoding
+from ..generation.config import DiffusionGenerationConfig, decoding_settings
 from ..models.checkpoints import is_adapter, resolve_path
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
@@ -295,7 +294,7 @@ def _load(name: str, chosen: dict[str, Any], trust_remote_code: bool) -> tuple[L
     """A model and its decoding."""
     model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-    decoding = default_decoding(model, chosen)
+    decoding = decoding_settings(model, chosen)
     if "max_new_tokens" not in chosen:
         del decoding["max_new_tokens"]  # tasks have their own
     return (model, tokenizer), decoding

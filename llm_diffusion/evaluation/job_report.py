@@ -16,24 +16,24 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from ..config import HyperParameters
-from ..generation.inference import continue_autoregressive, default_decoding
+from ..generation.config import decoding_settings
+from ..generation.inference import continue_autoregressive
+from ..models.decoding_defaults import RULES
 from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference
 from .metrics import denoising_trace, foresee_ends, plot_ends
 
-RULES = ("steps", "threshold", "factor", "entropy_bound")
-
 
 def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:
-    """The model's own defaults under the job's settings; `diffusion_steps` are those of a block, unless another rule is set."""
+    """The job's settings over the model's own; `diffusion_steps` are those of a block, unless another rule is set."""
     chosen, own_block = dict(hp.generation), record_of(model).block_length
     if own_block:
-        chosen["block_length"] = own_block
-    settings = default_decoding(model, chosen)
+        chosen.pop("block_length", None)
+    settings = decoding_settings(model, chosen)
     if hp.diffusion_steps and all(chosen.get(rule) is None for rule in RULES):
-        block = settings.get("block_length") or settings["max_new_tokens"]
+        block = own_block or settings.get("block_length") or settings["max_new_tokens"]
         steps = hp.diffusion_steps * -(-settings["max_new_tokens"] // block)
-        settings = default_decoding(model, {**chosen, "steps": steps})
+        settings = decoding_settings(model, {**chosen, "steps": steps})
     return settings
 
 

@@ -24,14 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.attention import causal_attention
-from ..models.patching import adapters_off, base_of
+from ..models.patching import adapters_off, base_of, in_eval_mode
 from ..models.record import record_of
 from ..objective.estimators import REPLICATES, check_estimator, draw, share_masked
 from ..objective.losses import token_nll
 from ..objective.modes import IGNORE_INDEX, align_with_readout
 from ..objective.noise import content_keys, hash_keys
 from ..training.collator import DataCollatorForMaskedDiffusion
-from .answers import in_batches, in_eval_mode, over_processes
+from .answers import in_batches, over_processes
 
 DEFAULT_LENGTH = 1024  # of a window, where the model can count further
 LEVELS = 10  # bins of the noise level

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from .. import UserError
 from ..generation.config import DiffusionGenerationConfig
 from ..generation.generate import generate
-from ..generation.lengths import end_ids, end_metrics, end_probabilities
-from ..models.patching import base_of
+from ..generation.lengths import end_ids, end_probabilities, quantile_lengths
+from ..models.patching import base_of, in_eval_mode
 from ..models.sampling import BANNED
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
@@ -28,7 +28,6 @@ from .answers import (
     encode_prompts,
     evaluate_answers,
     in_batches,
-    in_eval_mode,
     prompt_and_reference,
     question_of,
 )
@@ -253,6 +252,31 @@ def foresee_ends(
             if share == 0:
                 report.curves = list(zip(found[0][:8].tolist(), lengths[:8].tolist(), strict=True))
     return report
+
+
+def end_metrics(probabilities: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How well the ends of answers are predicted.
+
+    Args:
+        probabilities: (B, W) P(end <= place).
+        lengths: (B,) true ones, the end token included, at most W.
+
+    Returns:
+        (B,) each: `probability` of an end token at the true place; `top1` whether the likeliest place is the true one; `reciprocal_rank`
+        of the true place among all places, by how likely the answer ends just there; `error` of the median length, in tokens.
+    """
+    highest = probabilities.cummax(-1).values
+    here = highest - torch.nn.functional.pad(highest[:, :-1], (1, 0))  # the likelihood of every length
+    place = (lengths - 1)[:, None]
+    true = here.gather(-1, place)
+    index = torch.arange(here.shape[1], device=here.device)
+    rank = 1 + ((here > true) | ((here == true) & (index < place))).sum(-1)
+    return {
+        "probability": probabilities.gather(-1, place).squeeze(-1),
+        "top1": rank == 1,
+        "reciprocal_rank": 1 / rank,
+        "error": quantile_lengths(probabilities, 0.5) - lengths,
+    }
 
 
 def plot_ends(report: EndReport, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Decoding: from masks to text."""

@@ -12,33 +12,24 @@ from __future__ import annotations
 
 import torch
 
-from .. import UserError
-
 REMDM_LOOP = (0.55, 0.05, 0.9)  # t_on, t_off and alpha_on as published
 CONFIDENCES = ("low_confidence", "random", "entropy", "margin", "left_to_right")
+NOT_PROBABILITIES = ("entropy", "left_to_right")
 
 
 def confidence(
     logits: torch.Tensor, tokens: torch.Tensor, kind: str, random: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """How sure the model is of the proposed tokens; higher is committed earlier.
+    """How sure the model is of the proposed tokens; higher is committed earlier: (..., V) logits and (...) tokens -> (...) fp32.
 
     Args:
-        logits: (..., V) after bans and temperature-free, any float type.
-        tokens: (...) proposed token ids.
+        logits: after bans, before temperature.
         kind: "low_confidence" (probability of the token; the least confident stay masked), "entropy" (negative entropy),
             "margin" (probability gap of the two best), "random" or "left_to_right".
         random: (...) uniform numbers, for "random".
-
-    Returns:
-        (...) fp32.
     """
     if kind == "random":
-        if random is None:
-            raise UserError("`random` confidence needs uniform numbers.")
         return random
-    if kind not in CONFIDENCES:
-        raise UserError(f"`remasking` must be one of {CONFIDENCES}, got {kind!r}.")
     if kind == "left_to_right":
         return -torch.arange(tokens.shape[-1], dtype=torch.float32, device=tokens.device).expand(tokens.shape)
     log_probs = logits.float().log_softmax(-1)
@@ -81,13 +72,10 @@ def commit_factor(score: torch.Tensor, eligible: torch.Tensor, factor: float) ->
 def commit_entropy_bound(
     score: torch.Tensor, eligible: torch.Tensor, entropy: torch.Tensor, bound: float
 ) -> torch.Tensor:
-    """The best positions of every row as long as their entropies, the largest left out, sum to at most `bound`: (B, L) bool.
+    """The best positions of every row as long as their entropies (B, L), the largest left out, sum to at most `bound` nats.
 
-    That sum bounds what is lost by committing them independently of each other. The first one is always committed.
-
-    Args:
-        score: (B, L), the order; negative entropies for the published one.
-        entropy: (B, L) nats.
+    That sum bounds what is lost by committing them independently of each other. The first one is always committed. The published
+    order is by negative entropy.
 
     References: EB-Sampler (arXiv 2505.24857, eq. 8).
     """
@@ -100,10 +88,7 @@ def commit_entropy_bound(
 def perturb(score: torch.Tensor, temperature: float, random: torch.Tensor) -> torch.Tensor:
     """Gumbel noise on an order: its k best are k draws without replacement from softmax(score / temperature), (B, L).
 
-    Dream's order temperature (`alg_temp`). Dream draws by `multinomial`, which fails where fewer than k positions have any probability.
-
-    Args:
-        random: (B, L) uniform numbers in (0, 1).
+    Dream's order temperature (`alg_temp`); Dream's `multinomial` fails where fewer than k positions have any probability.
     """
     return score / temperature - torch.log(-torch.log(random))
 
@@ -111,15 +96,11 @@ def perturb(score: torch.Tensor, temperature: float, random: torch.Tensor) -> to
 def revise_p2(
     score: torch.Tensor, masked: torch.Tensor, open_: torch.Tensor, n_masked: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Self-planned path: the `n_masked` (B,) least sure of all open positions are masks after this step, committed or not.
+    """Self-planned path: the `n_masked` (B,) least sure of all open positions are masks after this step; `(commit, remask)`.
 
     Args:
         score: (B, L), of the proposed token where it is masked, of the committed token elsewhere.
-        masked: (B, L) bool, open positions that are masked now.
-        open_: (B, L) bool, positions that may change.
-
-    Returns:
-        `(commit, remask)`, both (B, L) bool. A position that stays committed keeps its token.
+        masked, open_: (B, L) bool, positions that are masked now, and those that may change.
 
     References: P2 (arXiv 2502.03540, algorithm 1).
     """
@@ -152,7 +133,7 @@ def revise_remdm(
     confidence: torch.Tensor | None = None,
     loop: tuple[float, float, float] = REMDM_LOOP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remasking diffusion: committed tokens are masked again with probability sigma.
+    """Remasking diffusion: committed tokens are masked again with probability sigma; `(commit, remask)`, (B, L) bool each.
 
     From t = steps_left / steps to s = t - 1 / steps, with alpha as in `remdm_alpha`: sigma is at most sigma_max = min(1, (1 - alpha_s) /
     alpha_t), and a mask is committed with probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t). The share of masks at every s
@@ -160,17 +141,11 @@ def revise_remdm(
 
     Args:
         steps_left: (B,) this one included.
-        eta: in [0, 1].
-        masked, open_: (B, L) bool.
         random: (B, L) uniform numbers in (0, 1).
         kind: "cap", sigma = min(eta, sigma_max); "rescale", sigma = eta sigma_max; "conf", the rescaled one dealt out among the
             committed tokens by softmax(-confidence), and masks committed as under sigma = 0, so their share is kept but roughly; "loop",
             capped, while t is in (t_off, t_on], and no remasking before and after.
         confidence: (B, L) probability that every token had when it was committed, for "conf".
-        loop: of "loop", see `remdm_alpha`.
-
-    Returns:
-        `(commit, remask)`, both (B, L) bool.
 
     References: ReMDM (arXiv 2503.00307, eq. 6, sections 4.1 and 4.2).
     """
@@ -183,7 +158,7 @@ def revise_remdm(
     sigma = torch.where(s > 0, sigma, 0.0)  # the last step leaves no mask
     again = sigma[:, None]
     if kind == "conf":
-        # Not a number where nothing is committed, which is below no noise.
+        # NaN where nothing is committed, which no noise is below.
         again = again * confidence.neg().masked_fill(masked | ~open_, -torch.inf).softmax(-1)
         sigma = torch.zeros_like(sigma)
     commit = torch.where(s > 0, (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t), 1.0)
@@ -193,7 +168,7 @@ def revise_remdm(
 def edits(
     probability: torch.Tensor, tokens: torch.Tensor, ids: torch.Tensor, editable: torch.Tensor, threshold: float
 ) -> torch.Tensor:
-    """Committed tokens that the model now replaces: it says another one, with more than `threshold` probability: (B, L) bool.
+    """Committed tokens that the model now replaces: it predicts another one, with more than `threshold` probability: (B, L) bool.
 
     References: LLaDA2.1 (arXiv 2602.08676), token-to-token editing.
     """

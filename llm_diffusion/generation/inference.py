@@ -1,10 +1,8 @@
-"""Text in, text out: a converted model and its tokenizer behind four verbs.
-
-Trade-off: a thin object that holds no state of its own. Alternative: `model.generate` with token ids, which is what it calls.
-"""
+"""Text in, text out: a converted model and its tokenizer behind four verbs; and gaps of unknown length between pieces of text."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -12,25 +10,15 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import UserError
+from ..models.decoding_defaults import layered
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import record_of
 from .canvas import fill_masks
-from .config import DiffusionGenerationConfig
+from .config import DiffusionGenerationConfig, decoding_settings
 from .generate import generate
-from .infilling import fill_gaps
 
 logger = logging.getLogger(__name__)
-
-
-def default_decoding(model: torch.nn.Module, chosen: dict[str, Any]) -> dict[str, Any]:
-    """Decoding settings that suit how a model attends, under those that were chosen."""
-    settings: dict[str, Any] = {"max_new_tokens": 128}
-    if "steps" not in chosen:
-        settings["threshold"] = 0.95
-    if "block_length" not in chosen and not record_of(model).mode.has_blocks:
-        settings |= {"block_length": 16, "grow_canvas": True}
-    return settings | chosen
 
 
 class DiffusionInference:
@@ -40,9 +28,9 @@ class DiffusionInference:
         model: a converted model.
         mask_token_id: its mask token.
         end_token_id: token that ends a row; None: rows end when no mask is left.
-        steps: denoising steps.
+        steps: denoising steps; None: none are set.
         tokenizer: needed by `generate`, `chat` and `infill`; `from_pretrained` brings it.
-        settings: further settings of `DiffusionGenerationConfig`.
+        settings: further ones of `UnmaskingSettings`; those of a call win over them.
 
     Example:
 
@@ -60,7 +48,9 @@ class DiffusionInference:
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.settings = {"mask_token_id": mask_token_id, "eos_token_id": end_token_id, "steps": steps, **settings}
+        self.settings = {"mask_token_id": mask_token_id, "eos_token_id": end_token_id, **settings}
+        if steps is not None:
+            self.settings["steps"] = steps
         DiffusionGenerationConfig(**self.settings)  # a wrong setting fails here, not at the first call
 
     @classmethod
@@ -75,21 +65,17 @@ class DiffusionInference:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> DiffusionInference:
-        """Loads a converted model, full or adapter (see `load_diffusion_model`); `settings` are decoding settings."""
+        """Loads a converted model, see `load_diffusion_model`; `settings` are over those of `decoding_settings`."""
         model, tokenizer = load_diffusion_model(
             name_or_path, device=device, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        record = record_of(model)
-        if not record.trained:
+        if not record_of(model).trained:
             logger.warning(
                 "%r is converted but not trained as a diffusion model yet: its answers mean nothing", name_or_path
             )
-        return cls(model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps, tokenizer, **settings)
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise UserError("`tokenizer` is missing: pass it to DiffusionInference, or use `from_pretrained`.")
-        return self.tokenizer
+        chosen = decoding_settings(model, settings if steps is None else {**settings, "steps": steps})
+        steps, _ = chosen.pop("steps", None), chosen.pop("mask_token_id")
+        return cls(model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps, tokenizer, **chosen)
 
     @property
     def device(self) -> torch.device:
@@ -100,24 +86,23 @@ class DiffusionInference:
 
         Other tokens stay as they are. When a row's end token is committed and no mask is left before it, the masks after it
         become end tokens.
-
-        Raises:
-            ValueError: there is nothing to fill.
         """
         ids = batch["input_ids"].to(self.device)
-        attention_mask = batch.get("attention_mask")
-        attention_mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
-        if not ((ids == self.settings["mask_token_id"]) & attention_mask.bool()).any():
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask.to(self.device)
+        if not ((ids == self.settings["mask_token_id"]) & mask.bool()).any():
             raise UserError(
                 f"`input_ids`: the batch has no mask token (id {self.settings['mask_token_id']}), so there is nothing to fill."
             )
-        return fill_masks(self.model, ids, attention_mask, DiffusionGenerationConfig(**self.settings)).sequences
+        settings = dict(self.settings)
+        if settings.get("grow_canvas"):  # what follows a gap is seen from the start
+            settings |= {"block_length": None, "grow_canvas": False}
+        return fill_masks(self.model, ids, mask, DiffusionGenerationConfig(**settings)).sequences
 
     def generate(self, prompts: list[str] | str, **settings: Any) -> list[str]:
         """Continues plain texts; returns the answers alone."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        encoded = [self._tokenizer()(prompt)["input_ids"] for prompt in prompts]
-        return self._answer(encoded, settings)
+        return self._answer([self._tokenizer()(prompt)["input_ids"] for prompt in prompts], settings)
 
     def chat(self, messages: list[dict] | list[list[dict]], **settings: Any) -> str | list[str]:
         """Answers one conversation (a list of messages) or several."""
@@ -130,37 +115,36 @@ class DiffusionInference:
         return answers if several else answers[0]
 
     def infill(self, text: str | list[str], max_gap_length: int = 16, **settings: Any) -> str:
-        """Fills the mask tokens written into `text`, one token each; or the gaps of any length between several pieces of text.
+        """Fills the mask tokens in `text`, one token each; or gaps of up to `max_gap_length` tokens between several pieces of it.
 
-        `infill("12<|mask|>45=57")` says how long a gap is; `infill(["def add(a, b):", "return c"])` leaves it open, up to
-        `max_gap_length` tokens, and each further piece is a further gap.
+        infill("12<|mask|>45=57")    infill(["def add(a, b):", "return c"])
         """
-        # Text follows the gap: it cannot end there.
-        chosen = {
-            **self.settings,
-            "eos_token_id": None,
-            "suppress_tokens": [self._tokenizer().eos_token_id],
-            **settings,
-        }
-        chosen |= {"block_length": None, "grow_canvas": False}  # both sides of a gap are seen from the start
+        tokenizer = self._tokenizer()
+        # Text follows the gap: it cannot end there, and is seen from the start.
+        chosen = layered({**self.settings, "eos_token_id": None, "suppress_tokens": [tokenizer.eos_token_id]}, settings)
+        config = DiffusionGenerationConfig(**{**chosen, **BOTH_SIDES})
         if not isinstance(text, str):
-            pieces = [self.tokenizer(piece, add_special_tokens=not i)["input_ids"] for i, piece in enumerate(text)]
-            gaps = fill_gaps(self.model, pieces, DiffusionGenerationConfig(**chosen), max_gap_length)
+            pieces = [tokenizer(piece, add_special_tokens=not i)["input_ids"] for i, piece in enumerate(text)]
+            gaps = fill_gaps(self.model, pieces, config, max_gap_length)
             ids = pieces[0] + [token for gap, piece in zip(gaps, pieces[1:], strict=True) for token in gap + piece]
-            return self.tokenizer.decode(ids, skip_special_tokens=True)
-        encoded = self.tokenizer([text], return_tensors="pt").to(self.device)
+            return tokenizer.decode(ids, skip_special_tokens=True)
+        encoded = tokenizer([text], return_tensors="pt").to(self.device)
         if not (encoded["input_ids"] == self.settings["mask_token_id"]).any():
-            raise UserError(f"`text`: no {self.tokenizer.mask_token} in it, so there is nothing to fill.")
-        filled = fill_masks(
-            self.model, encoded["input_ids"], encoded["attention_mask"], DiffusionGenerationConfig(**chosen)
-        )
-        return self.tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
+            raise UserError(f"`text`: no {tokenizer.mask_token} in it, so there is nothing to fill.")
+        filled = fill_masks(self.model, encoded["input_ids"], encoded["attention_mask"], config)
+        return tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise UserError("`tokenizer` is missing: pass it to DiffusionInference, or use `from_pretrained`.")
+        return self.tokenizer
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:
         if not encoded:
             return []
         batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
-        sequences = generate(self.model, **batch, **{**self.settings, **settings, "return_dict_in_generate": False})
+        chosen = layered(self.settings, {**settings, "return_dict_in_generate": False})
+        sequences = generate(self.model, **batch, **chosen)
         return self.tokenizer.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -200,3 +184,88 @@ def check_autoregressive(settings: dict[str, Any]) -> None:
     """Raises UserError for settings that `continue_autoregressive` does not know, those of unmasking for one."""
     if unknown := sorted(set(settings) - set(vars(GenerationConfig())) - {"seed"}):
         raise UserError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
+
+
+# Of a canvas with text on both sides of its masks.
+BOTH_SIDES = {"block_length": None, "grow_canvas": False, "length_quantile": None}
+
+
+@torch.no_grad()
+def fill_gaps(
+    model: torch.nn.Module,
+    pieces: list[list[int]],
+    settings: DiffusionGenerationConfig,
+    max_gap_length: int = 16,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """The tokens of every gap between neighbouring pieces, [piece, gap, piece, gap, piece].
+
+    A mask stands for one token, so every length is tried, and the filling with the highest mean log-probability of its tokens when
+    committed is taken, as beam search compares hypotheses of different lengths. Of several gaps the leftmost is chosen first, with the
+    text up to the next gap; then all are filled together once more, where each sees everything.
+
+    Args:
+        pieces: token ids; the first and the last may be empty, which leaves an open end.
+        settings: how each candidate is filled. End tokens end nothing here.
+        max_gap_length: most tokens of a gap, at least 1.
+        batch_size: candidates filled at once.
+
+    Returns:
+        One list of tokens for each of the `len(pieces) - 1` gaps.
+    """
+    record = record_of(model)
+    if record.mode.has_blocks:
+        raise UserError(
+            f"`attention`={record.attention!r}: the model does not see the text behind a gap; use a bidirectional one."
+        )
+    if len(pieces) < 2:
+        raise UserError(f"`pieces`: a gap lies between two pieces of text, got {len(pieces)}.")
+    if isinstance(max_gap_length, bool) or not isinstance(max_gap_length, int) or max_gap_length < 1:
+        raise UserError(f"`max_gap_length` must be a whole number, at least 1, got {max_gap_length!r}.")
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    longest = sum(map(len, pieces)) + max_gap_length * (len(pieces) - 1)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"`max_gap_length`={max_gap_length}: up to {longest} tokens exceed the model's {limit} positions."
+        )
+    settings = copy.copy(settings)
+    vars(settings).update(**BOTH_SIDES, output_history=True, eos_token_id=None)
+    before, lengths = list(pieces[0]), []
+    for behind in pieces[1:]:
+        fillings = []
+        for first in range(1, max_gap_length + 1, batch_size):
+            candidates = [[n] for n in range(first, min(first + batch_size, max_gap_length + 1))]
+            fillings += _fill(model, [before, behind], candidates, settings)
+        gap = max(fillings, key=lambda filling: filling[0])[1][0]
+        lengths.append(len(gap))
+        before += gap + list(behind)
+    return [gap] if len(lengths) == 1 else _fill(model, pieces, [lengths], settings)[0][1]
+
+
+def _fill(
+    model: torch.nn.Module,
+    pieces: list[list[int]],
+    candidates: list[list[int]],
+    settings: DiffusionGenerationConfig,
+) -> list[tuple[float, list[list[int]]]]:
+    """For each choice of lengths, how sure the filling is and its gaps."""
+    rows = []
+    for lengths in candidates:
+        row = list(pieces[0])
+        for n, piece in zip(lengths, pieces[1:], strict=True):
+            row += [settings.mask_token_id] * n + list(piece)
+        rows.append(torch.tensor(row, device=base_of(model).device))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    # A mask token in a piece is one gap more, of one token.
+    output = fill_masks(model, ids, mask, settings)
+    filled = (ids == settings.mask_token_id) & mask.bool()
+    sure = torch.where(filled, output.confidence[-1].clamp(min=1e-9).log(), 0.0).sum(-1) / filled.sum(-1)
+    result = []
+    for row, lengths, score in zip(output.sequences.tolist(), candidates, sure.tolist(), strict=True):
+        gaps, start = [], len(pieces[0])
+        for n, piece in zip(lengths, pieces[1:], strict=True):
+            gaps.append(row[start : start + n])
+            start += n + len(piece)
+        result.append((score, gaps))
+    return result

@@ -16,13 +16,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .. import UserError
 from ..objective.settings import check_value
@@ -42,6 +43,7 @@ from .checkpoints import (
     resolve_path,
 )
 from .conversion import convert_to_diffusion, fingerprint
+from .decoding_defaults import autoregressive_config
 from .diffugpt import load_published, name_mask
 from .layouts import Layout, find_layout
 from .patching import base_of
@@ -125,6 +127,8 @@ def load_diffusion_model(
     if gguf_file:
         update_record(model, gguf_file=gguf_file)
     if adapter:
+        if local_file(path, GENERATION_CONFIG_NAME) is not None:
+            base_of(model).generation_config = from_hub(GenerationConfig, path)
         model = from_hub(PeftModel, model, path, is_trainable=True)
         train_rows_alone(model)  # PEFT would copy the vocabulary at every forward
     elif not gguf_file:
@@ -219,6 +223,7 @@ def load_autoregressive(
             config.is_causal = True
             model = from_hub(AutoModelForCausalLM, path, config=config, **options)
         if tokenizer.mask_token_id is not None:
+            model.generation_config, _ = autoregressive_config(model.generation_config)
             model.generation_config.suppress_tokens = [tokenizer.mask_token_id]
     if "device_map" not in options:
         model = model.to(device)

@@ -132,3 +132,15 @@ def _keeping_forward(self: PreTrainedModel, *args: Any, logits_to_keep: int | to
     else:
         output.logits = logits.gather(1, keep[..., None].expand(-1, -1, logits.shape[-1]))
     return output
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; training goes on as before."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

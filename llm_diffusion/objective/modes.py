@@ -16,7 +16,15 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.functional import pad
 
-from .attention_masks import additive, bidirectional, block_diffusion, column_index, positions
+from .attention_masks import (
+    additive,
+    bidirectional,
+    block_causal,
+    block_decoding,
+    block_diffusion,
+    column_index,
+    positions,
+)
 
 IGNORE_INDEX = -100  # label of a position that is never masked and never scored
 
@@ -91,6 +99,21 @@ class Bidirectional:
     def align(self, per_token: torch.Tensor, fill: float) -> torch.Tensor:
         return align_with_readout(per_token, self.right_shift_logits, fill)
 
+    def decoding_mask(self, document_ids: torch.Tensor, active: torch.Tensor) -> torch.Tensor | None:
+        """(B, L, L) bool, what every token sees while block `active` (B,) is filled; None: all but padding."""
+        return None
+
+    def block_start(self, prompt_lengths: torch.Tensor) -> torch.Tensor:
+        """(B,) -> (B,) position from which the blocks of an answer are counted: its own first token."""
+        return prompt_lengths
+
+    def readout_positions(self, columns: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Columns of the hidden states that predict the tokens at `columns` (B, k), whose positions in the text are `places`.
+
+        The first token of a text has no predecessor, not even padding: it is read in its own place.
+        """
+        return torch.where((places > 0) & self.right_shift_logits, columns - 1, columns)
+
 
 @dataclass(frozen=True)
 class Block(Bidirectional):
@@ -156,6 +179,16 @@ class Block(Bidirectional):
         columns = [torch.arange(start, length), torch.arange(length, 2 * length)]
         return torch.cat(columns).to(rows.input_ids.device)
 
+    def decoding_mask(self, document_ids: torch.Tensor, active: torch.Tensor) -> torch.Tensor | None:
+        return block_decoding(document_ids, self.block_length, self.clean_context, active)
+
+    def clean_mask(self, document_ids: torch.Tensor) -> torch.Tensor:
+        """(B, L, L) bool, what tokens of finished blocks see of each other."""
+        return block_causal(document_ids, 1 if self.clean_context == "causal" else self.block_length)
+
+    def block_start(self, prompt_lengths: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(prompt_lengths)  # as in training: the start of the text
+
 
 @dataclass(frozen=True)
 class Lossless(Block):
@@ -175,6 +208,9 @@ class Lossless(Block):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         first, _ = super()._read_from_clean(rows, position, 0.0)
         return first | ~rows.text, torch.zeros_like(first)  # the base predicts them
+
+    def block_start(self, prompt_lengths: torch.Tensor) -> torch.Tensor:
+        return prompt_lengths  # drafts start anywhere
 
 
 MODES = {mode.name: mode for mode in (Bidirectional, Block, Lossless)}

@@ -165,11 +165,6 @@ def draw_exact_mask(
     return maskable & (rank < k), k / n
 
 
-def readout_positions(positions: torch.Tensor, right_shift: bool) -> torch.Tensor:
-    """Indices of the hidden states that predict the tokens at `positions` (position 0 reads itself when shifted)."""
-    return (positions - 1).clamp(min=0) if right_shift else positions
-
-
 def row_keys(ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """(B,) keys of the noise: by content, and the n-th row with the same content gets noise of its own."""
     keys = content_keys(ids, attention_mask)

@@ -1,0 +1,1 @@
+"""Lossless decoding: the adapter drafts, the base verifies."""

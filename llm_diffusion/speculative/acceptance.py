@@ -1,11 +1,11 @@
-"""Which drafted tokens the autoregressive model would have said itself.
+"""Which drafted tokens the autoregressive model, the target, would have written itself.
 
-Pure functions on a batch of drafts: the target has scored [first token ; draft], so that its row j is what it says after the draft's
-first j tokens. Greedy: the draft is right as long as it is the target's best token. Sampled: the published acceptance rule, after which
-every token is distributed as the target's own, whatever the draft.
+It has scored [first token ; draft], so that its row j is what it predicts after the draft's first j tokens. Greedy: the draft is right as
+long as it is the target's best token. Sampled: after the published rule every token is distributed as the target's own, whatever the
+draft.
 
-    draft          d1  d2  d3          accepted: d1, d2;  next: the target's token in place of d3
-    target says    d1  d2  x   y
+    draft              d1  d2  d3          accepted: d1, d2;  next: the target's token in place of d3
+    target predicts    d1  d2  x   y
 
 References: Leviathan et al. (arXiv 2211.17192, algorithm 1), Chen et al. (arXiv 2302.01318).
 """

@@ -1,17 +1,14 @@
 """Turns the adapters of a model off and on without walking it, whole or for the last rows of a forward pass.
 
-Purpose: drafting (adapter on) and verifying (adapter off) alternate at every forward pass of lossless decoding, or share one. Walking
-the modules, as PEFT's `disable_adapter` does, costs more than the forward pass of a small model; and PEFT's own forward computes the
-adapter for every row and copies the whole embedding to change one row of it.
-Trade-off: while it is open, LoRA layers run a forward of ours, which knows plain LoRA only and refuses the rest. Alternative: PEFT's
-activated LoRA, which gates by a token sequence in the prompt, not by row.
-
-References: LoRA (arXiv 2106.09685).
+Drafting (adapter on) and verifying (adapter off) alternate at every forward pass of lossless decoding, or share one. Walking the
+modules, as PEFT's `disable_adapter` does, costs more than the forward pass of a small model. While a switch is open, LoRA layers run a
+forward of ours, which knows plain LoRA only and refuses the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -24,16 +21,17 @@ from torch.nn import functional as F
 
 from .. import UserError
 from ..models.patching import Patch, base_of
+from ..models.record import record_of
 
 
-class AdapterSwitch:
-    """The adapters of one model, found once; for inference. `close()`, or the end of a `with` block, gives them back.
+class AdapterSwitch(AbstractContextManager):
+    """The adapters of one model, found once; for inference. The end of the `with` block gives them back.
 
     Attributes:
-        first: rows (positions of a pass) from this one on hear the adapters; None: no row does.
+        first: rows (positions of a pass) from this one on have the adapters on; None: no row has.
 
     Raises:
-        ValueError: see `check_adapters`.
+        UserError: see `check_adapters`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -41,7 +39,7 @@ class AdapterSwitch:
         base, self._patch, self._batch = base_of(model), Patch(), 1
         if "adapter_switch" in vars(base):
             raise RuntimeError("lossless decoding is running on this model already; one call at a time.")
-        self._mask_token_id = getattr(base.config, "diffusion", {}).get("mask_token_id")
+        self._mask_token_id = record_of(base).mask_token_id
         modules, embedding = list(base.modules()), base.get_input_embeddings()
         check_adapters(base, self._mask_token_id, modules)
         self._mask_row: torch.Tensor | None = None
@@ -75,40 +73,34 @@ class AdapterSwitch:
             ):  # one call in place of four: small models are all overhead
                 found.baddbmm_(F.linear(rows, down), up.T.expand(self._batch, -1, -1), alpha=scaling)
             else:
-                heard = F.linear(F.linear(rows.to(down.dtype), down), up, bias)
-                found += (heard * scaling).to(output.dtype)
+                added = F.linear(F.linear(rows.to(down.dtype), down), up, bias)
+                found += (added * scaling).to(output.dtype)
         return output
 
     def _embed(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        """The mask token's own row, where the adapters are heard."""
+        """The mask token's own row, where the adapters are on."""
         self._batch = len(args[0])
         if self.first is None or self._mask_row is None:
             return output
-        heard = args[0][:, self.first :, None] == self._mask_token_id
-        rows = torch.where(heard, self._mask_row.to(output.dtype), output[:, self.first :])
+        masks = args[0][:, self.first :, None] == self._mask_token_id
+        rows = torch.where(masks, self._mask_row.to(output.dtype), output[:, self.first :])
         return torch.cat([output[:, : self.first], rows], 1)
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._hook.remove()
         self._patch.undo()
-
-    def __enter__(self) -> AdapterSwitch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def check_adapters(
     model: torch.nn.Module, mask_token_id: int | None = None, modules: list[torch.nn.Module] | None = None
 ) -> None:
-    """Refuses adapters under which the base is not there any more, or that act on more than the rows that hear them.
+    """Refuses adapters under which the base is not there any more, or that act on more than the rows where they are on.
 
     Args:
         modules: all of the model's, if they were listed already.
 
     Raises:
-        ValueError: none, merged, no plain LoRA, on the vocabulary, or with token rows of their own besides the mask token's.
+        UserError: none, merged, no plain LoRA, on the vocabulary, or with token rows of their own besides the mask token's.
     """
     modules = list(base_of(model).modules()) if modules is None else modules
     layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
@@ -120,20 +112,17 @@ def check_adapters(
     if any(layer.merged for layer in layers):
         raise UserError("`attention`='lossless': the adapter is merged into the base; call `unmerge_adapter()` first.")
     vocabulary = (base_of(model).get_input_embeddings(), base_of(model).get_output_embeddings())
-    odd = [type(layer).__name__ for layer in layers if not isinstance(layer, LoraLayer | TrainableTokensLayer)]
-    odd += [type(layer).__name__ for layer in layers if isinstance(layer, LoraLayer) and not layer.lora_A]
-    odd += ["a variant of LoRA" for layer in layers if getattr(layer, "lora_variant", None)]
-    odd += ["LoRA on the vocabulary" for layer in layers if isinstance(layer, LoraLayer) and layer in vocabulary]
-    odd += ["`modules_to_save`" for module in modules if isinstance(module, ModulesToSaveWrapper)]
-    odd += [
-        f"`trainable_token_indices` {rows}"
-        for layer in layers
-        if isinstance(layer, TrainableTokensLayer)
-        for rows in layer.token_indices.values()
-        if set(rows) - {mask_token_id}
-    ]
+    odd = ["`modules_to_save`" for module in modules if isinstance(module, ModulesToSaveWrapper)]
+    for layer in layers:
+        if isinstance(layer, TrainableTokensLayer):
+            others = [rows for rows in layer.token_indices.values() if set(rows) - {mask_token_id}]
+            odd += [f"`trainable_token_indices` {rows}" for rows in others]
+        elif not isinstance(layer, LoraLayer) or not layer.lora_A:
+            odd.append(type(layer).__name__)
+        elif layer.lora_variant or layer in vocabulary:
+            odd.append("a variant of LoRA" if layer.lora_variant else "LoRA on the vocabulary")
     if odd:
         raise UserError(
             f"`attention`='lossless' knows plain LoRA and the mask token's row, got {', '.join(sorted(set(odd)))}: it would change what the "
-            "base says while it verifies; leave it out of `peft_config`."
+            "base predicts while it verifies; leave it out of `peft_config`."
         )

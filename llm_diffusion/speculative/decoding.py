@@ -6,47 +6,53 @@ The key-value cache holds clean text as the base wrote it. One forward pass of a
     clean text   | verified, causal, | next drafts, one for every place    M: mask tokens
                  | adapter off       | where the draft may end, adapter on
 
-The verified rows say how far the draft is right and what comes next; the drafts of that outcome are the next cycle's, and everything
+The verified rows tell how far the draft is right and what comes next; the drafts of that outcome are the next cycle's, and everything
 behind the accepted rows is cropped off the cache. So a pass yields up to a block. Without drafts in advance (`draft_outcomes=0`), or
 after an outcome that was not drafted for, a pass of its own drafts [t M M M], which knows t.
 
 A row whose draft was worse than its neighbours' keeps dead columns in the cache, which nothing attends to: the cache is cropped to the
-best row and never copied.
-Greedy output is the base's own, up to ties: the base scores several tokens in one pass, whose rounding differs from one token's by the
-last digits, so in bf16 a token may differ where the two best are that close. Sampled output is distributed as the base's.
-Trade-off: passes with more rows, for fewer passes; it pays where a pass costs the same with 1 row and with 50 (GPUs at small batches,
-small models). Alternative: the host's assisted generation, whose drafter is another model with a cache of its own.
+best row and never copied. Greedy output is the base's own, up to ties of its rounding; sampled output is distributed as the base's.
 
 References: speculative decoding (arXiv 2211.17192), drafts in advance as in Medusa (arXiv 2401.10774).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import torch
 from transformers import DynamicCache, GenerationConfig
 
 from .. import UserError
-from ..models.outputs import DiffusionOutput, eos_ids, output_of
+from ..models.outputs import DiffusionOutput, OnStep, Recorder, behind, eos_ids
 from ..models.patching import base_of
 from ..models.record import record_of
 from ..models.sampling import ban, sample, warped
 from ..objective.attention_masks import additive, block_causal
-from ..objective.noise import (
-    MASK_STREAM,
-    ORDER_STREAM,
-    TOKEN_STREAM,
-    row_keys,
-    uniform,
-)
+from ..objective.noise import MASK_STREAM, ORDER_STREAM, TOKEN_STREAM, row_keys, uniform
 from .acceptance import accept_greedy, accept_sampled
 from .adapters import AdapterSwitch
 
 # Rows of a pass that cost little more than one row does: where drafting in advance stops paying. Of CUDA an estimate, from arithmetic
 # against bandwidth, not a measurement.
 FREE_ROWS = {"cpu": 32, "cuda": 512}
+
+
+def decode_lossless(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    settings: GenerationConfig,
+    on_step: OnStep | None = None,
+) -> DiffusionOutput:
+    """Answers left-padded prompts (B, P) as the base would; sequences (B, P + max_new_tokens), `accepted` (B, cycles)."""
+    training = model.training
+    if training:  # walking a small model costs as much as running it
+        model.eval()
+    try:
+        with torch.no_grad():
+            return LosslessDecoder(model, input_ids, attention_mask, settings).run(on_step)
+    finally:
+        if training:
+            model.train()
 
 
 class LosslessDecoder:
@@ -85,20 +91,15 @@ class LosslessDecoder:
         # Drafts may reach further than the model can count; what is there is never accepted.
         self.last_place = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - 1
 
-    def run(self, on_step: Callable[[torch.Tensor], None] | None = None) -> DiffusionOutput:
+    def run(self, on_step: OnStep | None = None) -> DiffusionOutput:
         """Decodes all rows to their end."""
-        history: list[torch.Tensor] = []
+        recorder = Recorder(self.settings, on_step)
         with AdapterSwitch(self.model) as self.switch:
             self._prefill()
             while self.rows.numel():
                 self._cycle()
-                if self.settings.output_history or on_step is not None:
-                    history.append(self.canvas.clone())
-                    if on_step is not None:
-                        on_step(history[-1])
-        was_open = torch.zeros_like(self.canvas, dtype=torch.bool)
-        was_open[:, self.prompt_length :] = True
-        output = output_of(self.canvas, was_open, self.nfe, self.eos, history if self.settings.output_history else None)
+                recorder.step(self.canvas)
+        output = recorder.output(self.canvas, behind(self.canvas, self.prompt_length), self.nfe, self.eos)
         output.accepted = torch.stack(self.accepted, -1)
         return output
 
@@ -106,9 +107,8 @@ class LosslessDecoder:
         """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest or most frequent first."""
         wanted = self.settings.draft_outcomes
         if wanted is None:
-            wanted = (
-                FREE_ROWS.get(self.canvas.device.type, FREE_ROWS["cpu"]) // (len(self.rows) * self.block_length) - 1
-            )
+            free = FREE_ROWS.get(self.canvas.device.type, FREE_ROWS["cpu"])
+            wanted = free // (len(self.rows) * self.block_length) - 1
         if wanted >= self.block_length:
             return list(range(self.block_length))
         if wanted <= 0:
@@ -119,51 +119,41 @@ class LosslessDecoder:
 
     def _prefill(self) -> None:
         """The prompt, and the first drafts behind it."""
-        ids, place = self.canvas[:, : self.prompt_length], self.valid.cumsum(-1) - 1
-        causal = block_causal(self.valid.long(), 1)
+        ids, place = self.canvas[:, : self.prompt_length], (self.valid.cumsum(-1) - 1).clamp(min=0)
         ends = [self.prompt_length] if self._outcomes() else []
-        logits = self._forward(ids, place.clamp(min=0), causal, 1, ends, [0] * len(ends), self.valid)
+        logits = self._forward(ids, place, block_causal(self.valid.long(), 1), 1, ends)
         if ends:
             self.cache.crop(-self.block_length)
-        self.token = self._first(logits[:, 0])
+        self.token = self._pick(logits[:, :1], ORDER_STREAM, 0)[0][:, 0]
         self.accepted.append(torch.full_like(self.done, -1))
-        stay = self._end_known()
+        stay = self._leave(torch.ones_like(self.rows, dtype=torch.bool))
         if self.rows.numel():
             self._draft(logits[stay][:, None, 1:], torch.full_like(self.rows, 0 if ends else -1))
 
     def _forward(
-        self,
-        ids: torch.Tensor,
-        place: torch.Tensor,
-        allowed: torch.Tensor,
-        n_logits: int,
-        ends: list[int],
-        ahead: list[int],
-        text: torch.Tensor,
+        self, ids: torch.Tensor, place: torch.Tensor, allowed: torch.Tensor, n_logits: int, ends: list[int]
     ) -> torch.Tensor:
         """One pass over clean rows (B, R), adapter off, and blocks of masks behind them, adapter on.
 
         Args:
             place: (B, R) positions of the clean rows.
-            allowed: (B, R, C + R) what they see.
+            allowed: (B, R, C + R) bool, what they see, cached columns first.
             n_logits: of how many of them, the last ones, logits are wanted.
-            ends, ahead: of every block, how many clean rows it sees, and how far from the next token it starts.
-            text: (B, R) which clean rows are no padding.
+            ends: how many clean rows each block sees, and stands behind.
 
         Returns:
             (B, n_logits + len(ends) * (b - 1), V) fp32, banned tokens out of reach.
         """
-        b, batch, n_clean, cached = self.block_length, len(ids), ids.shape[1], allowed.shape[2] - ids.shape[1]
-        n_masks, index = b * len(ends), torch.arange(n_clean, device=ids.device)
-        mask = torch.zeros((batch, n_clean + n_masks, cached + n_clean + n_masks), dtype=torch.bool, device=ids.device)
-        mask[:, :n_clean, : cached + n_clean] = allowed
-        keep, places = [index[n_clean - n_logits :]], [place]
-        for number, (end, far) in enumerate(zip(ends, ahead, strict=True)):
-            rows = slice(n_clean + b * number, n_clean + b * number + b)
-            mask[:, rows, :cached] = self.valid[:, None, :cached]
-            mask[:, rows, cached : cached + n_clean] = (text & (index < end))[:, None]
-            mask[:, rows, cached + rows.start : cached + rows.stop] = True
-            places.append(self.length[:, None] + far + torch.arange(b, device=ids.device))
+        b, batch, n_clean, width = self.block_length, len(ids), ids.shape[1], allowed.shape[2]
+        n_masks, index = b * len(ends), torch.arange(width, device=ids.device)
+        mask = torch.zeros((batch, n_clean + n_masks, width + n_masks), dtype=torch.bool, device=ids.device)
+        mask[:, :n_clean, :width] = allowed
+        keep, places = [index[n_clean - n_logits : n_clean]], [place]
+        for start, end in zip(range(0, n_masks, b), ends, strict=True):
+            rows, columns = slice(n_clean + start, n_clean + start + b), slice(width + start, width + start + b)
+            mask[:, rows, :width] = allowed[:, -1:] & (index < width - n_clean + end)
+            mask[:, rows, columns] = True
+            places.append(place[:, -1:] + 1 - n_clean + end + torch.arange(b, device=ids.device))
             keep.append(torch.arange(rows.start, rows.stop - 1, device=ids.device))
         masks = torch.full((batch, n_masks), self.settings.mask_token_id, device=ids.device)
         self.switch.first = n_clean if n_masks else None
@@ -187,32 +177,26 @@ class LosslessDecoder:
         if not bool(missing.all()):
             logits = drafts[torch.arange(len(chosen), device=chosen.device), chosen.clamp(min=0)]
         if bool(missing.any()):
-            b, cached = self.block_length, self.valid.shape[1]
-            masks = torch.full((len(self.rows), b - 1), self.settings.mask_token_id, device=self.token.device)
-            block = torch.arange(b, device=self.token.device)
-            mask = torch.ones((len(self.rows), b, cached + b), dtype=torch.bool, device=self.token.device)
-            mask[:, :, :cached] = self.valid[:, None]
+            b, block = self.block_length, torch.arange(self.block_length, device=self.token.device)
+            ids = torch.where(block > 0, self.settings.mask_token_id, self.token[:, None])
+            mask = torch.nn.functional.pad(self.valid, (0, b), value=True)[:, None].expand(-1, b, -1)
             self.switch.first = 0
-            made = self._call(
-                torch.cat([self.token[:, None], masks], -1), self.length[:, None] + block, mask, block[:-1]
-            )
+            made = self._call(ids, self.length[:, None] + block, mask, block[:-1])
             self.cache.crop(-b)
             logits = made if bool(missing.all()) else torch.where(missing[:, None, None], made, logits)
-        if self.settings.temperature:
-            self.draft_probs = warped(logits, self.settings).softmax(-1)
-            self.draft = sample(self.draft_probs, self._noise(TOKEN_STREAM, logits.shape[1], 1))
-        else:
-            self.draft = logits.argmax(-1)
+        self.draft, self.draft_probs = self._pick(logits, TOKEN_STREAM, 1)
 
     def _noise(self, stream: int, n: int, first: int) -> torch.Tensor:
         """(B, n) uniform numbers for the tokens `first` places behind the next one and on."""
         place = self.length[:, None] + first + torch.arange(n, device=self.length.device)
         return uniform(self.settings.seed, self.keys[self.rows][:, None], place, stream)
 
-    def _first(self, logits: torch.Tensor) -> torch.Tensor:
+    def _pick(self, logits: torch.Tensor, stream: int, first: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, n, V) -> (B, n) the best tokens; or samples, and the distributions that they are drawn from."""
         if not self.settings.temperature:
-            return logits.argmax(-1)
-        return sample(warped(logits, self.settings).softmax(-1), self._noise(ORDER_STREAM, 1, 0)[:, 0])
+            return logits.argmax(-1), None
+        probs = warped(logits, self.settings).softmax(-1)
+        return sample(probs, self._noise(stream, logits.shape[1], first)), probs
 
     def _cycle(self) -> None:
         """Verifies the draft, and drafts on from wherever it may end."""
@@ -222,26 +206,23 @@ class LosslessDecoder:
         causal = torch.ones((b, b), dtype=torch.bool, device=block.device).tril()
         allowed = torch.cat([self.valid[:, None].expand(-1, b, -1), causal.expand(rows, -1, -1)], -1)
         place = self.length[:, None] + torch.arange(b, device=block.device)
-        ahead = [outcome + 1 for outcome in outcomes]
-        logits = self._forward(block, place, allowed, b, ahead, ahead, torch.ones_like(block, dtype=torch.bool))
+        logits = self._forward(block, place, allowed, b, [outcome + 1 for outcome in outcomes])
         target, drafts = logits[:, :b], logits[:, b:].reshape(rows, len(outcomes), b - 1, logits.shape[-1])
         if self.settings.temperature:
             noise = self._noise(MASK_STREAM, b - 1, 1), self._noise(ORDER_STREAM, b, 1)
-            accepted, token = accept_sampled(
-                self.draft, self.draft_probs, warped(target, self.settings).softmax(-1), *noise
-            )
+            probs = warped(target, self.settings).softmax(-1)
+            accepted, token = accept_sampled(self.draft, self.draft_probs, probs, *noise)
         else:
             accepted, token = accept_greedy(self.draft, target)
-        self._commit(block, accepted)
+        self.accepted.append(torch.full_like(self.done, -1))
+        unfinished = self._write(block, accepted + 1)
         most = int(accepted.max()) + 1
         if dead := b + b * len(outcomes) - most:
             self.cache.crop(-dead)
         kept = torch.arange(most, device=block.device) <= accepted[:, None]
         self.valid = torch.cat([self.valid, kept], -1)
         self.length, self.token = self.length + accepted + 1, token
-        stay = self._unfinished(block, accepted).nonzero().squeeze(-1)
-        self._leave(stay)
-        stay = stay[self._end_known()]
+        stay = self._leave(unfinished)
         if not self.rows.numel():
             return
         accepted, drafts = accepted[stay], drafts[stay]
@@ -251,72 +232,30 @@ class LosslessDecoder:
             chosen[accepted == outcome] = number
         self._draft(drafts, chosen)
 
-    def _commit(self, block: torch.Tensor, accepted: torch.Tensor) -> None:
-        """Writes the accepted tokens into the canvas."""
-        step = torch.arange(self.block_length, device=block.device)
-        column = self.prompt_length + self.done[self.rows][:, None] + step
-        fits = (step <= accepted[:, None]) & (column < self.canvas.shape[1])
-        # What does not fit is written where it stands already.
-        column = torch.where(fits, column, self.prompt_length + self.done[self.rows][:, None])
-        self.canvas[self.rows] = self.canvas[self.rows].scatter(-1, column, torch.where(fits, block, block[:, :1]))
+    def _write(self, tokens: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Writes the first `count` (B,) of `tokens` (B, m) into the canvas, through an end token; (B,) bool, rows that go on."""
+        ends = torch.isin(tokens, self.eos) & (torch.arange(tokens.shape[1], device=count.device) < count[:, None])
+        ended, end, before = ends.any(-1), ends.long().argmax(-1, keepdim=True), self.done[self.rows]
+        n = torch.where(ended, end[:, 0] + 1, count).minimum(self.settings.max_new_tokens - before)
+        canvas = self.canvas[self.rows]
+        offset = torch.arange(canvas.shape[1], device=n.device) - (self.prompt_length + before)[:, None]
+        written = tokens.gather(-1, offset.clamp(0, tokens.shape[1] - 1))
+        canvas = torch.where((offset >= 0) & (offset < n[:, None]), written, canvas)
+        # Behind the end token the canvas is filled with it.
+        self.canvas[self.rows] = torch.where(ended[:, None] & (offset >= n[:, None]), tokens.gather(-1, end), canvas)
+        last = self.accepted[-1]
+        last[self.rows] = torch.where(n > 0, last[self.rows].clamp(min=0) + n, last[self.rows])
+        self.done[self.rows] = before + n
+        return ~ended & (self.done[self.rows] < self.settings.max_new_tokens)
 
-    def _unfinished(self, block: torch.Tensor, accepted: torch.Tensor) -> torch.Tensor:
-        """Rows that go on; behind the end token of the others the canvas is filled with it."""
-        step = torch.arange(self.block_length, device=block.device)
-        ends = torch.isin(block, self.eos) & (step <= accepted[:, None])
-        ended, before = ends.any(-1), self.done.clone()
-        self.done[self.rows] += torch.where(ended, ends.long().argmax(-1) + 1, accepted + 1)
-        limit = self.settings.max_new_tokens
-        self.done.clamp_(max=limit)
-        yielded = torch.full_like(self.done, -1)
-        yielded[self.rows] = (self.done - before)[self.rows]
-        self.accepted.append(yielded)
-        index = torch.arange(self.canvas.shape[1], device=block.device)
-        behind = (index >= self.prompt_length + self.done[self.rows][:, None]) & ended[:, None]
-        end = block.gather(-1, ends.long().argmax(-1, keepdim=True))
-        self.canvas[self.rows] = torch.where(behind, end, self.canvas[self.rows])
-        return ~ended & (self.done[self.rows] < limit)
-
-    def _end_known(self) -> torch.Tensor:
-        """Ends the rows whose next token, which is the base's own already, is an end token or the last one; places of the others."""
-        done, limit = self.done[self.rows], self.settings.max_new_tokens
-        ended = torch.isin(self.token, self.eos)
-        over = ended | (done + 1 >= limit)
-        if bool(over.any()):
-            index = torch.arange(self.canvas.shape[1], device=done.device)
-            column = self.prompt_length + done[:, None]
-            here = over[:, None] & ((index == column) | ((index > column) & ended[:, None]))
-            self.canvas[self.rows] = torch.where(here, self.token[:, None], self.canvas[self.rows])
-            last = self.accepted[-1]
-            last[self.rows] = torch.where(over, last[self.rows].clamp(min=0) + 1, last[self.rows])
-            self.done[self.rows] = done + over.long()
-        stay = (~over).nonzero().squeeze(-1)
-        self._leave(stay)
+    def _leave(self, unfinished: torch.Tensor) -> torch.Tensor:
+        """Places of the rows that go on: unfinished ones, (B,) bool, whose next token, the base's own already, does not end them."""
+        over = torch.isin(self.token, self.eos) | (self.done[self.rows] + 1 >= self.settings.max_new_tokens)
+        goes_on = self._write(self.token[:, None], (over & unfinished).long())
+        stay = (goes_on & unfinished).nonzero().squeeze(-1)
+        if len(stay) < len(self.rows):
+            self.rows, self.token, self.length = self.rows[stay], self.token[stay], self.length[stay]
+            self.valid = self.valid[stay]
+            if stay.numel():
+                self.cache.batch_select_indices(stay)
         return stay
-
-    def _leave(self, stay: torch.Tensor) -> None:
-        """Only the rows `stay` go on."""
-        if len(stay) == len(self.rows):
-            return
-        self.rows, self.token, self.length = self.rows[stay], self.token[stay], self.length[stay]
-        self.valid = self.valid[stay]
-        if stay.numel():
-            self.cache.batch_select_indices(stay)
-
-
-@torch.no_grad()
-def decode_lossless(
-    model: torch.nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    settings: GenerationConfig,
-    on_step: Callable[[torch.Tensor], None] | None = None,
-) -> DiffusionOutput:
-    """Answers left-padded prompts (B, P) as the base would; sequences (B, P + max_new_tokens), `accepted` (B, cycles)."""
-    if training := model.training:  # walking a small model costs as much as running it
-        model.eval()
-    try:
-        return LosslessDecoder(model, input_ids, attention_mask, copy.copy(settings)).run(on_step)
-    finally:
-        if training:
-            model.train()

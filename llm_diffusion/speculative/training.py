@@ -1,7 +1,6 @@
-"""Training a drafter: clean text through the base as it is, noisy blocks through the adapter, in two forward passes.
+"""Training a drafter: clean text through the base as it is, without gradient, then noisy blocks through the adapter.
 
-Trade-off: two calls of the model, of which the first has no gradient. Alternative: one call over both halves, see `prefix_cache`; it is
-what the tests compare this with.
+The tests compare this with one pass over both halves.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from transformers import DynamicCache
 from trl import SFTConfig
 
 from .. import UserError
-from ..models.patching import adapters_off, base_of
+from ..models.patching import adapters_off, base_of, in_eval_mode
 from ..models.prefix_cache import BLOCK, CleanPrefix
 from ..models.probing import probe_ids
 from ..models.record import DiffusionRecord
@@ -31,15 +30,13 @@ def check_drafter(record: DiffusionRecord, adapted: bool, converted_base: bool, 
             "`attention`='lossless' trains adapters on an autoregressive base, which verifies what they draft; "
             + ("the base is a converted checkpoint itself." if converted_base else "pass a `peft_config`.")
         )
-    if args.loss_weight != "elbo":
+    without = ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight")
+    foreign = [name for name in without if getattr(args, name)] + ["loss_weight"] * (args.loss_weight != "elbo")
+    if foreign:
         raise UserError(
-            "`loss_weight` weighs noise levels, of which a drafter knows one; leave it out with `attention`='lossless'."
+            f"`{foreign[0]}` means nothing to a drafter, which knows one noise level and the base's own text; leave it out with "
+            "`attention`='lossless'."
         )
-    for name in ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight"):
-        if getattr(args, name):
-            raise UserError(
-                f"`{name}` means nothing to `attention`='lossless', whose clean text is the base's; leave it out."
-            )
 
 
 def ready_drafter(model: PeftModel, mask_token_id: int, checkpointing: bool) -> None:
@@ -52,7 +49,7 @@ def ready_drafter(model: PeftModel, mask_token_id: int, checkpointing: bool) -> 
 def accepted_lengths(
     agrees: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor, whole: torch.Tensor, block_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What verification would yield of the drafts: their tokens up to the first that the base would not say, and its own before them.
+    """What verification would yield of the drafts: their tokens up to the first that is not the base's, and its own before them.
 
     Args:
         agrees: (n,) bool, whether the best guess is the base's; in the order of `rows` and `tokens`, (n,) each.
@@ -61,7 +58,9 @@ def accepted_lengths(
     Returns:
         Sum over whole blocks of full length, and how many these are.
     """
-    jumps = (rows[1:] != rows[:-1]) | (tokens[1:] != tokens[:-1] + 1)  # between blocks stands a token that is not asked
+    jumps = (rows[1:] != rows[:-1]) | (
+        tokens[1:] != tokens[:-1] + 1
+    )  # between blocks stands a token that is not drafted
     starts = torch.nn.functional.pad(jumps, (1, 0), value=True)[: len(rows)]
     segment = starts.long().cumsum(0) - 1
     sizes = torch.zeros_like(segment).scatter_add(0, segment, torch.ones_like(segment))
@@ -81,7 +80,7 @@ def draft_logits(
     keep: torch.Tensor,
     wanted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The drafter's logits at `keep`, and what the base says.
+    """The drafter's logits at `keep`, and the base's.
 
     Args:
         model: called; `adapted` or a wrapper of it.
@@ -95,20 +94,16 @@ def draft_logits(
     """
     ids, places, mask = inputs["input_ids"], inputs["position_ids"], inputs["attention_mask"]
     noisy, clean = slice(0, ids.shape[1] - length), slice(ids.shape[1] - length, None)
-    cache, training = DynamicCache(), adapted.training
-    adapted.eval()  # no dropout
-    try:
-        with torch.no_grad(), adapters_off(adapted):
-            base_logits = model(
-                input_ids=ids[:, clean],
-                position_ids=places[:, clean],
-                attention_mask=mask[:, :, clean, clean],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1 if wanted is None else wanted,
-            ).logits
-    finally:
-        adapted.train(training)
+    cache = DynamicCache()
+    with in_eval_mode(adapted), adapters_off(adapted):
+        base_logits = model(
+            input_ids=ids[:, clean],
+            position_ids=places[:, clean],
+            attention_mask=mask[:, :, clean, clean],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if wanted is None else wanted,
+        ).logits
     logits = model(
         input_ids=ids[:, noisy],
         position_ids=places[:, noisy],
@@ -121,49 +116,47 @@ def draft_logits(
 
 
 def allow_prefix_under_checkpointing(model: torch.nn.Module) -> None:
-    """Tells the host's layers that a cache may be handed to them while they are checkpointed, which it drops otherwise."""
+    """Lets transformers' layers have a cache while they are checkpointed, which they drop otherwise."""
     for module in base_of(model).modules():
         if hasattr(module, "_can_checkpoint_with_cache"):
             module._can_checkpoint_with_cache = True
 
 
 def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool) -> None:
-    """Refuses adapters that decoding would hear otherwise than training does, on one block behind a clean one.
+    """Refuses adapters that act otherwise in decoding than in training, on one block behind a clean one.
 
     Raises:
-        ValueError: adapters on experts or other layers that do not see rows, or layers that drop the prefix while checkpointed.
+        UserError: adapters on experts or other layers that do not see rows, or layers that drop the prefix while checkpointed.
     """
     base = base_of(model)
-    name, training = type(base).__name__, base.training
+    name, training, cache = type(base).__name__, base.training, DynamicCache()
     ids = probe_ids(base, 2 * BLOCK)
     ids[:, BLOCK:] = mask_token_id
     place = torch.arange(ids.shape[1], device=ids.device)[None]
     mask = additive(block_causal(torch.ones_like(ids), BLOCK), base.dtype)
-    clean = {
-        "input_ids": ids[:, :BLOCK],
-        "attention_mask": mask[:, :, :BLOCK, :BLOCK],
-        "position_ids": place[:, :BLOCK],
-    }
-    noisy = {"input_ids": ids[:, BLOCK:], "attention_mask": mask[:, :, BLOCK:], "position_ids": place[:, BLOCK:]}
+
+    def logits(first: int, last: int, **options: Any) -> torch.Tensor:
+        rows = {"input_ids": ids[:, first:last], "position_ids": place[:, first:last]}
+        return base(**rows, attention_mask=mask[:, :, first:last, :last], **options).logits
+
     adapters = [parameter for key, parameter in model.named_parameters() if "lora_B" in key]
     kept = [parameter.detach().clone() for parameter in adapters]
     base.eval()
     try:
         with torch.no_grad():
-            for parameter in adapters:  # they start at zero, and would not be heard at all
+            for parameter in adapters:  # they start at zero, and would do nothing
                 parameter.copy_(torch.full_like(parameter, 0.01))
-            cache = DynamicCache()
             with adapters_off(model):
-                base(**clean, past_key_values=cache, use_cache=True)
-            want = base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False).logits
+                logits(0, BLOCK, past_key_values=cache, use_cache=True)
+            want = logits(BLOCK, 2 * BLOCK, past_key_values=CleanPrefix(cache), use_cache=False)
             with AdapterSwitch(model) as switch:
                 switch.first = BLOCK
-                found = base(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, BLOCK:]
+                found = logits(0, 2 * BLOCK, use_cache=False)[:, BLOCK:]
         if checkpointing:
             base.train()
             base.activation_checkpointing_enable({"use_reentrant": False})
-            base(**noisy, past_key_values=CleanPrefix(cache), use_cache=False)
-    except Exception as error:  # experts, shapes, checkpointing: every host fails in its own way
+            logits(BLOCK, 2 * BLOCK, past_key_values=CleanPrefix(cache), use_cache=False)
+    except Exception as error:  # experts, shapes, checkpointing: every architecture fails in its own way
         hint = "; set `gradient_checkpointing` to false" if base.training else "; leave experts out of `target_modules`"
         raise UserError(f"`attention`='lossless': the adapters of {name} cannot draft: {error}{hint}.") from error
     finally:
@@ -173,9 +166,9 @@ def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool
         with torch.no_grad():
             for parameter, value in zip(adapters, kept, strict=True):
                 parameter.copy_(value)
-    others = torch.arange(want.shape[-1], device=want.device) != mask_token_id  # which is never said
+    others = torch.arange(want.shape[-1], device=want.device) != mask_token_id  # which is never predicted
     if not (want - found)[..., others].abs().max() <= 0.01 * want[..., others].abs().max():
         raise UserError(
-            f"`attention`='lossless': the adapters of {name} are heard otherwise in decoding than in training; adapt linear layers that "
-            "see every token, and no experts."
+            f"`attention`='lossless': the adapters of {name} act otherwise in decoding than in training; adapt linear layers that see "
+            "every token, and no experts."
         )

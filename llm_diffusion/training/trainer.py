@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from transformers.trainer_utils import rotate_checkpoints
 
+from ..models.decoding_defaults import save_generation_config
 from ..models.patching import base_of
 from ..models.publishing import model_card, save_custom_generate
 from ..models.record import record_of, save_record
@@ -80,6 +81,7 @@ class DiffusionTrainerMixin:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
+            save_generation_config(self.model, folder)
             if isinstance(self.model, PeftModel):
                 save_record(self.model, folder)
             elif not record_of(self.model).time_embedding:

@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from evaluation.test_likelihood import Oracle, Row, Whole
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import MarkovChain
 from small_trainers import make
 from transformers import TrainerCallback
@@ -22,6 +24,7 @@ from llm_diffusion.evaluation.metrics import (
     calibration,
     denoising_trace,
     distinct_n,
+    end_metrics,
     eos_positions,
     foresee_ends,
     ngrams,
@@ -224,3 +227,19 @@ def test_answers_reach_every_listener(tmp_path, tokenizer, kinds) -> None:
 def test_nothing_to_answer_is_refused(tmp_path, tokenizer) -> None:
     with pytest.raises(ValueError, match="`examples` are empty"):
         AnswersCallback(make(tmp_path, tokenizer), [])
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(curve=st.lists(st.floats(0, 1), min_size=1, max_size=9), data=st.data())
+def test_metrics_of_the_end_of_one_answer(curve: list[float], data: st.DataObject) -> None:
+    length = data.draw(st.integers(1, len(curve)))
+    said = torch.tensor(curve)
+    got = {name: value.item() for name, value in end_metrics(said[None], torch.tensor([length])).items()}
+    here, highest = [], 0.0
+    for p in said.tolist():
+        here.append(max(p - highest, 0.0))
+        highest = max(highest, p)
+    better = sum(h > here[length - 1] or (h == here[length - 1] and i < length - 1) for i, h in enumerate(here))
+    median = next((i + 1 for i, p in enumerate(said.tolist()) if p >= 0.5), len(curve) + 1)
+    want = {"probability": said[length - 1].item(), "top1": better == 0, "reciprocal_rank": 1 / (1 + better)}
+    assert got == pytest.approx({**want, "error": median - length}, abs=1e-6)

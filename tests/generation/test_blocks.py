@@ -188,12 +188,12 @@ def test_answers_end_in_their_block_and_never_hold_masks():
     model = block_model(block_length=4)
     mask_id = model.config.diffusion["mask_token_id"]
     ends = 0
-    for seed in range(30):
+    for seed in range(15):
         ends_at = torch.randint(5, 400, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
         output = generate(model, **left_padded([5, 8], seed), max_new_tokens=10, eos_token_id=ends_at, pad_token_id=0)
         assert not (output == mask_id).any()
         ends += int((output[:, -1] == 0).any() or output.shape[1] < 18)
-    assert ends > 5  # rows did end early
+    assert ends > 2  # rows did end early
 
 
 def test_an_empty_prompt_is_answered():

@@ -200,12 +200,6 @@ def test_the_tables_cover_every_kind() -> None:
     assert {*CONFIDENCE, "random", "left_to_right"} == set(CONFIDENCES)
 
 
-@pytest.mark.parametrize("kind", ["", "confidence", "Entropy"])
-def test_unknown_kind_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match="remasking"):
-        confidence(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), kind)
-
-
 # -- factor, entropy bound, order temperature
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_diffusion.objective.modes import IGNORE_INDEX, align_with_readout
+from llm_diffusion.objective.modes import IGNORE_INDEX, Bidirectional, align_with_readout
 from llm_diffusion.objective.noise import (
     MASK_STREAM,
     MIN_TIME,
@@ -19,7 +19,6 @@ from llm_diffusion.objective.noise import (
     draw_exact_mask,
     draw_mask,
     hash_keys,
-    readout_positions,
     stratified_times,
     uniform,
 )
@@ -245,7 +244,7 @@ def test_both_conventions_name_the_same_hidden_state(right_shift: bool, length: 
     targets = align_with_readout(tokens, right_shift, IGNORE_INDEX)
     assert targets.shape == tokens.shape
     predicted = torch.arange(int(right_shift), length).expand(3, -1)  # shifted, token 0 has no predictor
-    states = readout_positions(predicted, right_shift)
+    states = Bidirectional(right_shift_logits=right_shift).readout_positions(predicted, predicted)
     assert torch.equal(targets.gather(-1, states), tokens.gather(-1, predicted))
     # Every other state has no target.
     rest = torch.ones_like(targets, dtype=torch.bool).scatter(-1, states, False)
@@ -254,8 +253,8 @@ def test_both_conventions_name_the_same_hidden_state(right_shift: bool, length: 
 
 def test_position_0_reads_a_valid_state() -> None:
     positions = torch.tensor([[0, 3, 1]])
-    assert readout_positions(positions, True).tolist() == [[0, 2, 0]]
-    assert readout_positions(positions, False).tolist() == [[0, 3, 1]]
+    assert Bidirectional(right_shift_logits=True).readout_positions(positions, positions).tolist() == [[0, 2, 0]]
+    assert Bidirectional(right_shift_logits=False).readout_positions(positions, positions).tolist() == [[0, 3, 1]]
 
 
 def test_shifted_values_keep_type_and_fill() -> None:
