@@ -7,7 +7,7 @@ Trade-off: tiny random weights prove who attends to whom, not quality; windows a
 window that was left in place is seen. Encoders stay as their config makes them, that is, bidirectional.
 Alternative: a handful of hand-picked real checkpoints, which would say nothing of the rest.
 
-    python benchmarks/architectures.py                              # all, into docs/architectures.md
+    python benchmarks/architectures.py                              # all, into benchmarks/results/architectures.md
     python benchmarks/architectures.py --only LlamaForCausalLM,mpt  # by class or model type
     python benchmarks/architectures.py --list
 """
@@ -722,7 +722,7 @@ def table(all_found: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default="docs/architectures.md", help="Markdown file to write")
+    parser.add_argument("--output", default="benchmarks/results/architectures.md", help="Markdown file to write")
     parser.add_argument("--only", help="class names or model types, separated by commas")
     parser.add_argument("--list", action="store_true", help="print the classes and stop")
     parser.add_argument("--workers", type=int, default=2)
@@ -740,7 +740,7 @@ def main() -> int:
         all_found = list(pool.map(lambda name: isolated(name, options.timeout), names))
     text = summary(all_found)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(f"# Architectures\n\n{text}\n\n{table(all_found)}\n")
+    Path(options.output).write_text(f"# Architectures\n\n`python benchmarks/architectures.py`\n\n{text}\n\n{table(all_found)}\n")
     if options.json:
         Path(options.json).write_text(json.dumps(all_found, indent=1))
     print(text)
