@@ -215,7 +215,7 @@ def test_the_example_and_the_docs_name_every_key():
     assert set(KEYS) <= set(example)
     for pipeline in ("arm", "diffusion"):
         build(read_diffugpt_config({**example, "pipeline": pipeline, "padded_dataset": pipeline == "diffusion"}))
-    docs = (root / "docs" / "starts.md").read_text()
+    docs = (root / "docs" / "quickstart.md").read_text()
     assert not [key for key in KEYS if f"`{key}`" not in docs]
 
 
