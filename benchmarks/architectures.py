@@ -740,7 +740,9 @@ def main() -> int:
         all_found = list(pool.map(lambda name: isolated(name, options.timeout), names))
     text = summary(all_found)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(f"# Architectures\n\n`python benchmarks/architectures.py`\n\n{text}\n\n{table(all_found)}\n")
+    Path(options.output).write_text(
+        f"# Architectures\n\n`python benchmarks/architectures.py`\n\n{text}\n\n{table(all_found)}\n"
+    )
     if options.json:
         Path(options.json).write_text(json.dumps(all_found, indent=1))
     print(text)
