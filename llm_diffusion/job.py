@@ -40,10 +40,9 @@ from .models.record import CONVERSION_OPTIONS
 from .models.special_tokens import use_tokens
 from .objective.settings import user_settings
 from .reasoning.pairs import preference_pairs
-from .training.callbacks import LogLinesCallback, plot_loss
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
-from .training.rows import check_pairs
-from .training.stages import Loaded, Stage, run_stages, stage_folders
+from .training.preparation import check_pairs
+from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
 # Settings of the other phases that mean something else to preferences, whose own are in `dpo_config`.

@@ -319,8 +319,7 @@ def prefer(
     from rich.progress import track
 
     from .evaluation.answers import sample_answers
-    from .reasoning.judge import LLMJudge
-    from .reasoning.pairs import pairs_of, write_rows
+    from .reasoning.pairs import LLMJudge, pairs_of, write_rows
     from .reasoning.problems import load_records, read_problem
 
     label = LLMJudge(judge, judge_model or "") if judge else None

@@ -32,7 +32,7 @@ from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import record_of
 from ..objective.estimators import REPLICATES, check_estimator
-from ..reasoning.judge import LLMJudge
+from ..reasoning.pairs import LLMJudge
 from ..reasoning.problems import load_records
 from .answers import (
     AnswerReport,

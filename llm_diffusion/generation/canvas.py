@@ -18,10 +18,10 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList
 
 from .. import UserError
-from ..models.outputs import DiffusionOutput, OnStep, Recorder, eos_ids
 from ..models.patching import base_of, in_eval_mode, is_compiled
 from ..models.probing import probe_ids
 from ..models.record import record_of
+from ..models.sampling import DiffusionOutput, OnStep, Recorder, eos_ids
 from ..objective.attention_masks import additive
 from ..objective.noise import row_keys
 from .config import DiffusionGenerationConfig

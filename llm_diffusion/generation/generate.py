@@ -17,9 +17,9 @@ from .. import UserError
 from ..models.attention import causal_attention
 from ..models.conversion import set_attention
 from ..models.decoding_defaults import autoregressive_config, layered
-from ..models.outputs import DiffusionOutput, eos_ids
 from ..models.patching import Patch, adapters_off, base_of, keep_logits
 from ..models.record import record_of
+from ..models.sampling import DiffusionOutput, eos_ids
 from ..speculative.decoding import decode_lossless
 from .blocks import BlockDecoder
 from .canvas import CanvasDecoder, with_masks

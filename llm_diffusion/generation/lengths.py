@@ -19,9 +19,9 @@ import copy
 import torch
 from transformers import LogitsProcessorList
 
-from ..models.outputs import DiffusionOutput, OnStep, Recorder, behind, eos_ids
 from ..models.patching import in_eval_mode
 from ..models.record import record_of
+from ..models.sampling import DiffusionOutput, OnStep, Recorder, behind, eos_ids
 from .canvas import fill_masks, with_masks
 from .config import DiffusionGenerationConfig
 

@@ -1,6 +1,9 @@
-"""From logits to tokens: what is banned, temperature and filters, and one uniform number a token."""
+"""What decoding returns, and what it tells of its steps."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -10,6 +13,83 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.utils import ModelOutput
+
+OnStep = Callable[
+    [torch.Tensor, torch.Tensor | None], None
+]  # gets the canvas (B, L) and how sure each token was, (B, L)
+
+
+@dataclass
+class DiffusionOutput(ModelOutput):
+    """What decoding returns.
+
+    Args:
+        sequences: (B, L) token ids, prompt included.
+        nfe: (B,) forward passes each row took part in.
+        tokens_per_forward: (B,) answer tokens, through the EOS, over `nfe`.
+        accepted: (B, cycles) tokens that each verification of lossless decoding yielded, the base's own included; -1: row was done.
+        history: canvases (B, L) after every step, with `output_history`; not yet written blocks are masks.
+        confidence: beside each of them (B, L), the probability that every token had when it was committed; 0 where nothing was.
+    """
+
+    sequences: torch.Tensor | None = None
+    nfe: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    accepted: torch.Tensor | None = None
+    history: list[torch.Tensor] | None = None
+    confidence: list[torch.Tensor] | None = None
+
+
+class Recorder:
+    """Keeps the steps of one decoding where `output_history` wants them, and calls `on_step` after each."""
+
+    def __init__(self, settings: GenerationConfig, on_step: OnStep | None) -> None:
+        self.keeps, self.on_step = settings.output_history, on_step
+        self.wanted = self.keeps or on_step is not None
+        self.history: list[torch.Tensor] = []
+        self.confidence: list[torch.Tensor] = []
+
+    def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> None:
+        if self.keeps:
+            self.history.append(canvas.clone())
+            if confidence is not None:
+                self.confidence.append(confidence.clone())
+        if self.on_step is not None:
+            self.on_step(canvas, confidence)
+
+    def output(
+        self, canvas: torch.Tensor, was_open: torch.Tensor, nfe: torch.Tensor, eos: torch.Tensor
+    ) -> DiffusionOutput:
+        """The result, with answer tokens (through the first end token) over forward passes.
+
+        Args:
+            was_open: (B, L) or (L,) bool, positions of the answer.
+            eos: (n,) end tokens.
+        """
+        ends = (torch.isin(canvas, eos) & was_open).long()
+        answer = was_open & (ends.cumsum(-1) - ends == 0)
+        return DiffusionOutput(
+            sequences=canvas,
+            nfe=nfe,
+            tokens_per_forward=answer.sum(-1) / nfe.clamp(min=1),
+            history=self.history if self.keeps else None,
+            confidence=self.confidence if self.keeps and self.confidence else None,
+        )
+
+
+def behind(canvas: torch.Tensor, first: int) -> torch.Tensor:
+    """(L,) bool, the columns from `first` on."""
+    return torch.arange(canvas.shape[1], device=canvas.device) >= first
+
+
+def eos_ids(settings: GenerationConfig, device: torch.device) -> torch.Tensor:
+    """The end tokens of some decoding settings, () to (n,)."""
+    eos = settings.eos_token_id
+    return torch.tensor(
+        [] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long, device=device
+    )
+
 
 BANNED = -1e9  # large, finite, and applied last: an infinite ban turns into NaN in later arithmetic
 

@@ -33,13 +33,14 @@ from ..models.token_rows import train_rows_alone
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig
 from .preparation import (
+    check_columns,
+    check_pairs,
     converted,
     make_preference_collator,
     no_router_loss,
     prepare_adapter,
     prepare_quantised,
 )
-from .rows import check_columns, check_pairs
 from .scoring import DiffusionScore, compute_diffusion_score, score_draw
 from .trainer import DiffusionTrainerMixin, numbered_rows
 

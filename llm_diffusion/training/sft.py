@@ -42,16 +42,19 @@ from .distillation import (
     teacher_scores,
     with_own_tokens,
 )
-from .out_of_memory import out_of_memory
 from .preparation import (
+    by_length,
+    check_rows_left,
+    clean_prompts,
     converted,
     counts_before,
     make_collator,
     prepare_model,
+    report_dropped,
+    with_canvases,
 )
-from .rows import by_length, check_rows_left, clean_prompts, report_dropped, with_canvases
 from .scoring import Scores, by_level, metric_values, score, score_drafts
-from .trainer import DiffusionTrainerMixin, numbered_rows
+from .trainer import DiffusionTrainerMixin, numbered_rows, out_of_memory
 
 logger = logging.getLogger(__name__)
 

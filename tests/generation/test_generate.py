@@ -10,7 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import llm_diffusion as ld
 from llm_diffusion.generation.canvas import fill_masks
-from llm_diffusion.models.outputs import DiffusionOutput
+from llm_diffusion.models.sampling import DiffusionOutput
 
 MASK = 31
 MANY_ENDS = list(range(2, 14))  # much of the vocabulary: random models end early, and out of order

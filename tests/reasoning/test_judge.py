@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from llm_diffusion.reasoning.judge import TRIES, LLMJudge
+from llm_diffusion.reasoning.pairs import TRIES, LLMJudge
 
 ANSWER = "He had 3*12=35. Then 35-6=29.\n#### 29"
 LABEL = '{"right": false, "first_wrong_step": 1}'

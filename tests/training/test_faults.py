@@ -15,7 +15,7 @@ from small_trainers import LORA, make
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm_diffusion.analysis import PAGED, ModelMemory, TrainingSetup
-from llm_diffusion.training.out_of_memory import _single_changes
+from llm_diffusion.training.trainer import _single_changes
 
 SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
 

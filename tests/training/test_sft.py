@@ -22,7 +22,7 @@ from llm_diffusion import (
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.objective.attention_masks import annealed, positions
 from llm_diffusion.objective.modes import IGNORE_INDEX
-from llm_diffusion.training.rows import by_length
+from llm_diffusion.training.preparation import by_length
 
 
 def losses(trainer):

@@ -2,7 +2,7 @@
 
 from transformers import TrainerState
 
-from llm_diffusion.training.callbacks import LogLinesCallback, plot_loss
+from llm_diffusion.training.stages import LogLinesCallback, plot_loss
 
 
 def lines(*logs, first=True):
