@@ -144,7 +144,7 @@ def test_defaults_by_attention():
         ({"length_quantile": 0.9}, {"threshold", "seed"}),
         ({"seed": 3}, {"threshold", "block_length", "grow_canvas"}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )
 def test_a_rule_displaces_the_default_one(above, left):
     below = {"threshold": 0.95, "block_length": 16, "grow_canvas": True, "seed": 1}
