@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from click.testing import CliRunner
 
 from llm_diffusion.config import resolve
 from llm_diffusion.main import cli
-from llm_diffusion.presets import preset_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
