@@ -1,0 +1,1 @@
+"""Datasets by name, corpora tokenised once, and the embedded model's tasks."""

@@ -1,8 +1,6 @@
-"""Datasets by name, folder or file, in the shapes that TRL's trainers take.
+"""Datasets by name, folder or file, in the shapes that TRL's trainers take: a train and a test split, or one clear error.
 
-Purpose: one string in, a train and a test split out, with one clear error where the data cannot be trained on.
-Trade-off: everything else (tokenising, chat templates, truncation, label masks) is left to TRL.
-Alternative: `datasets.load_dataset` called by hand, whose result can be given to the trainers as it is.
+Tokenising, chat templates, truncation and label masks are left to TRL.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from .. import UserError
 from .tiny import tiny_dataset
 
 DEBUG_EXAMPLES = 100
-TINY_EXAMPLES = 100_000
 # For tokenizers without a chat template of their own (Phi-2, GPT-2); ends an answer with the end token.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -38,30 +35,23 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
         FileNotFoundError, ValueError: nothing there, no usable column, no example.
     """
     if name == "tiny":
-        n_test = test_size if test_size >= 1 else 500
-        splits = DatasetDict(
-            train=tiny_dataset(limit or TINY_EXAMPLES, seed), test=tiny_dataset(int(n_test), seed, "test")
-        )
-    else:
-        splits = load_any(name)
+        n_test = int(test_size) if test_size >= 1 else 500
+        return tiny_dataset(limit or 100_000, seed), _first(tiny_dataset(n_test, seed, "test"), limit)
+    splits = load_any(name)
     if "train" not in splits:
         raise UserError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
-    train = splits["train"]
-    if "text" in train.column_names:
-        splits = splits.filter(_says_something)
-        train = splits["train"]
-    if len(train) == 0:
-        raise UserError(f"`dataset`: {name!r} is empty.")
-    check_columns(train, name)
-    if "messages" in train.column_names:
-        _check_turns(train[0]["messages"], 0)
+    if "text" in splits["train"].column_names:
+        splits = splits.filter(_has_text)
+    _check_columns(splits["train"], name)
+    if "messages" in splits["train"].column_names:
+        _check_turns(splits["train"][0]["messages"], 0)
     return _held_out(splits, name, test_size, seed, limit)
 
 
 def load_preference_splits(
     name: str, *, test_size: float | int, seed: int, limit: int | None = None
 ) -> tuple[Dataset, Dataset]:
-    """As `load_splits`, of pairs in any of TRL's preference formats: `chosen` and `rejected`, and a `prompt` or a common beginning.
+    """As `load_splits`, of pairs in any of TRL's formats: `chosen` and `rejected`, and a `prompt` or a common beginning.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no pair, not the columns.
@@ -73,10 +63,10 @@ def load_preference_splits(
     train = splits.get("train")
     if train is None or len(train) == 0 or not {"chosen", "rejected"} <= set(train.column_names):
         found = "no split `train`" if train is None else f"{len(train)} rows of the columns {train.column_names}"
-        raise UserError(
-            f"`preference_dataset`: {name!r} has {found}; pairs with `chosen` and `rejected` are needed, and a `prompt` of their own or "
-            "as their common beginning."
+        wanted = (
+            "pairs with `chosen` and `rejected`, and a `prompt` of their own or as their common beginning, are needed"
         )
+        raise UserError(f"`preference_dataset`: {name!r} has {found}; {wanted}.")
     return _held_out(splits, name, test_size, seed, limit)
 
 
@@ -88,12 +78,12 @@ def _held_out(
         if len(train) < 2:
             raise UserError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")
         held_out = test_size if test_size < 1 else min(int(test_size), len(train) - 1)
-        parts = train.train_test_split(test_size=held_out, seed=seed)
-        train, test = parts["train"], parts["test"]
-    if limit is not None:
-        train = train.select(range(min(limit, len(train))))
-        test = test.select(range(min(limit, len(test))))
-    return train, test
+        train, test = train.train_test_split(test_size=held_out, seed=seed).values()
+    return _first(train, limit), _first(test, limit)
+
+
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
 def load_examples(name: str, limit: int | None = None) -> list[dict]:
@@ -106,8 +96,8 @@ def load_examples(name: str, limit: int | None = None) -> list[dict]:
         return list(tiny_dataset(limit or 60, split="test"))
     splits = load_any(name)
     rows = splits.get("test") or splits.get("validation") or next(iter(splits.values()))
-    check_columns(rows, name)
-    examples = [row for row in rows.select(range(min(limit or len(rows), len(rows)))) if _says_something(row)]
+    _check_columns(rows, name)
+    examples = [row for row in _first(rows, limit) if _has_text(row)]
     if not examples:
         raise UserError(f"`dataset`: {name!r} is empty.")
     return examples
@@ -116,71 +106,62 @@ def load_examples(name: str, limit: int | None = None) -> list[dict]:
 def _check_turns(turns: list[dict], row: int) -> None:
     for turn in turns:
         if not {"role", "content"} <= set(turn):
-            raise UserError(
-                f"`dataset`: row {row} has turns with the keys {sorted(turn)}; `role` and `content` are needed."
-            )
+            raise UserError(f"`dataset`: row {row} has a turn with {sorted(turn)}; `role` and `content` are needed.")
 
 
-def _says_something(row: dict) -> bool:
+def _has_text(row: dict) -> bool:
     """False for blank lines and empty texts."""
     return "text" not in row or bool((row["text"] or "").strip())
 
 
-def check_columns(dataset: Dataset, name: str) -> None:
+def _check_columns(dataset: Dataset, name: str) -> None:
+    if len(dataset) == 0:
+        raise UserError(f"`dataset`: {name!r} is empty.")
     found = set(dataset.column_names)
     if not found & {"messages", "text", "input_ids"} and not {"prompt", "completion"} <= found:
-        raise UserError(
-            f"`dataset`: {name!r} has the columns {dataset.column_names}; one of `messages`, `prompt` with `completion`, `text` or "
-            "`input_ids` (`llm-diffusion prepare-data`) is needed."
-        )
+        wanted = "`messages`, `prompt` with `completion`, `text` or `input_ids` (`llm-diffusion prepare-data`)"
+        raise UserError(f"`dataset`: {name!r} has the columns {dataset.column_names}; one of {wanted} is needed.")
 
 
 def load_any(name: str, configuration: str | None = None) -> DatasetDict:
     """All splits of a saved dataset, a folder or file, or a hub name (of which one `configuration`)."""
     path = Path(name).expanduser()
     if path.suffix == ".bin":
-        raise UserError(
-            f"`dataset`: {name!r} is an array of token ids, which says nothing of itself; make a data set of it once by `llm-diffusion "
-            f"prepare-data {name} --model MODEL --output {path.with_suffix('')}`, and name that folder."
-        )
-    if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists()):
+        command = f"llm-diffusion prepare-data {name} --model MODEL --output {path.with_suffix('')}"
+        raise UserError(f"`dataset`: {name!r} is a bare array of token ids; run `{command}`, and name that folder.")
+    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         try:
             loaded = load_from_disk(str(path))
-        except IndexError as error:  # what the host makes of a table without rows
+        except IndexError as error:  # raised for a table without rows
             raise UserError(f"`dataset`: {name!r} is empty.") from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-    if path.exists():
+    if path.exists() or name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
         kind, files = data_files(name)
-        if path.is_dir() and {"train", "test", "validation"} & {Path(f).stem for f in files}:
-            splits = {Path(f).stem: f for f in files if Path(f).stem in ("train", "test", "validation")}
-            return _quietly(name, kind, data_files=splits)
-        return _quietly(name, kind, data_files=files)
-    if name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
-        raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
-    return _quietly(name, name, *filter(None, [configuration]))
+        splits = {Path(f).stem: f for f in files if Path(f).stem in ("train", "test", "validation")}
+        return _load(name, kind, data_files=splits if splits and path.is_dir() else files)
+    return _load(name, name, *filter(None, [configuration]))
 
 
 def data_files(name: str) -> tuple[str, list[str]]:
-    """Kind (as `load_dataset` calls it) and paths of a file, or of the files of a folder. ValueError: none, or of several kinds."""
+    """Kind (as `load_dataset` calls it) and paths of a file, or of the files of a folder. ValueError: none, or several kinds."""
     path = Path(name).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
     files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)
     formats = {_FORMATS[f.suffix] for f in files}
     if len(formats) != 1:
-        raise UserError(
-            f"`dataset`: {name!r} must hold files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}."
-        )
+        found = f"files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}"
+        raise UserError(f"`dataset`: {name!r} must hold {found}.")
     if not any(f.stat().st_size for f in files):
         raise UserError(f"`dataset`: {name!r} is empty.")
     return formats.pop(), [str(f) for f in files]
 
 
-def _quietly(name: str, *args: str, **options: object) -> DatasetDict:
+def _load(name: str, *args: str, **options: object) -> DatasetDict:
     try:
         return load_dataset(*args, **options)
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
 
 
@@ -188,7 +169,7 @@ def as_prompt_completion(dataset: Dataset) -> Dataset:
     """`messages` -> `prompt` (all turns but the last) and `completion` (the last): the prompt stays clean in training.
 
     Raises:
-        ValueError: a conversation does not end with an assistant turn that says something.
+        ValueError: a conversation does not end with a non-blank assistant turn.
     """
     if "messages" not in dataset.column_names:
         return dataset
@@ -198,9 +179,8 @@ def as_prompt_completion(dataset: Dataset) -> Dataset:
         _check_turns(turns, row)
         *prompt, last = turns
         if last["role"] != "assistant" or not (last["content"] or "").strip() or not prompt:
-            raise UserError(
-                f"`dataset`: row {row} must be a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}."
-            )
+            wanted = f"a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}"
+            raise UserError(f"`dataset`: row {row} must be {wanted}.")
         return {"prompt": prompt, "completion": [last]}
 
     described = {"desc": "Splitting prompts from answers"} if isinstance(dataset, Dataset) else {}  # streams take none

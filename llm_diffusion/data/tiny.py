@@ -1,12 +1,7 @@
-"""The embedded default: a tiny autoregressive base model and the generator of the chat data it was trained on.
+"""The generator of the chat data that the embedded base model was trained on; `tiny` wherever a dataset name goes.
 
-Purpose: a newcomer without a model hub, and every test, needs a real AR model to convert and data whose answers a
-program can check. `tiny` is accepted wherever a model name or a dataset name goes.
-Trade-off: the tasks are narrow, so that 2 million parameters are enough; figures measured on them rank recipes, they do
-not predict what a recipe does to an 8B model.
-Alternative: random-weight models built from a config, which the tests use where the weights do not matter.
-
-Six kinds of task, every one with exactly one right answer:
+Six kinds of task, each question with exactly one right answer. Figures measured on them rank recipes; they do not predict what
+a recipe does to an 8B model.
 
     kind        question                                           answer
     arithmetic  Tom has 23 apples. Tom gets 45 more. How many …    23+45=68. The answer is 68.
@@ -20,6 +15,7 @@ Six kinds of task, every one with exactly one right answer:
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 import string
 import zlib
@@ -29,7 +25,6 @@ from functools import lru_cache
 from datasets import Dataset
 
 from .. import UserError
-from ..models.checkpoints import TINY_MODEL_PATH  # noqa: F401
 
 LEFT_TO_RIGHT_KINDS = ("arithmetic", "sort", "reverse", "compare", "fill")
 KINDS = (*LEFT_TO_RIGHT_KINDS, "sudoku")
@@ -37,7 +32,6 @@ SPLITS = ("train", "test")
 
 _NAMES = "Tom Ann Bob Eve Sam Mia Leo Zoe".split()
 _THINGS = "apples books coins pens cards shells stamps eggs".split()
-_HELD_OUT_SHARE = 20  # one prompt in twenty belongs to the test split
 
 
 def _arithmetic(rng: random.Random) -> tuple[str, str]:
@@ -63,17 +57,13 @@ def _arithmetic(rng: random.Random) -> tuple[str, str]:
     return question, " ".join(steps) + f" The answer is {total}."
 
 
-def _letters(rng: random.Random) -> list[str]:
-    return rng.sample(string.ascii_lowercase, rng.randrange(4, 9))
-
-
 def _sort(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng)
+    letters = rng.sample(string.ascii_lowercase, rng.randrange(4, 9))
     return "Sort the letters: " + " ".join(letters), " ".join(sorted(letters))
 
 
 def _reverse(rng: random.Random) -> tuple[str, str]:
-    letters = _letters(rng)
+    letters = rng.sample(string.ascii_lowercase, rng.randrange(4, 9))
     return "Reverse the letters: " + " ".join(letters), " ".join(reversed(letters))
 
 
@@ -113,7 +103,8 @@ def _sudoku(rng: random.Random) -> tuple[str, str]:
     grids = _sudoku_grids()
     while True:
         grid, shown = rng.choice(grids), rng.sample(range(16), rng.randrange(4, 8))
-        if sum(all(other[i] == grid[i] for i in shown) for other in grids) == 1:
+        cells_of = operator.itemgetter(*shown)
+        if sum(cells_of(other) == cells_of(grid) for other in grids) == 1:
             break
     cells = "".join(digit if i in shown else "0" for i, digit in enumerate(grid))
     as_rows = ["\n".join(digits[r : r + 4] for r in range(0, 16, 4)) for digits in (cells, grid)]
@@ -124,18 +115,14 @@ _TASKS = dict(zip(KINDS, (_arithmetic, _sort, _reverse, _compare, _fill, _sudoku
 
 
 def tiny_examples(seed: int = 0, split: str = "train", kinds: tuple[str, ...] = KINDS) -> Iterator[dict]:
-    """Endless stream of chat examples; the kinds take turns.
+    """Endless stream of chats, `{"messages": [user, assistant], "kind": str}`; the kinds take turns.
 
     Every example has its own generator keyed by (seed, split, index): the stream can be entered anywhere and is the
     same on every machine. A prompt belongs to one split only, by a checksum of its text.
 
     Args:
-        seed: any integer; a different seed is a different stream.
         split: "train" or "test" (held out: one prompt in twenty).
         kinds: a subset of `KINDS`.
-
-    Yields:
-        `{"messages": [user, assistant], "kind": str}`.
 
     Raises:
         ValueError: unknown split or kind.
@@ -149,7 +136,7 @@ def tiny_examples(seed: int = 0, split: str = "train", kinds: tuple[str, ...] = 
         kind = kinds[index % len(kinds)]
         while True:
             question, answer = _TASKS[kind](rng)
-            held_out = zlib.crc32(question.encode()) % _HELD_OUT_SHARE == 0
+            held_out = zlib.crc32(question.encode()) % 20 == 0
             if held_out == (split == "test"):
                 break
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

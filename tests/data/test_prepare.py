@@ -31,19 +31,19 @@ def sources(path, ids, tokenizer):
 def test_joined_rows_hold_every_token_in_order(tmp_path, tokenizer, ids):
     flat = [token for row in ids for token in [*row, tokenizer.eos_token_id]]
     for file in sources(tmp_path, ids, tokenizer):
-        asked = Preparation(str(tmp_path / file), "tiny", length=16, test=0)
-        splits = prepare(asked, tmp_path / f"out-{file}")
+        plan = Preparation(str(tmp_path / file), "tiny", length=16, test=0)
+        splits = prepare(plan, tmp_path / f"out-{file}")
         got = [token for row in splits["train"]["input_ids"] for token in row]
         assert got == flat[: len(flat) // 16 * 16]
-        assert asked.counts == {"train": {"documents": 40, "rows": len(flat) // 16, "tokens": len(flat) - 40}}
+        assert plan.counts == {"train": {"documents": 40, "rows": len(flat) // 16, "tokens": len(flat) - 40}}
         assert all(len(row) == 16 for row in splits["train"]["input_ids"])
         assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.cache"))
 
 
 def test_padded_rows_are_a_document_each(tmp_path, tokenizer, ids):
     sources(tmp_path, ids, tokenizer)
-    asked = Preparation(str(tmp_path / "j.jsonl"), "tiny", form="padded", length=10, train=20, test=10)
-    splits = prepare(asked, tmp_path / "out")
+    plan = Preparation(str(tmp_path / "j.jsonl"), "tiny", form="padded", length=10, train=20, test=10)
+    splits = prepare(plan, tmp_path / "out")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     assert any(len(row) > 10 for row in ids[:30]) and any(len(row) < 8 for row in ids[:30])
     for split, documents in (("test", ids[:10]), ("train", ids[10:30])):
@@ -112,11 +112,11 @@ def test_the_job_trains_on_what_was_prepared(tmp_path, tokenizer, ids):
     [
         ("none.txt", (), "does not exist"),
         ("none.bin", (), "does not exist"),
-        ("t.txt", ("--form", "cut"), "`--form`"),
-        ("t.txt", ("--length", "1"), "`--length`"),
-        ("t.txt", ("--test", "2.5"), "`--test`"),
-        ("t.txt", ("--train", "0"), "`--train`"),
-        ("t.txt", ("--dtype", "float"), "`--dtype`"),
+        ("t.txt", ("--form", "cut"), "`form`"),
+        ("t.txt", ("--length", "1"), "`length`"),
+        ("t.txt", ("--test", "2.5"), "`test`"),
+        ("t.txt", ("--train", "0"), "`train`"),
+        ("t.txt", ("--dtype", "float"), "`dtype`"),
         ("t.txt", ("--length", "5000"), "too short"),
         ("j.jsonl", ("--text-field", "body"), "--text-field"),
         ("b.bin", ("--dtype", "uint32"), "`--dtype` is another"),
@@ -127,7 +127,8 @@ def test_the_job_trains_on_what_was_prepared(tmp_path, tokenizer, ids):
         ("late.bin", (), "has token 60000"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, source, options, said):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, monkeypatch, source, options, said):
+    monkeypatch.setattr("llm_diffusion.data.prepare._CHUNK", 64)
     sources(tmp_path, ids, tokenizer)
     (tmp_path / "odd.bin").write_bytes(b"abc")
     (tmp_path / "empty.jsonl").write_text("")
@@ -136,7 +137,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, sour
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "1.jsonl").write_text('{"text": "a b"}\n' * 300)
     (tmp_path / "late" / "2.jsonl").write_text('{"text": \n')
-    np.array([9, tokenizer.eos_token_id] * 2**19 + [60000], dtype=np.uint16).tofile(tmp_path / "late.bin")
+    np.array([9, tokenizer.eos_token_id] * 2**9 + [60000], dtype=np.uint16).tofile(tmp_path / "late.bin")
     done = run(
         "prepare-data", str(tmp_path / source), "--model", "tiny", "--output", str(tmp_path / "out" / "a"), *options
     )

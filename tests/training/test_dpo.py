@@ -458,7 +458,7 @@ import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from transformers import AutoTokenizer
-from llm_diffusion.data.tiny import TINY_MODEL_PATH
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 import training.test_dpo as t
 model, own = t.converted(AutoTokenizer.from_pretrained(TINY_MODEL_PATH))
 settings = dict(per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, max_steps=3, optim="sgd")

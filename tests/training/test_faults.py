@@ -121,7 +121,7 @@ import json, os, signal, sys
 sys.path.insert(0, {tests!r})
 from small_trainers import LORA, make
 from transformers import AutoTokenizer
-from llm_diffusion.data.tiny import TINY_MODEL_PATH
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 trainer = make({output!r}, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), peft_config=LORA, **json.loads({settings!r}))
 plain = trainer._save_rng_state
 def die(*args):

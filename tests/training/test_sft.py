@@ -321,7 +321,7 @@ import json, sys
 from transformers import AutoTokenizer
 sys.path.insert(0, {tests!r})
 from training.test_sft import LORA, make
-from llm_diffusion.data.tiny import TINY_MODEL_PATH
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 found = []
 for settings in ({{}}, {{"normalization": "sequence"}}, {{"normalization": "length"}}, {{"normalization": "masked"}},
                  {{"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5}}):
