@@ -150,6 +150,6 @@ def test_a_folder_in_use_is_left_alone(tmp_path, tokenizer, ids):
     sources(tmp_path, ids, tokenizer)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="--output"):
         prepare(Preparation(str(tmp_path / "t.txt"), "tiny"), tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "x"
