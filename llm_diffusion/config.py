@@ -25,8 +25,7 @@ from loguru import logger
 
 from . import UserError
 from .objective.settings import check_settings, check_value, default_of, merge, read_value, setting, settings_table
-from .presets import read_preset
-from .presets.diffugpt import is_diffugpt_config, left_aside, read_diffugpt_config
+from .presets import is_diffugpt_config, left_aside, read_diffugpt_config, read_preset
 
 SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": SEED_LORA_TARGETS, "bias": "none"}
@@ -105,7 +104,7 @@ class HyperParameters:
 
 
 OWN_KEYS = {f.name for f in dataclasses.fields(HyperParameters)} - {"training"}
-# Keys of the trainers that the main job sets itself, from keys of its own or an option of the command line.
+# Keys of the trainers that the main job sets itself.
 _RENAMED = {
     "num_train_epochs": "`epochs`",
     "per_device_train_batch_size": "`batch_size`",
