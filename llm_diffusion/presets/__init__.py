@@ -64,9 +64,17 @@ def read_diffugpt_config(given: dict[str, Any]) -> dict[str, Any]:
         UserError: wrong type or range, or a key that cannot be honoured, with the reason.
     """
     keys, starts, aside = table()["keys"], table()["starts"], left_aside(given)
-    flat = {key: _checked(key, value, keys[key]) for key, value in given.items() if key in keys}
-    flat = {key: value for key, value in flat.items() if key not in aside}
     own = {key: value for key, value in given.items() if key not in keys}
+    flat: dict[str, Any] = {}
+    for key in (key for key in given if key in keys):
+        row, hint = keys[key], TYPES[keys[key]["type"]]
+        value = read_value(key, given[key], hint)
+        if "why" in row and (value.endswith(row["not"]) if "not" in row else value not in row["choices"]):
+            raise UserError(f"`{key}`: {row['why']}.")
+        if value is not None:
+            check_value(key, value, hint, row)
+        if key not in aside:
+            flat[key] = value
     settings: dict[str, Any] = {"phases": ["pretrain"], "use_lora": False}
     start = flat.get("init_from")
     if start:
@@ -84,16 +92,6 @@ def read_diffugpt_config(given: dict[str, Any]) -> dict[str, Any]:
             ours = value if meaning == "$" else meaning
             settings = merge(settings, {outer: {inner: ours} if inner else ours})
     return merge(settings | _combined(flat), own)
-
-
-def _checked(key: str, value: Any, row: dict[str, Any]) -> Any:
-    hint = TYPES[row["type"]]
-    value = read_value(key, value, hint)
-    if "why" in row and (value.endswith(row["not"]) if "not" in row else value not in row["choices"]):
-        raise UserError(f"`{key}`: {row['why']}.")
-    if value is not None:
-        check_value(key, value, hint, row)
-    return value
 
 
 def _combined(flat: dict[str, Any]) -> dict[str, Any]:
