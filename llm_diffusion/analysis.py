@@ -291,10 +291,7 @@ def _describe(name: str, memory: ModelMemory, setup: TrainingSetup) -> Analysis:
     window = getattr(text, "sliding_window", None) if sliding else None
     facts = {
         "architecture": type(model).__name__,
-        "layers": memory.layers,
-        "heads": memory.heads or None,
-        "kv_heads": memory.kv_heads or None,
-        "head_dim": memory.head_dim or None,
+        **{name: getattr(memory, name) or None for name in ("layers", "heads", "kv_heads", "head_dim")},
         "hidden_size": text.hidden_size,
         "vocabulary": text.vocab_size,
         "context_length": getattr(text, "max_position_embeddings", None),
@@ -359,16 +356,15 @@ def analysis_tables(analysis: Analysis) -> list[Table]:
         parts = [(kind, *(f"{size:.2f}" for size in analysis.training[kind].values())) for kind in KINDS]
         columns = ["kind", *analysis.training["lora"]]
         tables.append(_table("Training on CUDA, GiB", columns, parts, f"{setup}\n{ASSUMPTIONS}"))
-        verdicts = {(fit["card"], fit["kind"]): _verdict(**fit) for fit in analysis.cards}
+        verdicts = {}
+        for fit in analysis.cards:
+            helping = f"; {fit['total_changed']:.1f} with" if fit["changes"] else ""
+            verdict = f"{fit['total']:.1f} {'fits' if fit['fits'] else 'does not fit'}{helping}"
+            verdicts[fit["card"], fit["kind"]] = "\n".join([verdict, *fit["changes"]])
         cards = [(f"{card}, {gib}", *(verdicts[card, kind] for kind in KINDS)) for card, gib in CARDS.items()]
         reserve = f"with {CUDA_CONTEXT_GIB:g} GiB for the CUDA context and {FRAGMENTATION - 1:.0%} for fragmentation"
         tables.append(_table("Cards, GiB", ["card", *KINDS], cards, reserve))
     return tables
-
-
-def _verdict(total: float, fits: bool, changes: list[str], total_changed: float | None, **_: Any) -> str:
-    helping = f"; {total_changed:.1f} with" if changes else ""
-    return "\n".join([f"{total:.1f} {'fits' if fits else 'does not fit'}{helping}", *changes])
 
 
 def _table(title: str, columns: list[str], rows: list[tuple[str, ...]], caption: str = "") -> Table:

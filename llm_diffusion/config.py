@@ -24,9 +24,8 @@ import yaml
 from loguru import logger
 
 from . import UserError
-from .objective.settings import check_settings, check_value, default_of, merge, read_value, setting, settings_table
-from .presets import read_preset
-from .presets.diffugpt import is_diffugpt_config, left_aside, read_diffugpt_config
+from .objective.settings import check_settings, check_value, merge, read_value, setting, settings_table
+from .presets import is_diffugpt_config, left_aside, read_diffugpt_config, read_preset
 
 SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": SEED_LORA_TARGETS, "bias": "none"}
@@ -64,8 +63,7 @@ class HyperParameters:
     seed: int = setting(42, "Of data, noise and weights.")
     debug: bool = setting(False, '100 examples, and names of runs that begin with "debug-".')
     phases: list[str] = setting(
-        ["pretrain", "sft"],
-        "`pretrain`: every token may be masked; `sft`: prompts stay clean; `dpo`: preferences.",
+        ["pretrain", "sft"], "`pretrain`: every token may be masked; `sft`: prompts stay clean; `dpo`: preferences."
     )
     stages: list[dict[str, Any]] = setting(
         [], "Instead of phases: each a `name`, what it `trains` (attention, adapters, everything), training settings."
@@ -105,7 +103,7 @@ class HyperParameters:
 
 
 OWN_KEYS = {f.name for f in dataclasses.fields(HyperParameters)} - {"training"}
-# Keys of the trainers that the main job sets itself, from keys of its own or an option of the command line.
+# Keys of the trainers that the main job sets itself.
 _RENAMED = {
     "num_train_epochs": "`epochs`",
     "per_device_train_batch_size": "`batch_size`",
@@ -125,8 +123,7 @@ def read_mapping(source: str, what: str) -> dict[str, Any]:
     """
     text, name = source, "the inline JSON"
     if not strip_comments(source).lstrip().startswith("{"):
-        path = Path(source).expanduser()
-        if not path.is_file():
+        if not (path := Path(source).expanduser()).is_file():
             raise FileNotFoundError(f"`{what}`: {source!r} is neither inline JSON nor an existing file.")
         text, name = path.read_text(), str(path)
     bare = strip_comments(text)
@@ -184,10 +181,10 @@ def build(given: dict[str, Any]) -> HyperParameters:
         name = f"{phase}_config"
         setattr(hp, name, _read_training(getattr(hp, name), name, phase == DPO))
     check_settings(hp)
-    _check_nested(hp)
+    _read_nested(hp)
     _check_order(hp)
     hp.stages = [_read_stage(stage) for stage in hp.stages]
-    _check_pipeline(hp)
+    _check_pipelines(hp)
     memory = hp.model_init_kwargs.get("max_memory")
     if isinstance(memory, dict):  # JSON has no integer keys, and accelerate numbers the cards by integers
         hp.model_init_kwargs["max_memory"] = {int(k) if str(k).isdigit() else k: v for k, v in memory.items()}
@@ -199,9 +196,12 @@ def training_hints(preferences: bool = False) -> dict[str, Any]:
     """Keys of a stage, and their types."""
     from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 
-    config = DiffusionDPOConfig if preferences else DiffusionSFTConfig
-    hints = typing.get_type_hints(config)
-    return {f.name: hints[f.name] for f in dataclasses.fields(config)}
+    return _hints(DiffusionDPOConfig if preferences else DiffusionSFTConfig)
+
+
+def _hints(declared: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(declared)
+    return {f.name: hints[f.name] for f in dataclasses.fields(declared)}
 
 
 def _read_training(given: dict[str, Any], where: str = "", preferences: bool = False) -> dict[str, Any]:
@@ -222,9 +222,8 @@ def _read_stage(stage: dict[str, Any]) -> dict[str, Any]:
 
     where = f"stages.{stage['name']}"
     check_value(f"{where}.trains", stage.get("trains", "adapters"), str, {"choices": TRAINS})
-    own = {key: stage[key] for key in ("name", "trains") if key in stage}
-    rest = {key: value for key, value in stage.items() if key not in own}
-    return own | _read_training(rest, where, stage["name"] == DPO)
+    rest = {key: value for key, value in stage.items() if key not in ("name", "trains")}
+    return stage | _read_training(rest, where, stage["name"] == DPO)
 
 
 def stages_of(hp: HyperParameters) -> list[dict[str, Any]]:
@@ -247,26 +246,26 @@ def _check_order(hp: HyperParameters) -> None:
             raise UserError(f"`{key}`: only the last may be called 'sft', and 'dpo' behind it, got {names}.")
 
 
-def _check_nested(hp: HyperParameters) -> None:
+def _read_nested(hp: HyperParameters) -> None:
+    """Holds mappings against the names, and where they are declared the types, of what they are handed to."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     from .models.conversion import TOKEN_IDS
 
-    lora = typing.get_type_hints(LoraConfig)
-    for name, known in (
-        ("wandb_config", WANDB),
-        ("qlora_config", set(inspect.signature(BitsAndBytesConfig).parameters) - {"kwargs"}),
-        ("lora_config", {f.name for f in dataclasses.fields(LoraConfig)}),
-        ("token_ids", TOKEN_IDS),
+    quantization = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
+    for name, hints in (
+        ("wandb_config", dict.fromkeys(WANDB, Any)),
+        ("qlora_config", dict.fromkeys(quantization, Any)),
+        ("lora_config", _hints(LoraConfig)),
+        ("token_ids", dict.fromkeys(TOKEN_IDS, int)),
     ):
-        if unknown := sorted(set(getattr(hp, name)) - set(known)):
+        if unknown := sorted(getattr(hp, name).keys() - hints.keys()):
             raise UserError(f"`{name}`: unknown key(s) {unknown}.")
-    hp.lora_config = {key: read_value(f"lora_config.{key}", value, lora[key]) for key, value in hp.lora_config.items()}
-    hp.token_ids = {key: read_value(f"token_ids.{key}", value, int) for key, value in hp.token_ids.items()}
+        setattr(hp, name, {k: read_value(f"{name}.{k}", v, hints[k]) for k, v in getattr(hp, name).items()})
 
 
-def _check_pipeline(hp: HyperParameters) -> None:
+def _check_pipelines(hp: HyperParameters) -> None:
     """Rules between settings: of the two pipelines, of lossless models, and of models from nothing."""
     from trl import SFTConfig
 
@@ -274,13 +273,12 @@ def _check_pipeline(hp: HyperParameters) -> None:
     from .generation.inference import check_autoregressive
     from .models.loading import check_scratch
 
-    stages = stages_of(hp)
+    stages, lossless = stages_of(hp), hp.training.get("attention") == "lossless"
     prefers = any(stage["name"] == DPO for stage in stages)
-    if hp.training.get("attention") == "lossless":
-        if prefers:
-            raise UserError("`attention`='lossless': preferences cannot change the verifying base; leave 'dpo' out.")
-        if any(stage["trains"] == "everything" for stage in stages):
-            raise UserError("`attention`='lossless' trains adapters: set `use_lora`, let no stage train 'everything'.")
+    if lossless and prefers:
+        raise UserError("`attention`='lossless': preferences cannot change the verifying base; leave 'dpo' out.")
+    if lossless and any(stage["trains"] == "everything" for stage in stages):
+        raise UserError("`attention`='lossless' trains adapters: set `use_lora`, let no stage train 'everything'.")
     if hp.scratch:
         check_scratch(hp.scratch, hp.max_length)
         if hp.use_lora or hp.use_qlora:
@@ -306,18 +304,10 @@ def settings_page() -> str:
     from .objective.forward_process import NoiseSettings
     from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 
-    page = (
-        "# Settings\n\nWritten by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`.\n"
-    )
-    kinds = (
-        HyperParameters,
-        DiffusionSFTConfig,
-        NoiseSettings,
-        AnnealingSettings,
-        ConversionSettings,
-        DiffusionDPOConfig,
-    )
-    for kind in kinds:
+    intro = "Written by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`."
+    page = f"# Settings\n\n{intro}\n"
+    shared = NoiseSettings, AnnealingSettings, ConversionSettings
+    for kind in (HyperParameters, DiffusionSFTConfig, *shared, DiffusionDPOConfig):
         first_line = kind.__doc__.strip().splitlines()[0]
         page += f"\n## `{kind.__name__}`\n\n{first_line}\n\n{settings_table(kind)}\n"
     return page
@@ -325,18 +315,16 @@ def settings_page() -> str:
 
 def config_yaml() -> str:
     """config.yaml: the defaults of the main job, each with its help."""
-    lines = ["# Settings of the main job and their defaults, written by `python -m llm_diffusion.config --yaml`. Use:"]
-    lines += [
-        "# python -m llm_diffusion.main --config config.yaml. Training settings are keys too, see docs/settings.md."
-    ]
-    for declared in dataclasses.fields(HyperParameters):
-        if text := declared.metadata.get("help"):
-            default, comment = default_of(declared), f"# ({declared.type.split('[')[0]}) {text}"
-            if isinstance(default, dict) and default:
-                lines += [f"{declared.name}: {comment}", *(f"  {k}: {json.dumps(v)}" for k, v in default.items())]
-            else:
-                lines.append(f"{declared.name}: {json.dumps(default)} {comment}")
-    return "\n".join(lines) + "\n"
+    text = """\
+# Settings of the main job and their defaults, written by `python -m llm_diffusion.config --yaml`. Use:
+# python -m llm_diffusion.main --config config.yaml. Training settings are keys too, see docs/settings.md.
+"""
+    for name, default in as_dict(HyperParameters()).items():
+        declared = HyperParameters.__dataclass_fields__[name]
+        nested = "".join(f"\n  {k}: {json.dumps(v)}" for k, v in default.items()) if isinstance(default, dict) else ""
+        value = "" if nested else f" {json.dumps(default)}"
+        text += f"{name}:{value} # ({declared.type.split('[')[0]}) {declared.metadata['help']}{nested}\n"
+    return text
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import torch
 from datasets import Dataset
 from loguru import logger
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedTokenizerBase
+from torch.nn import Linear, Module
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 from trl import SFTConfig
 
@@ -46,6 +47,8 @@ from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_sta
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
 # Settings of the other phases that mean something else to preferences, whose own are in `dpo_config`.
 NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_for_best_model", "greater_is_better"}
+# Settings of the main job that are the trainers' by the same name.
+SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
 
 
@@ -68,10 +71,9 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     model, tokenizer = load_start(hp, options)
     examples = readable(data.test, hp.eval_examples, tokenizer) if hp.pipeline == "diffusion" else []
     reports = {}
-    if examples and [stage.name for stage in stages] == [DPO]:
-        reports["before"] = measure(hp, model, tokenizer, examples)
-    elif examples:
-        reports["AR base"] = measure(hp, model, tokenizer, examples, autoregressive=True)
+    if examples:
+        start = "before" if [stage.name for stage in stages] == [DPO] else "AR base"
+        reports[start] = measure(hp, model, tokenizer, examples, autoregressive=start == "AR base")
     if hp.answers_from_base:
         logger.info(f"AR base: answering the {len(data.train):,} training prompts; its answers are trained on")
         limit = hp.generation.get("max_new_tokens", 128)
@@ -79,8 +81,9 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
 
     # 4. Training, stage after stage over the same weights.
     # What is saved has weights of its own, and adapters remember the file of their base.
-    load = partial(load_saved, hp, {key: value for key, value in options.items() if key != "gguf_file"})
-    histories = train(hp, stages, model, tokenizer, data, output, load if resume else None)
+    loader = load_diffusion_model if hp.pipeline == "diffusion" else load_autoregressive
+    load = partial(loader, **{key: value for key, value in options.items() if key != "gguf_file"})
+    histories = train(hp, stages, (model, tokenizer), data, output, load if resume else None)
     if not first:
         return  # one process is enough to read and show what was trained
     plot_loss(histories, output / "loss.png")
@@ -93,7 +96,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
             save_generation_config(model, folder, decoding(hp, model))
     del model
     if hp.pipeline == "arm":
-        show_autoregressive(hp, partial(load, final), histories)
+        show_autoregressive(hp, partial(load, str(final)), histories)
         logger.info(f"saved: {final}; done in {time.perf_counter() - started:.0f} s")
         return
     model, tokenizer = measure_saved(hp, load, folders, examples, reports)
@@ -141,10 +144,8 @@ def check_writable(folder: Path, key: str) -> None:
 
 def loader_options(hp: HyperParameters, device: str) -> dict[str, Any]:
     """Keywords of the loaders."""
-    quantized = None
-    if hp.use_qlora:
-        with user_settings("`qlora_config`"):
-            quantized = quantization_config("nf4", device, **hp.qlora_config)
+    with user_settings("`qlora_config`"):
+        quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     own = {"quantization_config": quantized, "device": device, "trust_remote_code": hp.trust_remote_code}
     return own | hp.model_init_kwargs
 
@@ -156,11 +157,7 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         "num_train_epochs": hp.epochs,
         "per_device_train_batch_size": hp.batch_size,
         "per_device_eval_batch_size": hp.batch_size,
-        "learning_rate": hp.learning_rate,
-        "gradient_accumulation_steps": hp.gradient_accumulation_steps,
-        "max_length": hp.max_length,
-        "seed": hp.seed,
-        "dataloader_num_workers": hp.dataloader_num_workers,
+        **{key: getattr(hp, key) for key in SHARED},
         "dataloader_pin_memory": device.startswith("cuda"),
         "use_cpu": device == "cpu",
         "report_to": report_to,
@@ -193,11 +190,12 @@ def start_wandb(hp: HyperParameters) -> str:
         import wandb
     except ImportError as error:
         raise ImportError("`use_wandb`: wandb is not installed; run `pip install 'llm-diffusion[wandb]'`.") from error
-    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (hp.wandb_config.get("project") or "llm-diffusion")
-    if hp.wandb_config.get("entity"):
-        os.environ["WANDB_ENTITY"] = hp.wandb_config["entity"]
-    if hp.wandb_config.get("wandb_log_path"):
-        folder = Path(hp.wandb_config["wandb_log_path"]).expanduser()
+    project, entity, path = (hp.wandb_config.get(name) for name in ("project", "entity", "wandb_log_path"))
+    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (project or "llm-diffusion")
+    if entity:
+        os.environ["WANDB_ENTITY"] = entity
+    if path:
+        folder = Path(path).expanduser()
         check_writable(folder, "wandb_config.wandb_log_path")
         os.environ["WANDB_DIR"] = str(folder)
     if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
@@ -229,31 +227,27 @@ class Data:
 
 
 def load_data(hp: HyperParameters) -> Data:
-    limit = DEBUG_EXAMPLES if hp.debug else hp.max_examples
-    data = Data(*load_splits(hp.dataset, test_size=hp.test_size, seed=hp.seed, limit=limit))
+    shares = {"test_size": hp.test_size, "seed": hp.seed, "limit": DEBUG_EXAMPLES if hp.debug else hp.max_examples}
+    data = Data(*load_splits(hp.dataset, **shares))
     logger.info(f"data: {len(data.train):,} examples to train on, {len(data.test):,} held out")
-    if any(stage["name"] == DPO for stage in stages_of(hp)):
-        data.pairs = load_pairs(hp, data, limit)
-    return data
-
-
-def load_pairs(hp: HyperParameters, data: Data, limit: int | None) -> tuple[Dataset, Dataset]:
-    """The pairs of `preference_dataset`, or the data's answers beside wrong ones made from them."""
+    if not any(stage["name"] == DPO for stage in stages_of(hp)):
+        return data
     if hp.preference_dataset is not None:
-        found = load_preference_splits(hp.preference_dataset, test_size=hp.test_size, seed=hp.seed, limit=limit)
-    else:
+        found = load_preference_splits(hp.preference_dataset, **shares)
+    else:  # the data's answers beside wrong ones made from them
         found = preference_pairs(data.train, seed=hp.seed), preference_pairs(data.test, seed=hp.seed)
     logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
     # Checked now: the trainer is built when the phases before are done.
     train, test = (check_pairs(pairs, "preference") for pairs in found)
-    return train, first_rows(test, EVAL_ROWS)
+    data.pairs = train, first_rows(test, EVAL_ROWS)
+    return data
 
 
 def first_rows(dataset: Dataset, n: int) -> Dataset:
     return dataset.select(range(min(n, len(dataset))))
 
 
-def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+def readable(test: Dataset, n: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The first `n` rows; tokens of a prepared dataset as text."""
     rows = list(first_rows(test, n))
     if "input_ids" not in test.column_names:
@@ -285,16 +279,8 @@ def load_start(hp: HyperParameters, options: dict[str, Any]) -> Loaded:
     return model, tokenizer
 
 
-def load_saved(hp: HyperParameters, options: dict[str, Any], folder: str | Path) -> Loaded:
-    return (load_autoregressive if hp.pipeline == "arm" else load_diffusion_model)(str(folder), **options)
-
-
 def measure(
-    hp: HyperParameters,
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    autoregressive: bool = False,
+    hp: HyperParameters, model: Module, tokenizer: Tokenizer, examples: list[dict], autoregressive: bool = False
 ) -> AnswerReport:
     name = "AR base" if autoregressive else "converted model"
     logger.info(f"{name}: answering {len(examples)} held-out prompts")
@@ -305,15 +291,10 @@ def measure(
 
 
 def train(
-    hp: HyperParameters,
-    stages: list[Stage],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    output: Path,
-    load: Any,
+    hp: HyperParameters, stages: list[Stage], loaded: Loaded, data: Data, output: Path, load: Any
 ) -> dict[str, list[dict]]:
     """Runs the stages; returns their log histories. `load`: loads a saved stage, to resume."""
+    model, tokenizer = loaded
     examples = list(first_rows(data.test, hp.eval_answers)) if hp.pipeline == "diffusion" else []
 
     def add_callbacks(trainer: Any, stage: Stage) -> None:
@@ -342,14 +323,14 @@ def train(
     )
 
 
-def lora(hp: HyperParameters, model: torch.nn.Module) -> LoraConfig:
+def lora(hp: HyperParameters, model: Module) -> LoraConfig:
     """LoRA settings with target modules that this architecture has; "attention" is every linear layer of the attention.
 
     The default names are those of Qwen and Llama; where they do not all exist, every linear layer is adapted. Names that the
     user chose are never replaced: unmatched ones are an error.
     """
     settings = dict(hp.lora_config)
-    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, Linear | Conv1D)]
     names = sorted({layer.rsplit(".", 1)[-1] for layer in layers} - {"lm_head"})
     targets = settings.get("target_modules")
     if targets == "attention":
@@ -374,10 +355,9 @@ def measure_saved(
     hp: HyperParameters, load: Any, folders: dict[str, Path], examples: list[dict], reports: dict[str, AnswerReport]
 ) -> Loaded:
     """Adds the answers of what was saved to `reports`: before and after preferences; returns the last model."""
-    *others, final = folders
-    if examples and others and final == DPO:
-        reports["converted"] = measure(hp, *load(folders[others[-1]]), examples)
-    model, tokenizer = load(folders[final])
-    if examples:
-        reports["preferences" if final == DPO else "converted"] = measure(hp, model, tokenizer, examples)
-    return model, tokenizer
+    names = list(folders)
+    for name in names[-2:] if examples and names[-1] == DPO else names[-1:]:
+        loaded = load(str(folders[name]))
+        if examples:
+            reports["preferences" if name == DPO else "converted"] = measure(hp, *loaded, examples)
+    return loaded

@@ -16,8 +16,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,18 +40,6 @@ def is_users(error: Exception) -> bool:
     return isinstance(error, UserError | OSError | FloatingPointError) or type(error).__name__ == "OutOfMemoryError"
 
 
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What the user can put right is one line on stderr and exit code 2; anything else is a fault of ours, with its traceback."""
-    try:
-        yield
-    except Exception as error:
-        if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
-            raise
-        click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-        sys.exit(2)
-
-
 class Commands(click.Group):
     """A first word that is no command is a preset: `llm-diffusion tiny` is `llm-diffusion --preset tiny`."""
 
@@ -64,8 +51,14 @@ class Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with one_line_errors():
+        """What the user can put right is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
+        try:
             return super().invoke(ctx)
+        except Exception as error:
+            if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
+                raise
+            click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            sys.exit(2)
 
 
 def declared(flag: str, name: str, **options: Any) -> Callable:
@@ -101,7 +94,10 @@ decoding_settings = click.option(
 def cli(ctx: click.Context, list_presets: bool, resume: bool, **settings: str | None) -> None:
     """Turns an autoregressive language model into a diffusion language model. Without a command: the main job."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client is imported
-    start_logging()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
+    logger.remove()
+    form = "<green>{time:HH:mm:ss}</green> {message}"
+    logger.add(sys.stderr, format=form, colorize=sys.stderr.isatty(), level="INFO")
     if ctx.invoked_subcommand is None and list_presets:
         click.echo("\n".join(preset_names()))
     elif ctx.invoked_subcommand is None:
@@ -125,16 +121,10 @@ def convert(model: str | None, resume: bool, **settings: str | None) -> None:
     from .analysis import analysis_tables, analyze
     from .job import run
 
-    analysis = analyze(
-        hp.model,
-        batch_size=hp.batch_size,
-        length=hp.max_length,
-        lora_rank=hp.lora_config.get("r", 16),
-        attention=hp.training.get("attention") or "bidirectional",
-        gradient_checkpointing=hp.training.get("gradient_checkpointing", True),
-        trust_remote_code=hp.trust_remote_code,
-    )
-    console().print(*analysis_tables(analysis))
+    setup = {"batch_size": hp.batch_size, "length": hp.max_length, "lora_rank": hp.lora_config.get("r", 16)}
+    setup |= {"attention": hp.training.get("attention") or "bidirectional"}
+    setup |= {"gradient_checkpointing": hp.training.get("gradient_checkpointing", True)}
+    console().print(*analysis_tables(analyze(hp.model, trust_remote_code=hp.trust_remote_code, **setup)))
     run(hp, resume)
 
 
@@ -148,9 +138,7 @@ def convert(model: str | None, resume: bool, **settings: str | None) -> None:
 @declared("--trust-remote-code", "trust_remote_code")
 @click.option("--download", is_flag=True, help="Fetch the weights too.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the analysis to FILE.")
-def analyze(
-    model: str, block: bool, no_checkpointing: bool, download: bool, json_path: str | None, **options: Any
-) -> None:
+def analyze(model: str, block: bool, no_checkpointing: bool, download: bool, json_path: str, **options: Any) -> None:
     """Parameters, memory and fitting cards of MODEL, from its config alone."""
     quiet_libraries()
     from .analysis import analysis_tables
@@ -198,15 +186,9 @@ def prepare_data(source: str, output: str, **options: Any) -> None:
 @decoding_settings
 @click.option("--config", metavar="FILE", help="Take what is left out from a config.json, `user_prompt` for one.")
 @click.option("--watch", is_flag=True, help="Show the text as it forms, coloured by confidence.")
-@click.option("--svg", "svg_path", metavar="FILE", help="Draw that as an animated picture.")
+@click.option("--svg", metavar="FILE", help="Draw that as an animated picture.")
 def generate(
-    model: str | None,
-    prompts: tuple[str, ...],
-    pipeline: str | None,
-    settings: str,
-    config: str | None,
-    watch: bool,
-    svg_path: str | None,
+    model: str | None, prompts: tuple[str, ...], pipeline: str | None, settings: str, config: str | None, **shown: Any
 ) -> None:
     """Continue plain texts (PROMPTS) with MODEL."""
     chosen = read_mapping(settings, "--settings")
@@ -218,9 +200,8 @@ def generate(
     if not model or not prompts:
         raise UserError("MODEL and PROMPTS are missing; or give a `--config` with `init_from` and `user_prompt`.")
     if hp.pipeline == "diffusion":
-        generate_by_diffusion(model, prompts, chosen, watch, svg_path)
-        return
-    if watch or svg_path is not None:
+        return generate_by_diffusion(model, prompts, chosen, **shown)
+    if any(shown.values()):
         raise UserError("`--watch` and `--svg` show how masks are filled; leave them out with `--pipeline arm`.")
     quiet_libraries()
     from .generation.inference import continue_autoregressive
@@ -230,16 +211,13 @@ def generate(
     click.echo("\n".join(continue_autoregressive(*loaded, list(prompts), **chosen)))
 
 
-def generate_by_diffusion(
-    model: str, prompts: tuple[str, ...], settings: dict[str, Any], watch: bool, svg_path: str | None
-) -> None:
-    picture = svg_path and writable(svg_path, "--svg")
+def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, watch: bool, svg: str | None) -> None:
+    picture = svg and writable(svg, "--svg")
     if picture and len(prompts) > 1:
         raise UserError(f"`--svg` draws one text, got {len(prompts)} prompts.")
     inference = load_inference(model, settings)
     if not (watch or picture):
-        click.echo("\n".join(inference.generate(list(prompts))))
-        return
+        return click.echo("\n".join(inference.generate(list(prompts))))
     from .generation.streaming import Watch
 
     terminal = console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
@@ -295,25 +273,13 @@ def chat(model: str, question: str | None, settings: str) -> None:
 @click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API, whose model labels the answers of --from-model.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
-def prefer(
-    source: str,
-    output: str,
-    kinds: str | None,
-    seed: int,
-    limit: int | None,
-    from_model: str | None,
-    samples: int,
-    settings: str,
-    answers: bool,
-    judge: str | None,
-    judge_model: str | None,
-) -> None:
+def prefer(source: str, output: str, from_model: str | None, answers: bool, seed: int, **options: Any) -> None:
     """Make preference pairs from SOURCE: worked answers, labelled answers, or pairs to be checked.
 
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
     """
     writable(output, "--output")
-    if (answers or judge) and from_model is None:
+    if (answers or options["judge"]) and from_model is None:
         raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
     quiet_libraries()
     from rich.progress import track
@@ -322,15 +288,15 @@ def prefer(
     from .reasoning.pairs import LLMJudge, pairs_of, write_rows
     from .reasoning.problems import load_records, read_problem
 
-    label = LLMJudge(judge, judge_model or "") if judge else None
+    label = LLMJudge(options["judge"], options["judge_model"] or "") if options["judge"] else None
     bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
-    records = load_records(source, limit, seed=seed)
+    records = load_records(source, options["limit"], seed=seed)
     if from_model is not None:
-        inference = load_inference(from_model, read_mapping(settings, "--settings"))
-        loaded, problems = (inference.model, inference.tokenizer), [read_problem(record) for record in records]
-        records = sample_answers(*loaded, problems, samples, seed, bar, label, **inference.settings)
+        inference = load_inference(from_model, read_mapping(options["settings"], "--settings"))
+        drawn = [read_problem(record) for record in records], options["samples"], seed, bar, label
+        records = sample_answers(inference.model, inference.tokenizer, *drawn, **inference.settings)
         click.echo(f"{sum(row['right'] for row in records)} of {len(records)} answers are right")
-    rows = records if answers else pairs_of(records, seed, kinds.split(",") if kinds else None)
+    rows = records if answers else pairs_of(records, seed, options["kinds"].split(",") if options["kinds"] else None)
     write_rows(output, rows)
     for kind, count in Counter(row["kind"] for row in ([] if answers else rows)).most_common():
         click.echo(f"{count:6d}  {kind}")
@@ -388,13 +354,6 @@ def console() -> Any:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-
-
-def start_logging() -> None:
-    logger.remove()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
-    form = "<green>{time:HH:mm:ss}</green> {message}"
-    logger.add(sys.stderr, format=form, colorize=sys.stderr.isatty(), level="INFO")
 
 
 def quiet_libraries(bars: bool = True) -> None:

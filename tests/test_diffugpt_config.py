@@ -10,7 +10,7 @@ from transformers import get_scheduler
 from llm_diffusion import UserError
 from llm_diffusion.config import OWN_KEYS, build, layers, read_mapping, resolve, strip_comments, training_hints
 from llm_diffusion.generation.commit_rules import CONFIDENCES
-from llm_diffusion.presets.diffugpt import is_diffugpt_config, left_aside, read_diffugpt_config, table
+from llm_diffusion.presets import is_diffugpt_config, left_aside, read_diffugpt_config, table
 
 KEYS, SHARED = table()["keys"], set(table()["shared"])
 

@@ -57,9 +57,7 @@ def fill_masks(
     """
     record = record_of(model)
     if record.mode.drafts:
-        raise UserError(
-            "`model`: a lossless adapter drafts what its base predicts next; it cannot fill gaps. Train one with `attention`='bidirectional'."
-        )
+        raise UserError("`model`: a lossless adapter cannot fill gaps; train one with `attention`='bidirectional'.")
     settings.check_model(record)
     return CanvasDecoder(model, input_ids, attention_mask, settings, first, processors).run(on_step)
 
@@ -85,9 +83,8 @@ class CanvasDecoder:
         self.passes = 2 if settings.guided else 1  # of a step, in one batch
         self.eos = eos_ids(settings, input_ids.device)
         self.padded = not bool(attention_mask.all())
-        self.static = is_compiled(
-            model
-        )  # every pass has the shape of the first one: rows that are done stay, and do nothing
+        # Every pass has the shape of the first one: rows that are done stay, and do nothing.
+        self.static = is_compiled(model)
         self.cache: DynamicCache | None = None
         self.rows = self._rows(input_ids, attention_mask)
 
@@ -316,7 +313,5 @@ def check_canvas_cache(model: torch.nn.Module) -> None:
     except Exception as error:  # in as many ways as there are caches
         raise UserError(f"`approximate_cache`: {name} cannot be given its keys and values again: {error}") from error
     if not (found - want).abs().max() <= 0.01 * want.abs().max():  # also where they are non-finite
-        raise UserError(
-            f"`approximate_cache`: {name} gives other logits when keys and values are kept, though nothing changed; leave it out."
-        )
+        raise UserError(f"`approximate_cache`: {name} gives other logits with keys and values kept; leave it out.")
     base.follows_canvas_cache = True

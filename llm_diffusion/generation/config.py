@@ -149,11 +149,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         yield by_chance and self.remasking != "random", "revision", "goes by chance: it needs `remasking`='random'"
         edits = self.editing_threshold is not None
         yield self.revision and edits, "editing_threshold", "and `revision` both change what is committed; give one"
-        yield (
-            by_chance != (self.eta is not None),
-            "eta",
-            f"belongs to ReMDM's kinds of `revision`, got {self.revision!r}",
-        )
+        misplaced = by_chance != (self.eta is not None)
+        yield misplaced, "eta", f"belongs to ReMDM's kinds of `revision`, got {self.revision!r}"
         yield loop and self.revision != "remdm-loop", "remdm_loop", "belongs to `revision`='remdm-loop'"
         wrong = loop and not _is_loop(self.remdm_loop)
         yield wrong, "remdm_loop", "must be [t_on, t_off, alpha_on], each in (0, 1) and t_off below t_on"
@@ -166,12 +163,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         several = self.revises and any(len(word) > 1 for word in words)
         yield several, "bad_words_ids", "of several tokens cannot be kept out where committed tokens are revised"
         greedy = not (self.temperature or self.alg_temp or self.remasking == "random")
-        several = (self.num_return_sequences or 1) > 1
-        yield (
-            several and greedy,
-            "num_return_sequences",
-            "of greedy decoding are all the same; set `temperature` above 0",
-        )
+        copies = greedy and (self.num_return_sequences or 1) > 1
+        yield copies, "num_return_sequences", "of greedy decoding are all the same; set `temperature` above 0"
 
     def _useless(self, record: DiffusionRecord) -> Iterator[tuple[Any, str, str]]:
         """The same of settings that mean nothing to a model."""
@@ -194,9 +187,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         """Refuses settings, and `processors` of a call, that a model has no use for."""
         self._refuse(self._useless(record))
         if record.mode.drafts and processors:
-            raise UserError(
-                "`logits_processor`: lossless decoding gives the base's own text, without it; leave it out."
-            )
+            raise UserError("`logits_processor`: lossless decoding gives the base's own text; leave it out.")
 
     def _refuse(self, conflicts: Iterator[tuple[Any, str, str]]) -> None:
         for wrong, name, why in conflicts:
@@ -225,6 +216,13 @@ def _in_our_terms(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _is_loop(times: Any) -> bool:
     inside = isinstance(times, list | tuple) and [isinstance(t, int | float) and 0 < t < 1 for t in times]
     return inside == [True] * 3 and times[1] < times[0]
+
+
+def check_room(model: torch.nn.Module, text: int, new: int, setting: str = "max_new_tokens") -> None:
+    """Raises UserError where `text` and `new` tokens are more than the model has positions."""
+    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and text + new > limit:
+        raise UserError(f"`{setting}`: {text} tokens and {new} new ones exceed the model's {limit} positions.")
 
 
 def saved_settings(model: torch.nn.Module) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..models.sampling import DiffusionOutput, eos_ids
 from ..speculative.decoding import decode_lossless
 from .blocks import BlockDecoder
 from .canvas import CanvasDecoder, with_masks
-from .config import NEUTRAL, DiffusionGenerationConfig, given_settings, saved_settings
+from .config import NEUTRAL, DiffusionGenerationConfig, check_room, given_settings, saved_settings
 from .lengths import fill_sized
 from .streaming import Stream
 
@@ -110,8 +110,7 @@ def _settings(
         if longest <= prompt_length:
             raise UserError(f"`max_length` ({longest}) leaves no room after a prompt of {prompt_length} tokens.")
         kwargs["max_new_tokens"] = longest - prompt_length
-    chosen = layered(saved_settings(base), {} if given is None else given_settings(given))
-    chosen = layered(chosen, kwargs)
+    chosen = layered(layered(saved_settings(base), {} if given is None else given_settings(given)), kwargs)
     if chosen.get("mask_token_id") is None:
         chosen["mask_token_id"] = record_of(base).mask_token_id
     for name in ("eos_token_id", "pad_token_id"):
@@ -138,9 +137,7 @@ def _checked_mask(
         raise UserError(f"`attention_mask`: `input_ids` has the shape {tuple(ids.shape)}, it has {tuple(mask.shape)}.")
     if ids.shape[1] and not bool(mask[:, -1].all()):
         raise UserError("`input_ids`: prompts must be padded on the left (`tokenizer.padding_side='left'`).")
-    limit, length = getattr(base.config.get_text_config(), "max_position_embeddings", None), ids.shape[1]
-    if limit is not None and length + (new := settings.max_new_tokens) > limit:
-        raise UserError(f"`max_new_tokens`: prompt ({length}) and answer ({new}) exceed the model's {limit} positions.")
+    check_room(base, ids.shape[1], settings.max_new_tokens)
     return mask
 
 
@@ -181,8 +178,7 @@ def generate_as_loaded(model: torch.nn.Module, **kwargs: Any) -> Any:
 
     This is what `custom_generate/generate.py` beside the weights hands to `from_pretrained`, `generate` and `pipeline`.
     """
-    base = base_of(model)
-    record = record_of(base)
+    base, record = base_of(model), record_of(model)
     if not record.converted:
         raise UserError("`model`: not a converted checkpoint; call `convert_to_diffusion` first.")
     if record.time_embedding:

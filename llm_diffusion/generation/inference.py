@@ -15,7 +15,7 @@ from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import record_of
 from .canvas import fill_masks
-from .config import DiffusionGenerationConfig, decoding_settings
+from .config import DiffusionGenerationConfig, check_room, decoding_settings
 from .generate import generate
 
 logger = logging.getLogger(__name__)
@@ -70,9 +70,7 @@ class DiffusionInference:
             name_or_path, device=device, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
         )
         if not record_of(model).trained:
-            logger.warning(
-                "%r is converted but not trained as a diffusion model yet: its answers mean nothing", name_or_path
-            )
+            logger.warning("%r is converted but not trained yet: its answers mean nothing", name_or_path)
         chosen = decoding_settings(model, settings if steps is None else {**settings, "steps": steps})
         steps, _ = chosen.pop("steps", None), chosen.pop("mask_token_id")
         return cls(model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps, tokenizer, **chosen)
@@ -91,13 +89,10 @@ class DiffusionInference:
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask.to(self.device)
         if not ((ids == self.settings["mask_token_id"]) & mask.bool()).any():
-            raise UserError(
-                f"`input_ids`: the batch has no mask token (id {self.settings['mask_token_id']}), so there is nothing to fill."
-            )
-        settings = dict(self.settings)
-        if settings.get("grow_canvas"):  # what follows a gap is seen from the start
-            settings |= {"block_length": None, "grow_canvas": False}
-        return fill_masks(self.model, ids, mask, DiffusionGenerationConfig(**settings)).sequences
+            raise UserError(f"`input_ids`: no mask token (id {self.settings['mask_token_id']}), nothing to fill.")
+        # What follows a gap is seen from the start.
+        whole = {"block_length": None, "grow_canvas": False} if self.settings.get("grow_canvas") else {}
+        return fill_masks(self.model, ids, mask, DiffusionGenerationConfig(**self.settings | whole)).sequences
 
     def generate(self, prompts: list[str] | str, **settings: Any) -> list[str]:
         """Continues plain texts; returns the answers alone."""
@@ -158,18 +153,12 @@ def continue_autoregressive(
     """
     check_autoregressive(settings)
     if not all(prompts):
-        raise UserError(
-            f"`prompts`: an empty prompt has nothing to continue; start with {tokenizer.eos_token!r} for one."
-        )
+        raise UserError(f"`prompts`: an empty one has nothing to continue; start with {tokenizer.eos_token!r} for one.")
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(base_of(model).device)
     width = batch["input_ids"].shape[1]
     settings = {"max_new_tokens": 128, **settings}
-    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and width + settings["max_new_tokens"] > limit:
-        raise UserError(
-            f"`max_new_tokens`: prompt ({width}) and answer ({settings['max_new_tokens']}) exceed the model's {limit} positions."
-        )
+    check_room(model, width, settings["max_new_tokens"])
     # As in unmasking: a temperature above 0 samples, 0 is greedy.
     temperature = settings.pop("temperature", None)
     sampling = settings.pop("do_sample", bool(temperature)) and temperature != 0
@@ -216,18 +205,13 @@ def fill_gaps(
     record = record_of(model)
     if record.mode.has_blocks:
         raise UserError(
-            f"`attention`={record.attention!r}: the model does not see the text behind a gap; use a bidirectional one."
+            f"`attention`={record.attention!r} does not see the text behind a gap; use a bidirectional model."
         )
     if len(pieces) < 2:
         raise UserError(f"`pieces`: a gap lies between two pieces of text, got {len(pieces)}.")
     if isinstance(max_gap_length, bool) or not isinstance(max_gap_length, int) or max_gap_length < 1:
         raise UserError(f"`max_gap_length` must be a whole number, at least 1, got {max_gap_length!r}.")
-    limit = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-    longest = sum(map(len, pieces)) + max_gap_length * (len(pieces) - 1)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"`max_gap_length`={max_gap_length}: up to {longest} tokens exceed the model's {limit} positions."
-        )
+    check_room(model, sum(map(len, pieces)), max_gap_length * (len(pieces) - 1), "max_gap_length")
     settings = copy.copy(settings)
     vars(settings).update(**BOTH_SIDES, output_history=True, eos_token_id=None)
     before, lengths = list(pieces[0]), []
@@ -243,10 +227,7 @@ def fill_gaps(
 
 
 def _fill(
-    model: torch.nn.Module,
-    pieces: list[list[int]],
-    candidates: list[list[int]],
-    settings: DiffusionGenerationConfig,
+    model: torch.nn.Module, pieces: list[list[int]], candidates: list[list[int]], settings: DiffusionGenerationConfig
 ) -> list[tuple[float, list[list[int]]]]:
     """For each choice of lengths, how sure the filling is and its gaps."""
     rows = []

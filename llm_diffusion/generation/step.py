@@ -1,7 +1,7 @@
 """One denoising step over a window of positions: logits are changed, tokens proposed, and some of them committed or taken back.
 
 1. `penalise_repetition`, processors of transformers, `ban_words`, in this order; then the mask token and `suppress_tokens` are banned.
-2. `_propose`: the best token of every position, or a sample (temperature, top-k, top-p).
+2. Proposed are the best token of every position, or a sample (temperature, top-k, top-p).
 3. `_by_rule` or `_revise`: which positions change in this step, by the pure rules of `commit_rules`.
 
 A position may be filled before those on its left, so "the text so far" is what is committed anywhere, masks and padding left out.
@@ -91,7 +91,10 @@ def commit(
     if processors:
         logits = apply_processors(logits, window, processors)
     logits = ban_words(ban(logits, settings), window, words)
-    tokens = _propose(logits, window, settings)
+    if settings.temperature == 0:
+        tokens = logits.argmax(-1)
+    else:  # one uniform number a place; the Gumbel rule would need one for every token of the vocabulary
+        tokens = sample(warped(logits, settings).softmax(-1), window.noise(settings.seed, TOKEN_STREAM))
     score = probability = rules.confidence(logits, tokens, "low_confidence")
     noise = window.noise(settings.seed, ORDER_STREAM)
     if settings.revision is not None:
@@ -108,14 +111,6 @@ def commit(
         editable = window.open & ~window.masked
         chosen = chosen | rules.edits(probability, tokens, window.ids, editable, settings.editing_threshold)
     return chosen, tokens, probability
-
-
-def _propose(logits: torch.Tensor, window: Window, settings: DiffusionGenerationConfig) -> torch.Tensor:
-    """(B, k, V) logits -> (B, k) proposed tokens: the best ones, or a sample."""
-    if settings.temperature == 0:
-        return logits.argmax(-1)
-    # One uniform number a place; the Gumbel rule would need one for every token of the vocabulary.
-    return sample(warped(logits, settings).softmax(-1), window.noise(settings.seed, TOKEN_STREAM))
 
 
 def _by_rule(

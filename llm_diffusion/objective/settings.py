@@ -14,12 +14,12 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from .. import UserError
 
-BOUNDS = ("choices", "min", "max", "above", "below")
+BOUNDS = {"choices", "min", "max", "above", "below"}
 TYPE_NAMES = {
     bool: "true or false",
     str: "text",
@@ -39,17 +39,8 @@ class _Declaration(dict):
         return {name: self[name] for name in ("help", "choices") if name in self}
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[Any, ...] | None = None,
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """A dataclass field; `above` and `below` are bounds that the value must not reach. None is a value only as the default."""
+def setting(default: Any, help: str, *, choices=None, min=None, max=None, above=None, below=None) -> Any:
+    """A dataclass field: a tuple of `choices`, or a number that does not reach `above` and `below`. None only as default."""
     given = {"choices": choices, "min": min, "max": max, "above": above, "below": below}
     metadata = _Declaration(help=help, **{name: value for name, value in given.items() if value is not None})
     if isinstance(default, list | dict):
@@ -72,30 +63,19 @@ def check_settings(settings: Any, declared: type | None = None) -> None:
 
 def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> None:
     """Raises UserError for a value that is none of the `choices`, or no number inside `min`, `max`, `above` and `below`."""
-    if set(bounds) & set(BOUNDS) and not _fits(value, hint, bounds):
-        raise UserError(f"`{name}` must be {allowed(hint, bounds)}, got {value!r}.")
-
-
-def _fits(value: Any, hint: Any, bounds: Mapping[str, Any]) -> bool:
+    if not bounds.keys() & BOUNDS:
+        return
     if "choices" in bounds:
-        return value in bounds["choices"]
-    if isinstance(value, bool) or not isinstance(value, int if _is_whole(hint) else int | float):
-        return False
-    return (
-        math.isfinite(value)
-        and value >= bounds.get("min", value)
-        and value <= bounds.get("max", value)
-        and ("above" not in bounds or value > bounds["above"])
-        and ("below" not in bounds or value < bounds["below"])
-    )
+        fits = value in bounds["choices"]
+    elif fits := isinstance(value, int | float if float in _options(hint) else int) and not isinstance(value, bool):
+        reaches = bounds.get("min", value) <= value <= bounds.get("max", value)
+        fits = reaches and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
+    if not fits:
+        raise UserError(f"`{name}` must be {allowed(hint, bounds)}, got {value!r}.")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _is_whole(hint: Any) -> bool:
-    return float not in _options(hint)
 
 
 def allowed(hint: Any, bounds: Mapping[str, Any]) -> str:
@@ -106,10 +86,9 @@ def allowed(hint: Any, bounds: Mapping[str, Any]) -> str:
         return f"one of {tuple(bounds['choices'])}{none}"
     low, high = bounds.get("min", bounds.get("above")), bounds.get("max", bounds.get("below"))
     if low is None and high is None:
-        return " or ".join(
-            dict.fromkeys(TYPE_NAMES.get(kind) or getattr(kind, "__name__", str(kind)) for kind in kinds)
-        )
-    number = "a whole number" if _is_whole(hint) else "a number"
+        words = (TYPE_NAMES.get(kind) or getattr(kind, "__name__", str(kind)) for kind in kinds)
+        return " or ".join(dict.fromkeys(words))
+    number = TYPE_NAMES[float if float in kinds else int]
     if low is not None and high is not None:
         return f"{number} in {'[' if 'min' in bounds else '('}{low}, {high}{']' if 'max' in bounds else ')'}{none}"
     if low is not None:
@@ -123,29 +102,20 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     Raises:
         UserError: of another type.
     """
-    options = _options(hint)
-    kinds = [typing.get_origin(option) or option for option in options]
-    if Any in kinds:
+    kinds = {typing.get_origin(option) or option for option in _options(hint)}
+    literals = [word for option in _options(hint) if typing.get_origin(option) is Literal for word in option.__args__]
+    if Any in kinds or value in literals:
         return value
-    for option, kind in zip(options, kinds, strict=True):
-        if kind is float and (number := _as_float(value)) is not None:
-            return number
-        if kind is Literal and value in typing.get_args(option):
-            return value
-        # A bool is an int to Python, and a float has been read above.
-        if isinstance(kind, type) and kind is not float and isinstance(value, kind):
-            if kind is not int or not isinstance(value, bool):
-                return value
-    if not set(kinds) & (set(TYPE_NAMES) - {types.NoneType}):
+    if isinstance(value, bool):  # which is an int to Python
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
+    if float in kinds and isinstance(value, int | str) and not fits and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    if fits or not kinds & TYPE_NAMES.keys() - {types.NoneType}:
         return value  # an enum or object of transformers, which checks it itself
     raise UserError(f"`{name}` must be {allowed(hint, {})}, got {value!r} ({type(value).__name__}).")
-
-
-def _as_float(value: Any) -> float | None:
-    try:
-        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-    except ValueError:
-        return None
 
 
 @contextmanager

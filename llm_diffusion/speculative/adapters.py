@@ -68,9 +68,8 @@ class AdapterSwitch(AbstractContextManager):
         # Some layers see the rows of all texts one under the other.
         rows, found = (value.view(self._batch, -1, value.shape[-1])[:, self.first :] for value in (x, output))
         for down, up, bias, scaling in branches:
-            if (
-                bias is None and output.dtype == up.dtype == x.dtype
-            ):  # one call in place of four: small models are all overhead
+            # One call in place of four: small models are all overhead.
+            if bias is None and output.dtype == up.dtype == x.dtype:
                 found.baddbmm_(F.linear(rows, down), up.T.expand(self._batch, -1, -1), alpha=scaling)
             else:
                 added = F.linear(F.linear(rows.to(down.dtype), down), up, bias)

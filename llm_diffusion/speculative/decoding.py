@@ -22,7 +22,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from .. import UserError
-from ..models.patching import base_of
+from ..models.patching import base_of, in_eval_mode
 from ..models.record import record_of
 from ..models.sampling import DiffusionOutput, OnStep, Recorder, ban, behind, eos_ids, sample, warped
 from ..objective.attention_masks import additive, block_causal
@@ -42,15 +42,9 @@ def decode_lossless(
     on_step: OnStep | None = None,
 ) -> DiffusionOutput:
     """Answers left-padded prompts (B, P) as the base would; sequences (B, P + max_new_tokens), `accepted` (B, cycles)."""
-    training = model.training
-    if training:  # walking a small model costs as much as running it
-        model.eval()
-    try:
-        with torch.no_grad():
-            return LosslessDecoder(model, input_ids, attention_mask, settings).run(on_step)
-    finally:
-        if training:
-            model.train()
+    # Walking a small model to set its mode costs as much as running it.
+    with in_eval_mode(model) if model.training else torch.no_grad():
+        return LosslessDecoder(model, input_ids, attention_mask, settings).run(on_step)
 
 
 class LosslessDecoder:
@@ -63,11 +57,7 @@ class LosslessDecoder:
     """
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        settings: GenerationConfig,
+        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, settings: GenerationConfig
     ) -> None:
         if not bool(attention_mask.any(-1).all()):
             raise UserError("`input_ids`: the autoregressive base needs a prompt of at least one token.")

@@ -32,10 +32,7 @@ def check_drafter(record: DiffusionRecord, adapted: bool, converted_base: bool, 
     without = ("complementary_masks", "exact_mask_count", "random_replacement", "distillation_hidden_weight")
     foreign = [name for name in without if getattr(args, name)] + ["loss_weight"] * (args.loss_weight != "elbo")
     if foreign:
-        raise UserError(
-            f"`{foreign[0]}` means nothing to a drafter, which knows one noise level and the base's own text; leave it out with "
-            "`attention`='lossless'."
-        )
+        raise UserError(f"`{foreign[0]}` means nothing to a drafter; leave it out with `attention`='lossless'.")
 
 
 def ready_drafter(model: PeftModel, mask_token_id: int, checkpointing: bool) -> None:
@@ -57,9 +54,8 @@ def accepted_lengths(
     Returns:
         Sum over whole blocks of full length, and how many these are.
     """
-    jumps = (rows[1:] != rows[:-1]) | (
-        tokens[1:] != tokens[:-1] + 1
-    )  # between blocks stands a token that is not drafted
+    # Between blocks stands a token that is not drafted.
+    jumps = (rows[1:] != rows[:-1]) | (tokens[1:] != tokens[:-1] + 1)
     starts = torch.nn.functional.pad(jumps, (1, 0), value=True)[: len(rows)]
     segment = starts.long().cumsum(0) - 1
     sizes = torch.zeros_like(segment).scatter_add(0, segment, torch.ones_like(segment))
