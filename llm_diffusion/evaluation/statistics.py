@@ -9,13 +9,20 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import NormalDist, fmean
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..generation.inference import DiffusionInference, continue_autoregressive
+from ..models.loading import autoregressive_base, load_autoregressive
 from ..reasoning.problems import Problem, f1, is_right, read_problem
 from ..reasoning.worked_answers import equations, judge
+from .answers import evaluate_answers
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -48,7 +55,7 @@ class Paired:
 
 
 def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Bounds of a share, 0 to 1 (Wilson 1927); sound near 0 and 1, where the normal approximation is not."""
+    """Bounds of a share, 0 to 1 (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, correction = right / n, z * z / n
     centre = (share + correction / 2) / (1 + correction)
@@ -79,7 +86,12 @@ def paired(what: str, scores: dict[str, Sequence[float]], seed: int = 0) -> Pair
         scores: by model, the documents in the same order: right or wrong, or an overlap from 0 to 1.
     """
     shares = {name: _share(values, seed) for name, values in scores.items()}
-    differences = [_difference(a, b, scores[a], scores[b], seed) for a, b in itertools.combinations(scores, 2)]
+    differences = []
+    for first, second in itertools.combinations(scores, 2):
+        points = [100.0 * (y - x) for x, y in zip(scores[first], scores[second], strict=True)]
+        only = sum(point < 0 for point in points), sum(point > 0 for point in points)
+        interval = bootstrap_interval(points, seed=seed)
+        differences.append(Difference(first, second, fmean(points), interval, *only, mcnemar_exact(*only)))
     return Paired(what, len(next(iter(scores.values()))), shares, differences)
 
 
@@ -88,14 +100,6 @@ def _share(values: Sequence[float], seed: int) -> tuple[float, float, float]:
     binary = set(values) <= {0, 1}
     low, high = wilson_interval(sum(values), len(values)) if binary else bootstrap_interval(values, seed=seed)
     return 100 * sum(values) / len(values), 100 * low, 100 * high
-
-
-def _difference(first: str, second: str, a: Sequence[float], b: Sequence[float], seed: int) -> Difference:
-    points = [100.0 * (y - x) for x, y in zip(a, b, strict=True)]
-    only_first, only_second = sum(point < 0 for point in points), sum(point > 0 for point in points)
-    p_value = mcnemar_exact(only_first, only_second)
-    interval = bootstrap_interval(points, seed=seed)
-    return Difference(first, second, fmean(points), interval, only_first, only_second, p_value)
 
 
 # -- answers one by one
@@ -108,16 +112,10 @@ def answer_tables(
     by_model: Judge | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Single answers: `paired`, compared; `worked`, re-evaluated, by model.
-
-    Args:
-        answers: to the problems, by model.
-        samples: of lm-evaluation-harness, by model, then by task.
-        by_model: see `judged_steps`.
-    """
+    """Answers to the problems, by model, and `samples` of the harness, by model, then by task: `paired`, compared; `worked`, re-evaluated."""
     worked = {}
     for name in dict.fromkeys([*answers, *samples]):
-        mine = list(zip(problems, answers[name], strict=True)) if name in answers else []
+        mine = list(zip(problems, answers.get(name, ()), strict=False))
         if found := judged_steps(mine + worked_of_tasks(samples.get(name, {})), by_model):
             worked[name] = found
     compared = compared_answers(problems, answers, seed) if answers else []
@@ -179,9 +177,6 @@ def worked_of_tasks(by_task: dict[str, list[dict]]) -> list[tuple[Problem, str]]
 def judged_steps(pairs: Iterable[tuple[Problem, str]], by_model: Judge | None = None) -> dict[str, Any]:
     """Worked answers to problems that have them (GSM8K, MATH), re-evaluated step by step; steps are counted from 0.
 
-    Args:
-        by_model: a judge who reads sentences too.
-
     Returns:
         `summary`, percents of the answers; `answers`, each with its labels; {} where no problem has a worked answer.
     """
@@ -213,3 +208,75 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float | int]:
         found["judge: right, %"] = 100 * fmean(row["judge"]["right"] for row in rows)
         found["judge agrees on right, %"] = 100 * fmean(row["judge"]["right"] == row["right"] for row in rows)
     return found
+
+
+# -- models side by side, by both pipelines
+
+# Decoding settings that both pipelines know; the others are of unmasking alone.
+SHARED_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+@dataclass
+class Continuations:
+    """What one model answers by one pipeline; tokens per forward are the mean over answers, 1 from left to right."""
+
+    model: str
+    pipeline: str
+    texts: list[str] = field(default_factory=list)
+    tokens_per_forward: float = 1.0
+    seconds: float = 0.0
+    nll_per_token: float = float("inf")  # under the judge, prompts given
+
+
+def side_by_side(
+    models: list[str],
+    prompts: list[str],
+    load: Callable[[str], DiffusionInference],
+    settings: dict[str, Any],
+    chat: bool = False,
+) -> list[Continuations]:
+    """Every model from left to right, with the settings of `SHARED_SETTINGS`, and by unmasking, as `load` gives it.
+
+    The first, from left to right, judges the answers. Low figures alone prove little: text that repeats itself is likely too.
+
+    Args:
+        chat: whether the prompts are questions, to be put by every model's chat template.
+    """
+
+    def templated(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        if not chat:
+            return prompts
+        return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+
+    shared = {name: value for name, value in settings.items() if name in SHARED_SETTINGS}
+    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    empty = [{"role": "assistant", "content": ""}]
+    pairs = [(turn, empty) for turn in turns] if chat else [(prompt, "") for prompt in prompts]
+    examples = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    judge, rows = load_autoregressive(autoregressive_base(models[0])), []
+    for number, name in enumerate(models):
+        model, tokenizer = load_autoregressive(autoregressive_base(name)) if number else judge
+        started = time.perf_counter()
+        texts = continue_autoregressive(model, tokenizer, templated(tokenizer), **shared)
+        rows.append(Continuations(name, "arm", texts, seconds=time.perf_counter() - started))
+        inference = load(name)
+        report = evaluate_answers(inference.model, inference.tokenizer, examples, **inference.settings)
+        rows.append(Continuations(name, "diffusion", report.answers, report.tokens_per_forward, report.seconds))
+    for row in rows:
+        row.nll_per_token = nll_per_token(*judge, templated(judge[1]), row.texts)
+    return rows
+
+
+@torch.no_grad()
+def nll_per_token(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
+) -> float:
+    """Nats a token that a causal model needs for the answers, prompts given; infinite if all answers are empty."""
+    total, count = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = tokenizer(prompt)["input_ids"]
+        ids = torch.tensor([start + tokenizer(answer, add_special_tokens=False)["input_ids"]], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(start) - 1 : -1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(start) :], reduction="sum").item()
+        count += ids.shape[1] - len(start)
+    return total / count if count else float("inf")
