@@ -191,7 +191,7 @@ class Evaluation:
         try:
             figures |= overlap(report.answers, self.references)
         except ImportError as error:
-            self.note(f"No BLEU and ROUGE: {error}")
+            self.note(f"No BLEU and ROUGE: {error}; run `pip install 'llm-diffusion[eval]'`.")
         return figures
 
     def compare(self) -> None:
