@@ -313,7 +313,7 @@ def run(names: Sequence[str], folder: Path, console: Console, **options: Any) ->
     for name in names:
         is_adapter(resolve_path(name))  # refuses what is not there
     if tasks and given.data:
-        load_harness().local_tasks(Path(given.data).expanduser())
+        load_harness().local_tasks(Path(given.data))
     first = place()[0] == 0
     if not first:
         logger.remove()

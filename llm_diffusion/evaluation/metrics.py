@@ -250,7 +250,7 @@ def end_metrics(probabilities: torch.Tensor, lengths: torch.Tensor) -> dict[str,
     highest = probabilities.cummax(-1).values
     here = highest - torch.nn.functional.pad(highest[:, :-1], (1, 0))  # the likelihood of every length
     place = (lengths - 1)[:, None]
-    rank = 1 + (here.argsort(-1, descending=True, stable=True) == place).int().argmax(-1)
+    rank = 1 + (here.argsort(dim=-1, descending=True, stable=True) == place).int().argmax(-1)
     return {
         "probability": probabilities.gather(-1, place).squeeze(-1),
         "top1": rank == 1,
