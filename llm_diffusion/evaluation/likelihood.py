@@ -270,27 +270,6 @@ def bound_rows(
         split: see `over_processes`.
     """
     check_estimator(estimator, n_samples, replicates)
-    rows = _checked_rows(model, rows, estimator, block_length)
-    if estimator == "left_to_right":
-        n_samples = replicates = 1
-    draws = {"estimator": estimator, "n_samples": n_samples, "replicates": replicates, "seed": seed}
-    work = partial(_estimates, model=model, draws=draws, batch_size=batch_size, progress=progress)
-    seen, items = defaultdict(itertools.count), []
-    for row in rows:
-        items.append((row, next(seen[row.ids, row.first])))
-    means, levels = zip(*over_processes(work, items, split), strict=True)
-    variances = [float(m.var()) / len(m) if len(m) > 1 else 0.0 for m in means]
-    found = _by_text(rows, [float(m.mean()) for m in means], variances)
-    found.estimator = estimator
-    sums = enumerate(torch.stack(levels).sum(0).T, start=1)
-    found.levels = [(i / LEVELS, float(nll / count), int(count)) for i, (nll, count) in sums if count]
-    return found
-
-
-def _checked_rows(
-    model: torch.nn.Module, rows: Sequence[Row], estimator: str, block_length: int | None
-) -> Sequence[Row]:
-    """The rows, or their blocks for "per_block" on a bidirectional model."""
     record = record_of(model)
     if not is_diffusion(model):
         raise UserError("`model` fills no masks, or drafts for its base: measure it by `autoregressive_rows`.")
@@ -300,10 +279,22 @@ def _checked_rows(
         if not block_length:
             raise UserError("`block_length` is needed by `estimator`='per_block' of a bidirectional model.")
         rows = block_rows(rows, block_length)
+    seen, items = defaultdict(itertools.count), []
     for row in rows:
         if not int(record.right_shift_logits) <= row.first < len(row.ids):
             raise UserError(f"`rows`: text {row.text} has nothing to score, or no context before what is scored.")
-    return rows
+        items.append((row, next(seen[row.ids, row.first])))
+    if estimator == "left_to_right":
+        n_samples = replicates = 1
+    draws = {"estimator": estimator, "n_samples": n_samples, "replicates": replicates, "seed": seed}
+    work = partial(_estimates, model=model, draws=draws, batch_size=batch_size, progress=progress)
+    means, levels = zip(*over_processes(work, items, split), strict=True)
+    variances = [float(m.var()) / len(m) if len(m) > 1 else 0.0 for m in means]
+    found = _by_text(rows, [float(m.mean()) for m in means], variances)
+    found.estimator = estimator
+    sums = enumerate(torch.stack(levels).sum(0).T, start=1)
+    found.levels = [(i / LEVELS, float(nll / count), int(count)) for i, (nll, count) in sums if count]
+    return found
 
 
 def autoregressive_rows(

@@ -10,8 +10,9 @@ import itertools
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import Any
 
@@ -29,29 +30,6 @@ RESAMPLES = 2000
 WORKED_FORMS = ("gsm8k", "math")
 # question, worked answer, right worked answer -> `right` and `first_wrong_step`
 Judge = Callable[[str, str, str], dict[str, Any]]
-
-
-@dataclass
-class Difference:
-    """Mean of `second` minus that of `first`, in points, on the same documents."""
-
-    first: str
-    second: str
-    points: float
-    interval: tuple[float, float]  # by paired bootstrap
-    only_first: int  # documents that only `first` has right (of an overlap: where it is higher)
-    only_second: int
-    p_value: float  # two-sided, exact McNemar
-
-
-@dataclass
-class Paired:
-    """Models on the same documents; `what` names a task and metric, or a kind of problem."""
-
-    what: str
-    n: int
-    shares: dict[str, tuple[float, float, float]]  # percent that is right and its interval, by model
-    differences: list[Difference]  # of every two models
 
 
 def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -79,27 +57,30 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def paired(what: str, scores: dict[str, Sequence[float]], seed: int = 0) -> Paired:
-    """Means of every model and differences of every two.
+def paired(what: str, scores: dict[str, Sequence[float]], seed: int = 0) -> dict[str, Any]:
+    """Means of every model, and differences of every two, in percent and points with their intervals.
 
     Args:
+        what: a task and metric, or a kind of problem.
         scores: by model, the documents in the same order: right or wrong, or an overlap from 0 to 1.
+
+    Returns:
+        `what`; `n` documents; `shares` by model, (mean, low, high), by Wilson where everything is right or wrong, else by bootstrap;
+        `differences`, `second` minus `first`, with the documents on which only one is right (of an overlap: higher).
     """
-    shares = {name: _share(values, seed) for name, values in scores.items()}
-    differences = []
+    shares, differences = {}, []
+    for name, values in scores.items():
+        binary, n = set(values) <= {0, 1}, len(values)
+        bounds = wilson_interval(sum(values), n) if binary else bootstrap_interval(values, seed=seed)
+        shares[name] = tuple(100 * value for value in (sum(values) / n, *bounds))
     for first, second in itertools.combinations(scores, 2):
         points = [100.0 * (y - x) for x, y in zip(scores[first], scores[second], strict=True)]
+        found = {"first": first, "second": second, "points": fmean(points)}
+        found["interval"] = bootstrap_interval(points, seed=seed)
         only = sum(point < 0 for point in points), sum(point > 0 for point in points)
-        interval = bootstrap_interval(points, seed=seed)
-        differences.append(Difference(first, second, fmean(points), interval, *only, mcnemar_exact(*only)))
-    return Paired(what, len(next(iter(scores.values()))), shares, differences)
-
-
-def _share(values: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Percent, by Wilson where everything is right or wrong, else by bootstrap."""
-    binary = set(values) <= {0, 1}
-    low, high = wilson_interval(sum(values), len(values)) if binary else bootstrap_interval(values, seed=seed)
-    return 100 * sum(values) / len(values), 100 * low, 100 * high
+        found |= {"only_first": only[0], "only_second": only[1], "p_value": mcnemar_exact(*only)}
+        differences.append(found)
+    return {"what": what, "n": n, "shares": shares, "differences": differences}
 
 
 # -- answers one by one
@@ -125,15 +106,15 @@ def answer_tables(
 def compared_answers(
     problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Right final answers by kind and, where there are several kinds, of all together; for HotpotQA the word overlap (F1). See `Paired`."""
+    """Right final answers by kind and, where there are several kinds, of all together; for HotpotQA the word overlap (F1). See `paired`."""
 
     def scored(what: str, score: Callable[[Problem, str], float], rows: list[int]) -> dict[str, Any]:
         found = {name: [score(problems[i], texts[i]) for i in rows] for name, texts in answers.items()}
-        return asdict(paired(f"prompts: {what}", found, seed))
+        return paired(f"prompts: {what}", found, seed)
 
-    groups: dict[str, list[int]] = {}
+    groups = defaultdict(list)
     for i, problem in enumerate(problems):
-        groups.setdefault(problem.kind, []).append(i)
+        groups[problem.kind].append(i)
     if len(groups) > 1:
         groups["all kinds"] = list(range(len(problems)))
     overlapping = [i for i, problem in enumerate(problems) if problem.form == "hotpotqa"]
@@ -145,16 +126,16 @@ def compared_tasks(samples: dict[str, dict[str, list[dict]]], seed: int = 0) -> 
     """Of every task and metric that is right or wrong; `samples` of the harness by model, then by task."""
     hits = {model: _hits(by_task) for model, by_task in samples.items()}
     names = [name for name in next(iter(hits.values()), {}) if all(name in mine for mine in hits.values())]
-    return [asdict(paired(name, {model: mine[name] for model, mine in hits.items()}, seed)) for name in names]
+    return [paired(name, {model: mine[name] for model, mine in hits.items()}, seed) for name in names]
 
 
 def _hits(by_task: dict[str, list[dict]]) -> dict[str, list[bool]]:
-    found: dict[str, list[Any]] = {}
+    found = defaultdict(list)
     for task, rows in by_task.items():
         for row in sorted(rows, key=lambda row: row["doc_id"]):
             kind = "" if row["filter"] == "none" else f" ({row['filter']})"
             for metric in row["metrics"]:
-                found.setdefault(f"{task}, {metric}{kind}", []).append(row[metric])
+                found[f"{task}, {metric}{kind}"].append(row[metric])
     return {name: [bool(v) for v in values] for name, values in found.items() if all(v in (0, 1) for v in values)}
 
 
@@ -222,7 +203,7 @@ class Continuations:
 
     model: str
     pipeline: str
-    texts: list[str] = field(default_factory=list)
+    texts: list[str]
     tokens_per_forward: float = 1.0
     seconds: float = 0.0
     nll_per_token: float = float("inf")  # under the judge, prompts given
@@ -246,13 +227,10 @@ def side_by_side(
     def templated(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         if not chat:
             return prompts
+        turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
         return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
 
     shared = {name: value for name, value in settings.items() if name in SHARED_SETTINGS}
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    empty = [{"role": "assistant", "content": ""}]
-    pairs = [(turn, empty) for turn in turns] if chat else [(prompt, "") for prompt in prompts]
-    examples = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     judge, rows = load_autoregressive(autoregressive_base(models[0])), []
     for number, name in enumerate(models):
         model, tokenizer = load_autoregressive(autoregressive_base(name)) if number else judge
@@ -260,6 +238,7 @@ def side_by_side(
         texts = continue_autoregressive(model, tokenizer, templated(tokenizer), **shared)
         rows.append(Continuations(name, "arm", texts, seconds=time.perf_counter() - started))
         inference = load(name)
+        examples = [{"prompt": prompt, "completion": ""} for prompt in templated(inference.tokenizer)]
         report = evaluate_answers(inference.model, inference.tokenizer, examples, **inference.settings)
         rows.append(Continuations(name, "diffusion", report.answers, report.tokens_per_forward, report.seconds))
     for row in rows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -58,13 +57,14 @@ def test_bootstrap_covers_the_mean_as_often_as_promised():
 
 def test_known_counts():
     found = paired("x", {"a": [1] * 4 + [0] * 8, "b": [0] * 2 + [1] * 10, "c": [1] * 12})
-    assert found.n == 12 and found.shares["a"] == pytest.approx([100 * x for x in (4 / 12, *wilson_interval(4, 12))])
-    assert [(d.first, d.second) for d in found.differences] == [("a", "b"), ("a", "c"), ("b", "c")]
-    first = found.differences[0]
-    assert (first.only_first, first.only_second, first.p_value) == (2, 8, mcnemar_exact(2, 8))
-    assert first.points == pytest.approx(50) and first.interval[0] <= 50 <= first.interval[1]
+    assert found["n"] == 12
+    assert found["shares"]["a"] == pytest.approx([100 * x for x in (4 / 12, *wilson_interval(4, 12))])
+    assert [(d["first"], d["second"]) for d in found["differences"]] == [("a", "b"), ("a", "c"), ("b", "c")]
+    first = found["differences"][0]
+    assert (first["only_first"], first["only_second"], first["p_value"]) == (2, 8, mcnemar_exact(2, 8))
+    assert first["points"] == pytest.approx(50) and first["interval"][0] <= 50 <= first["interval"][1]
     points = [100.0 * (b - a) for a, b in zip([1] * 4 + [0] * 8, [0] * 2 + [1] * 10, strict=True)]
-    assert first.interval == bootstrap_interval(points)
+    assert first["interval"] == bootstrap_interval(points)
 
 
 def test_word_overlap_stands_beside():
@@ -107,7 +107,7 @@ def test_answers_are_compared_by_kind_and_together():
     assert list(rows) == ["prompts: a", "prompts: b", "prompts: all kinds"]
     assert rows["prompts: a"]["shares"]["one"][0] == 50 and rows["prompts: a"]["n"] == 2
     right = {"one": [True, False, False, True], "two": [True, True, True, False]}
-    assert rows["prompts: all kinds"] == asdict(paired("prompts: all kinds", right, seed=3))
+    assert rows["prompts: all kinds"] == paired("prompts: all kinds", right, seed=3)
     (alone,) = compared_answers(problems[:1], {"one": answers["one"][:1]})
     assert alone["differences"] == [] and alone["n"] == 1
 
