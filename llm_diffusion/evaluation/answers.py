@@ -334,10 +334,8 @@ def sweep(
             else:
                 generate(model, **batch, **chosen, streamer=clock)
             times.append((clock.first, time.perf_counter() - clock.started))
-        latency = map(median, zip(*times, strict=True))
-        return Point(
-            label, chosen, report.mean, report.tokens_per_second, report.tokens_per_forward, *latency, memory=memory
-        )
+        speeds = report.tokens_per_second, report.tokens_per_forward
+        return Point(label, chosen, report.mean, *speeds, *map(median, zip(*times, strict=True)), memory)
 
     evaluate_answers(model, tokenizer, examples[:1], **{**settings, **points[0]})  # warms up
     found = [measure("autoregressive", None, *(base or (model, tokenizer)))]

@@ -264,10 +264,8 @@ def bound_rows(
 
     Args:
         rows: no longer than the model can count; with a shifted read-out `first` is at least 1.
-        n_samples: forward rows a row; of "any_order" orders, each of which takes as many as a row (a block) has tokens.
-        replicates: independent parts of the samples, at least 2.
+        n_samples: forward rows a row, in independent `replicates`; of "any_order" orders, each of as many as a row (a block) has tokens.
         block_length: of "per_block" on a bidirectional model; block models have their own.
-        split: see `over_processes`.
     """
     check_estimator(estimator, n_samples, replicates)
     record = record_of(model)

@@ -180,9 +180,8 @@ def eos_positions(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], 
 class EndReport:
     """Where a model foresees the ends of answers.
 
-    `table` maps the share of the answer that was shown to means: `probability` of an end at the true place, `top1` and `reciprocal_rank` of
-    the true place among all places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and
-    too short (`under`).
+    `table` maps the share of the answer that was shown to means: `probability` of an end at the true place, its `top1` and `reciprocal_rank`
+    among all places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and too short.
     """
 
     canvas: int  # its tokens

@@ -123,7 +123,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         found += [Section(title, [_columns(models)], note)] if models else []
     for key, build in BUILDERS.items():
         found += build(results[key]) if results.get(key) else []
-    values = {**results["settings"], **results["provenance"]}
+    values = results["settings"] | results["provenance"]
     return [*found, Section("Settings", [(["setting", "value"], [(name, str(v)) for name, v in values.items()])])]
 
 
@@ -276,7 +276,12 @@ def show_job(
             console.print(f"{label:>9}  ", end="", style="bold")
             console.print(" / ".join(text.strip().splitlines()) or "(empty)", markup=False)
         console.print()
-    show_denoising(console, model, tokenizer, samples[0], settings)
+    console.print("one answer as it is denoised, step by step:", style="bold")
+    styles = {"mask": "bright_black", "new": "bold green", "old": ""}
+    for step, words in enumerate(denoising_trace(model, tokenizer, samples[0], settings), start=1):
+        parts = [(word, styles[state]) for word, state in words]
+        console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
+    console.print()
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
     quantized = ', quantization="nf4"' if hp.use_qlora else ""
     call = f'DiffusionInference.from_pretrained("{final}"{quantized})'
@@ -327,25 +332,7 @@ def accepted_table(accepted: dict[int, int]) -> Table:
     return table("Tokens that a verified draft yielded", ["tokens", "share", ""], rows, left=3)
 
 
-def show_denoising(
-    console: Console, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example: dict, settings: dict
-) -> None:
-    """One answer after every step: masks grey, tokens committed in this step green."""
-    console.print("one answer as it is denoised, step by step:", style="bold")
-    styles = {"mask": "bright_black", "new": "bold green", "old": ""}
-    for step, words in enumerate(denoising_trace(model, tokenizer, example, settings), start=1):
-        parts = [(word, styles[state]) for word, state in words]
-        console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
-    console.print()
-
-
-def show_ends(
-    arguments: Sequence[Any],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[dict],
-    picture: Path,
-) -> None:
+def show_ends(arguments: Sequence[Any], model: Any, tokenizer: Any, examples: list[dict], picture: Path) -> None:
     """Where the model predicts the ends of held-out answers, if a stage trained it to (`max_canvas`)."""
     if canvas := max((getattr(stage, "max_canvas", None) or 0 for stage in arguments), default=0):
         report = foresee_ends(model, tokenizer, examples, canvas)

@@ -25,14 +25,12 @@ from ..reasoning.problems import Problem, f1, is_right, read_problem
 from ..reasoning.worked_answers import equations, judge
 from .answers import evaluate_answers
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 WORKED_FORMS = ("gsm8k", "math")
 # question, worked answer, right worked answer -> `right` and `first_wrong_step`
 Judge = Callable[[str, str, str], dict[str, Any]]
 
 
-def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Bounds of a share, 0 to 1 (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, correction = right / n, z * z / n
@@ -42,7 +40,7 @@ def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple
 
 
 def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Bounds of a mean: percentiles of the means of samples drawn from `values` with replacement."""
     rng = random.Random(seed)
