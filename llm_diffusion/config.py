@@ -251,7 +251,7 @@ def _check_nested(hp: HyperParameters) -> None:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-    from .models.special_tokens import TOKEN_IDS
+    from .models.conversion import TOKEN_IDS
 
     lora = typing.get_type_hints(LoraConfig)
     for name, known in (

@@ -17,7 +17,8 @@ from .. import UserError
 from ..models.attention import causal_attention
 from ..models.conversion import set_attention
 from ..models.decoding_defaults import autoregressive_config, layered
-from ..models.patching import Patch, adapters_off, base_of, keep_logits
+from ..models.forward import forward_state
+from ..models.patching import Patch, adapters_off, base_of
 from ..models.record import record_of
 from ..models.sampling import DiffusionOutput, eos_ids
 from ..speculative.decoding import decode_lossless
@@ -186,8 +187,6 @@ def generate_as_loaded(model: torch.nn.Module, **kwargs: Any) -> Any:
         raise UserError("`model`: not a converted checkpoint; call `convert_to_diffusion` first.")
     if record.time_embedding:
         raise UserError("`model`: transformers' loader leaves the time embedding out; use `load_diffusion_model`.")
-    if not getattr(base, "_attention_set", False):
-        keep_logits(base)
+    if not forward_state(base).attention_set:
         set_attention(base, record)
-        base._attention_set = True
     return generate(model, **kwargs)

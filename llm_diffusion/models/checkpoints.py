@@ -1,8 +1,4 @@
-"""The hosts' loaders, with errors that name what was asked for; where and how wide a model is loaded; and bases from GGUF files.
-
-Trade-off: every failure of a loader becomes one OSError with its first line, because they raise a dozen types. Alternative: letting
-them through, which on the command line means a traceback.
-"""
+"""Checkpoints: where their files are, where and how wide they are loaded, and bases from GGUF files."""
 
 from __future__ import annotations
 
@@ -13,16 +9,18 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME, cached_file
+from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import UserError
 
 TINY_MODEL_PATH = Path(__file__).parents[1] / "data" / "tiny_base"
 QUANTIZATIONS = ("nf4", "int8")
 
+# -- files
+
 
 def resolve_path(name_or_path: str | Path) -> str:
-    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is asked for it."""
+    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is queried for it."""
     name_or_path = str(name_or_path)
     if name_or_path == "tiny":
         return str(TINY_MODEL_PATH)
@@ -36,13 +34,13 @@ def resolve_path(name_or_path: str | Path) -> str:
 
 
 def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
-    name = arguments[-1]
+    """`loader.from_pretrained`, whose dozen types of errors become one OSError that names the checkpoint, the last of `arguments`."""
     try:
         return loader.from_pretrained(*arguments, **options)
     except (ImportError, torch.OutOfMemoryError):
-        raise  # say themselves what to install, and that the checkpoint is not at fault
-    except Exception as error:  # the loaders raise a dozen types for missing, truncated and malformed files
-        raise _refusal(name, error) from error
+        raise  # they name what to install, or are not the checkpoint's fault
+    except Exception as error:
+        raise _refusal(arguments[-1], error) from error
 
 
 def _refusal(name: str, error: Exception) -> OSError:
@@ -50,8 +48,8 @@ def _refusal(name: str, error: Exception) -> OSError:
     if Path(name).exists():
         return OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
     return OSError(
-        f"`model`: {name!r} is neither a folder here nor to be had from the hub (offline, unknown or gated); check the name, "
-        f"log in with `hf auth login`, or give a local folder. The loader said: {reason}"
+        f"`model`: {name!r} is neither a folder here nor available from the hub (offline, unknown or gated); check the name, "
+        f"log in with `hf auth login`, or give a local folder. The loader's reason: {reason}"
     )
 
 
@@ -62,16 +60,17 @@ def download(name: str) -> str:
         return path
     try:
         return snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"])
-    except Exception as error:  # offline, unknown, gated: as many types as there are ways
-        raise OSError(f"`model`: {name!r} is not to be had from the hub: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise _refusal(name, error) from error
 
 
 def local_file(path: str, file: str) -> str | None:
-    """Where a file of a folder or hub repository lies on this machine, fetched if it must be; None: it has no such file."""
+    """Where a file of a folder or hub repository is on this machine, fetched if need be; None: there is no such file."""
     try:
-        return cached_file(path, file, _raise_exceptions_for_missing_entries=False)
-    except Exception as error:  # unknown, gated, no connection
+        folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=[file]))
+    except Exception as error:
         raise _refusal(path, error) from error
+    return str(folder / file) if (folder / file).exists() else None
 
 
 def is_adapter(path: str) -> bool:
@@ -84,11 +83,14 @@ def adapter_base(path: str) -> str:
     try:
         return resolve_path(base)
     except FileNotFoundError as error:
-        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base lies elsewhere on every machine
+        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base is elsewhere on every machine
             return resolve_path("tiny")
         raise FileNotFoundError(
             f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
         ) from error
+
+
+# -- where and how wide
 
 
 def best_device() -> str:
@@ -131,19 +133,14 @@ def quantization_config(kind: str | None, device: str, **options: Any) -> BitsAn
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, **options)
     compute = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-    defaults = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": compute,
-    }
-    return BitsAndBytesConfig(**{**defaults, **options})
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    return BitsAndBytesConfig(**{"load_in_4bit": True, **nf4, **options})
 
 
 def loader_options(
     device: str, dtype: str | torch.dtype = "auto", quantization: str | None = None, **options: Any
 ) -> dict[str, Any]:
-    """Keywords of `from_pretrained` that bring a model where and as wide as it is asked for; `options` come first."""
+    """Keywords of `from_pretrained` for a device, a type and a quantisation; `options` come first."""
     quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
     check_device(device)
     options = {"dtype": torch.float32 if (dtype, device) == ("auto", "cpu") else dtype, **options}
@@ -152,6 +149,9 @@ def loader_options(
     if quantized is not None or device == "cuda":
         options.setdefault("device_map", {"": device})
     return options
+
+
+# -- GGUF
 
 
 class _Once:
@@ -167,7 +167,7 @@ class _Once:
 def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrainedModel:
     """A base from a GGUF file; transformers refuses to quantise one while it reads it, so that is a second step."""
     if options["dtype"] == "auto":
-        options["dtype"] = config.dtype or torch.bfloat16  # the host would take fp32
+        options["dtype"] = config.dtype or torch.bfloat16  # transformers would take fp32
     quantized = options.pop("quantization_config", None)
     last = {}
     if quantized is not None:
@@ -177,11 +177,11 @@ def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrained
     unpack = GgufConfig(dequantize=True)
     model = from_hub(AutoModelForCausalLM, path, config=config, quantization_config=unpack, **options)
     if quantized is not None:
-        host, config, held = type(model), model.config, dict(model.state_dict())
+        kind, config, held = type(model), model.config, dict(model.state_dict())
         del model
         weights = {name: _Once(held, name) for name in held}
-        model = host.from_pretrained(None, config=config, state_dict=weights, quantization_config=quantized, **last)
-    model.name_or_path = model.config._name_or_path = path  # where PEFT looks for the base
+        model = kind.from_pretrained(None, config=config, state_dict=weights, quantization_config=quantized, **last)
+    model.name_or_path = model.config.name_or_path = path  # where PEFT looks for the base
     return model
 
 

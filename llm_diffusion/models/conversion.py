@@ -1,7 +1,8 @@
 """From any causal language model to a diffusion model, in place.
 
-A converted model stays transformers' own class. What makes it a diffusion model is a record, `config.diffusion`, the attention
-switch, a mask token, and a bound `generate`.
+A converted model stays transformers' own class. What makes it a diffusion model is a record, `config.diffusion`, its attention, a mask
+token, and a bound `generate`. A mask token with a row of its own stands in no text; an ordinary word as the mask (DiffuGPT's 10541)
+needs no row, but is read as a mask wherever it stands in a text.
 """
 
 from __future__ import annotations
@@ -21,15 +22,104 @@ from .. import UserError
 from ..objective.modes import MODES
 from ..objective.noise_schedules import get_noise_schedule
 from ..objective.settings import check_settings
-from . import time_embedding as time_embeddings
-from .attention import check_block_attention, check_decoder, check_transformers, lift_masks, patch_causal_attention
-from .patching import Patch, base_of, bind, keep_logits
-from .prefix_cache import check_clean_prefix
-from .probing import recurrent_layers
+from .attention import check_block_attention, check_decoder, check_transformers, patch_causal_attention
+from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lift_masks
+from .patching import Patch, base_of, bind
+from .probing import check_clean_prefix, recurrent_layers
 from .record import ConversionSettings, DiffusionRecord, record_of
-from .special_tokens import check_mask_token, set_mask_token
 
 logger = logging.getLogger(__name__)
+
+MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"
+TOKEN_IDS = ("eos", "pad")
+
+
+def convert_to_diffusion(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attention: str | None = None,
+    block_length: int | None = None,
+    clean_context: str | None = None,
+    right_shift_logits: bool | None = None,
+    time_embedding: bool | None = None,
+    noise_schedule: str | None = None,
+    mask_token_id: int | None = None,
+) -> torch.nn.Module:
+    """Turns a causal language model into a masked-diffusion model, in place. Idempotent.
+
+    Args:
+        model: any `AutoModelForCausalLM`, bare or under PEFT.
+        tokenizer: its tokenizer; gets the mask token.
+        attention: "bidirectional" (default); "block": bidirectional inside a block, blocks from left to right; or "lossless": the model
+            stays as it is, and adapters learn to draft blocks that it verifies.
+        block_length: tokens of a block (default 4; 8 of a lossless draft).
+        clean_context: how finished blocks see themselves: "causal" (default; what the AR model did) or "block".
+        right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True, the read-out that the
+            model was trained with; False for `clean_context="block"`.
+        time_embedding: whether the model is given the noise level of its input (default False), see `forward`.
+        noise_schedule: recorded for training and likelihood, "linear" by default.
+        mask_token_id: any token of the vocabulary as the mask; default the tokenizer's own, or a new one, see `set_mask_token`.
+
+    Returns:
+        The same `model`, with `config.diffusion`, and `generate` bound to it.
+
+    Raises:
+        ValueError: the model cannot attend in this way, or is already converted with other options.
+    """
+    check_transformers()
+    base = base_of(model)
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights at the first evaluation, the probe below for one, and train with wrong
+            # gradients afterwards.
+            module.support_avx512bf16_for_cpu = False
+    options = {
+        "attention": attention,
+        "block_length": block_length,
+        "clean_context": clean_context,
+        "right_shift_logits": right_shift_logits,
+        "time_embedding": time_embedding,
+        "noise_schedule": noise_schedule,
+    }
+    record = record_of(base)
+    if record.converted:
+        _check_against(record, tokenizer, {**options, "mask_token_id": mask_token_id})
+        set_attention(base, record)
+    else:
+        record = _new_record(**options)
+        check_mask_token(tokenizer, mask_token_id)
+        set_attention(base, record)
+        record = dataclasses.replace(
+            record,
+            mask_token_id=set_mask_token(base, tokenizer, mask_token_id),
+            base_model=base.config.name_or_path,
+            base_fingerprint=fingerprint(base),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=version("llm_diffusion"),
+        )
+    base.config.diffusion = record.to_dict()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    bind(base, "generate", _generate)
+    return model
+
+
+def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Decoding is a room above this one: it is reached by its public name when it is called."""
+    return llm_diffusion.generate(self, *args, **kwargs)
+
+
+def _check_against(record: DiffusionRecord, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        found = getattr(record, name)
+        if value is not None and value != found:
+            raise UserError(f"`{name}`: the checkpoint was converted with {found!r}, got {value!r}; leave it out.")
+    if tokenizer.mask_token_id != record.mask_token_id:
+        raise UserError(
+            f"`tokenizer`: its mask token id is {tokenizer.mask_token_id}, the checkpoint's is {record.mask_token_id}; "
+            "load the tokenizer that was saved with the model."
+        )
 
 
 def _new_record(
@@ -71,94 +161,8 @@ def _new_record(
     )
 
 
-def convert_to_diffusion(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    attention: str | None = None,
-    block_length: int | None = None,
-    clean_context: str | None = None,
-    right_shift_logits: bool | None = None,
-    time_embedding: bool | None = None,
-    noise_schedule: str | None = None,
-    mask_token_id: int | None = None,
-) -> torch.nn.Module:
-    """Turns a causal language model into a masked-diffusion model, in place. Idempotent.
-
-    Args:
-        model: any `AutoModelForCausalLM`, bare or under PEFT.
-        tokenizer: its tokenizer; gets the mask token.
-        attention: "bidirectional" (default); "block": bidirectional inside a block, blocks from left to right; or "lossless": the model
-            stays as it is, and adapters learn to draft blocks that it verifies.
-        block_length: tokens of a block (default 4; 8 of a lossless draft).
-        clean_context: how finished blocks see themselves: "causal" (default; what the AR model did) or "block".
-        right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True, the read-out that the
-            model was trained with; False for `clean_context="block"`.
-        time_embedding: whether the model is told how noisy its input is (default False), see `time_embedding`.
-        noise_schedule: recorded for training and likelihood, "linear" by default.
-        mask_token_id: any token of the vocabulary as the mask; default the tokenizer's own, or a new one, see `set_mask_token`.
-
-    Returns:
-        The same `model`, with `config.diffusion`, and `generate` bound to it.
-
-    Raises:
-        ValueError: the model cannot attend as asked, or is already converted with other options.
-    """
-    check_transformers()
-    base = base_of(model)
-    keep_logits(base)
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack 4-bit weights at the first evaluation, the probe below for one, and train with wrong
-            # gradients afterwards.
-            module.support_avx512bf16_for_cpu = False
-    asked = {
-        "attention": attention,
-        "block_length": block_length,
-        "clean_context": clean_context,
-        "right_shift_logits": right_shift_logits,
-        "time_embedding": time_embedding,
-        "noise_schedule": noise_schedule,
-    }
-    record = record_of(base)
-    if not record.converted:
-        record = _new_record(**asked)
-        check_mask_token(tokenizer, mask_token_id)
-        set_attention(base, record)
-        record = dataclasses.replace(
-            record,
-            mask_token_id=set_mask_token(base, tokenizer, mask_token_id),
-            base_model=base.config._name_or_path,
-            base_fingerprint=fingerprint(base),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            version=version("llm_diffusion"),
-        )
-    else:
-        for name, value in {**asked, "mask_token_id": mask_token_id}.items():
-            found = getattr(record, name)
-            if value is not None and value != found:
-                raise UserError(
-                    f"`{name}`: the checkpoint was converted with {found!r}, asked for {value!r}; leave it out."
-                )
-        set_attention(base, record)
-        if tokenizer.mask_token_id != record.mask_token_id:
-            raise UserError(
-                f"`tokenizer`: its mask token id is {tokenizer.mask_token_id}, the checkpoint's is {record.mask_token_id}; "
-                "load the tokenizer that was saved with the model."
-            )
-    base.config.diffusion = record.to_dict()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    bind(base, "generate", _generate)
-    return model
-
-
-def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    """Decoding stands above models: it is reached by its public name when it is called."""
-    return llm_diffusion.generate(self, *args, **kwargs)
-
-
 def set_attention(model: PreTrainedModel, record: DiffusionRecord) -> None:
+    """Makes the model attend as its record says, or checks that it can; its forward becomes ours."""
     if record.mode.has_blocks:
         check_decoder(model)
         check_block_attention(model, record.block_length)
@@ -170,12 +174,13 @@ def set_attention(model: PreTrainedModel, record: DiffusionRecord) -> None:
             logger.warning("%s: its layers %s still run from left to right", type(model).__name__, ", ".join(layers))
         set_final_causal_ratio(model, record.final_causal_ratio)
     if record.time_embedding:
-        time_embeddings.attach(model)
+        attach(model)
+    forward_state(model).attention_set = True
 
 
 def set_final_causal_ratio(model: PreTrainedModel, ratio: float) -> None:
     """What stays of the causal mask for good, in evaluation and generation too: 0 is fully bidirectional."""
-    if ratio or getattr(model, "lifted_causal_ratio", None) is not None:
+    if ratio or causal_ratio_of(model) is not None:
         lift_masks(Patch(), model, ratio)
 
 
@@ -187,9 +192,98 @@ def fingerprint(model: PreTrainedModel) -> list[float]:
         parameter
         for name, parameter in model.named_parameters()
         if parameter.dim() == 1 and parameter.numel() >= 8 and parameter.is_floating_point()
-        if id(parameter) not in others and not name.startswith(time_embeddings.NAME)
+        if id(parameter) not in others and not name.startswith(TIME_EMBEDDING)
     ]
     values = [model.get_input_embeddings().weight[3:11, 0]]
     if weights:
         values.append(weights[-1][:: len(weights[-1]) // 8][:8])
     return [round(value, 6) for value in torch.cat([v.detach().float().cpu() for v in values]).tolist()]
+
+
+# -- special tokens
+
+
+def set_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None = None) -> int:
+    """Gives tokenizer and model their mask token; returns its id.
+
+    Args:
+        mask_token_id: None: the tokenizer's own, or a new one in the first free row of the embedding. A token of the vocabulary
+            becomes the mask and keeps its row. The number behind the last token makes a new one.
+
+    Raises:
+        ValueError: no such token, or it is the end, start or padding token.
+    """
+    if mask_token_id is None and tokenizer.mask_token is not None:
+        grow(model, tokenizer.mask_token_id)
+        return tokenizer.mask_token_id
+    if mask_token_id is None or mask_token_id == len(tokenizer):
+        return _add(model, tokenizer, "mask", MASK_TOKEN)
+    check_mask_token(tokenizer, mask_token_id)
+    token = tokenizer.convert_ids_to_tokens(mask_token_id)
+    if tokenizer.mask_token_id != mask_token_id:
+        tokenizer.mask_token = token
+        if tokenizer.decode([mask_token_id]) == token:
+            # Reloaded tokenizers look for special tokens before they cut words.
+            logger.warning("the mask token %r may stand in ordinary text, where it is read as a mask", token)
+    grow(model, mask_token_id)
+    return mask_token_id
+
+
+def check_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> None:
+    """Raises ValueError for an id that is no token, or the end, start or padding token; None is right."""
+    if mask_token_id is None or mask_token_id == len(tokenizer):
+        return
+    token = _existing(tokenizer, mask_token_id, "mask_token_id")
+    if mask_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        raise UserError(
+            f"`mask_token_id`: {mask_token_id} is {token!r}, which ends, starts or pads texts; choose another token."
+        )
+
+
+def use_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]) -> None:
+    """Makes the tokens with these ids the end ("eos") and the padding token ("pad") of tokenizer and model.
+
+    A padding token may be new: its id is then the number behind the last token, as 50257 in GPT-2.
+
+    Raises:
+        ValueError: no such token, or it is the mask.
+    """
+    for name, token_id in ids.items():
+        if token_id == getattr(tokenizer, f"{name}_token_id"):
+            continue
+        if token_id == tokenizer.mask_token_id:
+            raise UserError(f"`token_ids.{name}`: {token_id} is the mask token {tokenizer.mask_token!r}.")
+        if name == "pad" and token_id == len(tokenizer):
+            _add(model, tokenizer, "pad", PAD_TOKEN)
+        else:
+            setattr(tokenizer, f"{name}_token", _existing(tokenizer, token_id, f"token_ids.{name}"))
+    for name in ids:
+        setattr(model.config, f"{name}_token_id", ids[name])
+        setattr(model.generation_config, f"{name}_token_id", ids[name])
+
+
+def grow(model: PreTrainedModel, token_id: int) -> None:
+    """A row of the embedding for the token. Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one."""
+    if token_id >= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+
+
+def _add(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> int:
+    """A new special token, whose row is the mean of all others."""
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({f"{name}_token": token})
+    token_id = getattr(tokenizer, f"{name}_token_id")
+    grow(model, token_id)
+    weight = model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[token_id] = weight[:known].float().mean(0).to(weight.dtype)
+    return token_id
+
+
+def _existing(tokenizer: PreTrainedTokenizerBase, token_id: int, key: str) -> str:
+    token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
+    if token is None:
+        raise UserError(
+            f"`{key}`: {token_id} is no token; the tokenizer has the ids 0 to {len(tokenizer) - 1}, and {len(tokenizer)} would be a new one."
+        )
+    return token

@@ -1,118 +1,120 @@
-"""Existing diffusion models whose checkpoints have a layout of their own, loaded as the Llama models that they are.
+"""Published diffusion models whose checkpoints have a layout of their own, loaded as the Llama or GPT-2 that they are.
 
-    LLaDA   model_type "llada": OLMo's names (`transformer.blocks.0.ff_proj`), its mask token among the tokenizer's
-    SMDM    one file of lit-gpt's names (`transformer.h.0.attn.attn`), queries, keys and values in one matrix, and one more row of the
-            embedding than of the head: the mask token, which the head cannot say
+    LLaDA      model_type "llada": OLMo's names, its mask token among the tokenizer's
+    SMDM       one file of lit-gpt's names, queries, keys and values in one matrix, and one more row of the embedding than of the head: the
+               mask token, which is never predicted
+    DiffuGPT   GPT-2's config, and the state of a wrapper: the body without its embedding, the embedding and the head by themselves
 
-Both are bidirectional and read every token at its own position. Trade-off: weights are renamed, so that PEFT, quantisation and all of
-the library see a plain Llama, without remote code. Alternative: the checkpoints' own modelling code, which SMDM's is no package, and
-LLaDA's knows neither `logits_to_keep` nor additive masks.
+All are bidirectional; the first two read every token at its own position. PEFT, quantisation and saving then know them without remote
+code.
 
-References: LLaDA (arXiv 2502.09992), SMDM (arXiv 2410.18514).
+References: LLaDA (arXiv 2502.09992), SMDM (arXiv 2410.18514), DiffuGPT (arXiv 2410.17891).
 """
 
 from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from safetensors.torch import load_file, safe_open
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .. import UserError
 from .checkpoints import from_hub, local_file
+from .conversion import MASK_TOKEN
 
-MASK_TOKEN = "<|mask|>"
+# Of a Llama's layer: its name, LLaDA's, SMDM's.
+_LAYER = (
+    ("input_layernorm", "attn_norm", "norm_1"),
+    ("self_attn.q_proj", "q_proj", None),
+    ("self_attn.k_proj", "k_proj", None),
+    ("self_attn.v_proj", "v_proj", None),
+    ("self_attn.o_proj", "attn_out", "attn.proj"),
+    ("post_attention_layernorm", "ff_norm", "norm_2"),
+    ("mlp.gate_proj", "ff_proj", "mlp.swiglu.w1"),
+    ("mlp.up_proj", "up_proj", "mlp.swiglu.w2"),
+    ("mlp.down_proj", "ff_out", "mlp.swiglu.w3"),
+)
+
+
+def _llama_names(start: str, layers: str, column: int) -> dict[str, str]:
+    """Patterns of a layout's names, and Llama's in their place; of one group each, as transformers' loader wants them."""
+    names = {rf"^{start}wte\.": "model.embed_tokens.", rf"^{start}ln_f\.": "model.norm."}
+    for row in _LAYER:
+        if row[column]:
+            names[rf"^{start}{layers}\.(\d+)\.{re.escape(row[column])}\."] = rf"model.layers.\1.{row[0]}."
+    return names
+
+
 _LLADA_NAMES = {
-    r"^model\.transformer\.wte\.": "model.embed_tokens.",
-    r"^model\.transformer\.ln_f\.": "model.norm.",
+    **_llama_names(r"model\.transformer\.", "blocks", 1),
     r"^model\.transformer\.ff_out\.": "lm_head.",
-    r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.": r"model.layers.\1.input_layernorm.",
-    # One group a pattern is all that the host's loader knows.
-    r"^model\.transformer\.blocks\.(\d+)\.q_proj\.": r"model.layers.\1.self_attn.q_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.k_proj\.": r"model.layers.\1.self_attn.k_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.v_proj\.": r"model.layers.\1.self_attn.v_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.attn_out\.": r"model.layers.\1.self_attn.o_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.up_proj\.": r"model.layers.\1.mlp.up_proj.",
-    r"^model\.transformer\.blocks\.(\d+)\.ff_out\.": r"model.layers.\1.mlp.down_proj.",
 }
-# What a LLaDA config must say for its blocks to be Llama's.
+_SMDM_NAMES = _llama_names(r"transformer\.", "h", 2)
+_GPT2_NAMES = {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."}
+# What a LLaDA config must hold for its blocks to be Llama's.
 _LLADA_NEEDS = {
     "block_type": ("llama",),
     "layer_norm_type": ("rms",),
     "activation_type": ("silu", "swiglu"),
     "rope": (True,),
-    "alibi": (False, None),
-    "include_bias": (False, None),
-    "include_qkv_bias": (False, None),
+    **dict.fromkeys(("alibi", "include_bias", "include_qkv_bias", "scale_logits", "input_emb_norm"), (False, None)),
     "attention_layer_norm": (False, None),
-    "scale_logits": (False, None),
-    "input_emb_norm": (False, None),
-}
-_SMDM_NAMES = {
-    r"^transformer\.wte\.": "model.embed_tokens.",
-    r"^transformer\.ln_f\.": "model.norm.",
-    r"^transformer\.h\.(\d+)\.norm_1\.": r"model.layers.\1.input_layernorm.",
-    r"^transformer\.h\.(\d+)\.attn\.proj\.": r"model.layers.\1.self_attn.o_proj.",
-    r"^transformer\.h\.(\d+)\.norm_2\.": r"model.layers.\1.post_attention_layernorm.",
-    r"^transformer\.h\.(\d+)\.mlp\.swiglu\.w1\.": r"model.layers.\1.mlp.gate_proj.",
-    r"^transformer\.h\.(\d+)\.mlp\.swiglu\.w2\.": r"model.layers.\1.mlp.up_proj.",
-    r"^transformer\.h\.(\d+)\.mlp\.swiglu\.w3\.": r"model.layers.\1.mlp.down_proj.",
 }
 _SMDM_ATTENTION = "transformer.h.0.attn.attn.weight"
+_GPT2_EMBEDDING, _GPT2_TOKENS = "embed_tokens.weight", 50257
+_GPT2_WORD = 10541  # DiffuGPT-S made a word of GPT-2's vocabulary its mask; the larger one has a row of its own, 50257
 
 
 @dataclass
 class Layout:
-    """A checkpoint that `load` makes a Llama of.
+    """A checkpoint that `load` makes a transformers model of.
 
     Args:
-        config: of the Llama.
         mask_token_id: which embedding is the mask's.
-        file: of an SMDM checkpoint, its weights; None: LLaDA.
+        state: the weights under the model's own names; None: transformers reads and renames LLaDA's.
+        right_shift_logits: whether hidden state i - 1 predicts token i.
     """
 
-    config: LlamaConfig
+    config: LlamaConfig | GPT2Config
     mask_token_id: int
-    file: Path | None = None
+    state: dict[str, torch.Tensor] | None = None
+    right_shift_logits: bool = False
 
-    def load(self, path: str, **options: Any) -> LlamaForCausalLM:
+    def load(self, path: str, **options: Any) -> PreTrainedModel:
         """`options` are keywords of `from_pretrained`."""
-        if self.file is None:
-            options |= {"key_mapping": _LLADA_NAMES, "output_loading_info": True}
-            model, found = from_hub(LlamaForCausalLM, path, config=self.config, **options)
-            if wrong := sorted(
-                {*found["missing_keys"], *found["unexpected_keys"]}
-            ):  # the host would draw them at random
-                raise UserError(
-                    f"`model`: {path!r} does not hold LLaDA's weights: {wrong[:5]} are missing or too many."
-                )
+        kind = GPT2LMHeadModel if isinstance(self.config, GPT2Config) else LlamaForCausalLM
+        options |= {"config": self.config, "output_loading_info": True}
+        if self.state is None:
+            model, found = from_hub(kind, path, key_mapping=_LLADA_NAMES, **options)
         else:
-            plain = LlamaForCausalLM(self.config).to(self.config.dtype)
-            plain.load_state_dict(_smdm_weights(load_file(self.file), self.config))
-            with tempfile.TemporaryDirectory() as folder:  # quantisation and placement are matters of loading
-                plain.save_pretrained(folder)
-                del plain
-                model = from_hub(LlamaForCausalLM, folder, **options)
-        model.name_or_path = model.config._name_or_path = path  # where PEFT looks for the base
+            model, found = kind.from_pretrained(None, state_dict=self.state, **options)
+        if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):  # drawn at random, or ignored
+            raise OSError(f"`model`: {path!r} is not a loadable checkpoint: {wrong[:3]} are missing or unexpected.")
+        model.name_or_path = model.config.name_or_path = path  # where PEFT looks for the base
         return model
 
     def name_mask(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Tells the tokenizer which token is the mask, a new one where it has none of this id.
+        """Makes the mask token known to the tokenizer, a new one where it has none of this id.
 
         Raises:
             ValueError: its next free id is not the mask's.
         """
         if tokenizer.mask_token_id == self.mask_token_id:
+            return
+        if isinstance(self.config, GPT2Config) and tokenizer.mask_token is not None:
             return
         if len(tokenizer) > self.mask_token_id:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(self.mask_token_id)
@@ -126,21 +128,18 @@ class Layout:
 
 
 def find_layout(path: str) -> Layout | None:
-    """The layout of a checkpoint that is none of the host's; None: the host's loaders know it."""
+    """The layout of a checkpoint that is none of transformers' own; None: its loaders know it."""
     file = local_file(path, CONFIG_NAME)
     try:
         config = json.loads(Path(file).read_text()) if file else {}
     except json.JSONDecodeError:
-        return None  # the host's loader says what is wrong with it
+        return None  # the loader will say what is wrong with it
     if config.get("model_type") == "llada":
         return _llada(config, path)
-    weights = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    if len(weights) == 1 and "architectures" not in config:
-        with safe_open(weights[0], framework="pt") as found:
-            if _SMDM_ATTENTION in found.keys():
-                shapes = {name: found.get_slice(name).get_shape() for name in found.keys()}
-                dtype = found.get_tensor("transformer.ln_f.weight").dtype
-                return _smdm(shapes, dtype, config, weights[0])
+    if config.get("model_type") == "gpt2" and config.get("diffusion") is None:
+        return _diffugpt(path)
+    if Path(path).is_dir() and "architectures" not in config:
+        return _smdm(config, sorted(Path(path).glob("*.safetensors")))
     return None
 
 
@@ -168,16 +167,19 @@ def _llada(config: dict[str, Any], path: str) -> Layout:
     return Layout(llama, config["mask_token_id"])
 
 
-def _smdm(shapes: dict[str, list[int]], dtype: torch.dtype, config: dict[str, Any], file: Path) -> Layout:
-    """Sizes are read from the weights; the heads are SMDM's: 64 wide up to 1,024 dimensions, then 128, unless a config says `n_head`."""
-    embeddings, hidden = shapes["transformer.wte.weight"]
+def _smdm(config: dict[str, Any], files: list[Path]) -> Layout | None:
+    """Sizes are read from the weights; the heads are SMDM's: 64 wide up to 1,024 dimensions, then 128, unless a config has `n_head`."""
+    if len(files) != 1 or _SMDM_ATTENTION not in _names_in(files[0]):
+        return None
+    state = load_file(files[0])
+    embeddings, hidden = state["transformer.wte.weight"].shape
     heads = config.get("n_head") or hidden // (64 if hidden <= 1024 else 128)
-    fused = shapes[_SMDM_ATTENTION][0] * heads // hidden  # heads of queries, keys and values together
+    fused = state[_SMDM_ATTENTION].shape[0] * heads // hidden  # heads of queries, keys and values together
     llama = LlamaConfig(
         vocab_size=embeddings,
         hidden_size=hidden,
-        intermediate_size=shapes["transformer.h.0.mlp.swiglu.w1.weight"][0],
-        num_hidden_layers=sum(name.endswith("attn.attn.weight") for name in shapes),
+        intermediate_size=len(state["transformer.h.0.mlp.swiglu.w1.weight"]),
+        num_hidden_layers=sum(name.endswith("attn.attn.weight") for name in state),
         num_attention_heads=heads,
         num_key_value_heads=(fused - heads) // 2,
         max_position_embeddings=config.get("block_size", 2048),
@@ -185,26 +187,46 @@ def _smdm(shapes: dict[str, list[int]], dtype: torch.dtype, config: dict[str, An
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
-        dtype=dtype,
+        dtype=state["transformer.ln_f.weight"].dtype,
     )
-    return Layout(llama, embeddings - 1, file)
-
-
-def _smdm_weights(state: dict[str, torch.Tensor], config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """Llama's names, the fused attention cut apart: it holds, group by group, the group's queries, its key and its value."""
     renamed = {}
-    groups, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     for name, weight in state.items():
         if match := re.fullmatch(r"transformer\.h\.(\d+)\.attn\.attn\.weight", name):
-            rows = weight.view(groups, -1, size, config.hidden_size)
-            for part, of in (("q", rows[:, :-2]), ("k", rows[:, -2]), ("v", rows[:, -1])):
-                place = f"model.layers.{match[1]}.self_attn.{part}_proj.weight"
-                renamed[place] = of.reshape(-1, config.hidden_size).contiguous()
-            continue
-        for pattern, replacement in _SMDM_NAMES.items():
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = weight
+            # Group by group, the group's queries, its key and its value.
+            rows = weight.view(llama.num_key_value_heads, -1, hidden // heads, hidden)
+            for part, own in (("q", rows[:, :-2]), ("k", rows[:, -2]), ("v", rows[:, -1])):
+                renamed[f"model.layers.{match[1]}.self_attn.{part}_proj.weight"] = own.reshape(-1, hidden).contiguous()
+        else:
+            renamed[_renamed(name, _SMDM_NAMES)] = weight
     head = renamed["lm_head.weight"]
-    # The mask is never said. Its row is that of the unknown token, which no text holds, so it takes nothing from the others.
-    renamed["lm_head.weight"] = torch.cat([head, head[:1].expand(config.vocab_size - len(head), -1)])
-    return renamed
+    # The mask is never predicted. Its row is that of the unknown token, which no text holds, so it takes nothing from the others.
+    renamed["lm_head.weight"] = torch.cat([head, head[:1].expand(embeddings - len(head), -1)])
+    return Layout(llama, embeddings - 1, renamed)
+
+
+def _diffugpt(path: str) -> Layout | None:
+    if (file := local_file(path, SAFE_WEIGHTS_NAME)) is not None:
+        state = load_file(file) if _GPT2_EMBEDDING in _names_in(file) else {}
+    elif (file := local_file(path, WEIGHTS_NAME)) is not None:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    else:
+        return None
+    if _GPT2_EMBEDDING not in state:
+        return None
+    buffers = (".attn.bias", ".attn.masked_bias")  # older versions saved them
+    state = {_renamed(name, _GPT2_NAMES): weight for name, weight in state.items() if not name.endswith(buffers)}
+    config = from_hub(GPT2Config, path)
+    config.vocab_size = len(state["transformer.wte.weight"])  # published configs do not count the row of a new mask
+    mask = _GPT2_TOKENS if config.vocab_size > _GPT2_TOKENS else _GPT2_WORD
+    return Layout(config, mask, state, right_shift_logits=True)
+
+
+def _names_in(file: str | Path) -> set[str]:
+    with safe_open(file, framework="pt") as found:
+        return set(found.keys())
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    for pattern, replacement in names.items():
+        name = re.sub(pattern, replacement, name)
+    return name

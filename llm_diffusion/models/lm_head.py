@@ -1,251 +1,77 @@
-"""The vocabulary, met by masked tokens alone and a few of them at a time: no (tokens, vocabulary) tensor, on any device.
+"""The vocabulary, projected for masked tokens alone and a few of them at a time: no (tokens, vocabulary) tensor, on any device.
 
-    hidden (n, D)   ->   for every few rows:   logits = hidden W'   ->   nll, best guess, entropy
-                                               and at once d nll / d hidden = (softmax - one hot) W
+    hidden (n, D)   ->   for every few rows:   logits = head(hidden)   ->   nll, best guess, entropy
+                                               and at once d nll / d hidden, by autograd through the head alone
 
-A row's NLL depends on its own hidden state alone, so its gradient is known, up to a factor, before the loss is: what backward has to
-do for a frozen vocabulary is one product a row. That costs the two matrix products that whole logits cost, and the memory of a few rows.
-Trade-off: a vocabulary that is trained (full fine-tuning) is multiplied once more in backward. Alternative: the host's fused head, which
-on a CPU projects every row, masked or not, multiplies thrice, and for a trained row of the vocabulary takes a gradient of all rows.
+A row's NLL depends on its own hidden state alone, so its gradient is known, up to a factor, before the loss is: backward is one product a
+row. A head that is trained itself is run again in backward instead.
 
-What an architecture does to its logits (scaling, soft capping, a bias) is found by handing its forward known ones; a forward that does
-anything else, and a head that is adapted or quantised, is scored by whole logits of the masked rows.
+`head` is the model's own forward with its backbone cut out, so that what an architecture does to its logits (scaling, soft capping, a
+bias) and what PEFT does to its head is done here too. Rows of a tied vocabulary that PEFT trains (`trainable_token_indices`) stand beside
+the matrix: PEFT itself copies the whole matrix at every forward to change one row of it, gigabytes and most of a short step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..objective.losses import entropy, token_nll
 from ..objective.modes import IGNORE_INDEX
-from .patching import Patch, base_of, wrap_forward
-from .token_rows import trained_rows
+from .patching import FORWARD_ERRORS, in_eval_mode
 
 PIECE, GPU_PIECE = 2**22, 2**26  # numbers of a piece of the logits on a CPU, 16 MiB of fp32, and elsewhere
+NAMES = ("nll", "right", "entropy", "mean_logits")
+
+# -- scores
 
 
-@dataclass(frozen=True)
-class LogitRule:
-    """What a model's forward makes of its head's output z: `cap * tanh(scale * z / cap)`, or `scale * z` without a cap."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
-        """In place."""
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
-
-    def slope(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Gradient by z from that by the logits, in place; `logits` are used up."""
-        if self.cap is not None:
-            gradient.mul_(logits.div_(self.cap).square_().neg_().add_(1))
-        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
-
-
-class _RowScores(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        rows: torch.Tensor | None,
-        index: torch.Tensor | None,
-        targets: torch.Tensor,
-        rule: LogitRule,
-        dtype: torch.dtype,
-        size: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        n = len(hidden)
-        nll, spread, average = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
-        right = torch.empty(n, dtype=torch.bool, device=hidden.device)
-        by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        by_rows = hidden.new_empty(n, len(index), dtype=torch.float32) if ctx.needs_input_grad[3] else None
-        wide, own = weight.to(dtype), None if rows is None else rows.to(dtype)
-        for piece in pieces(n, weight, size):
-            logits = rule(_project(hidden[piece].to(dtype), wide, bias, own, index))
-            wanted = targets[piece, None]
-            said, (most, best) = logits.gather(1, wanted), logits.max(-1, keepdim=True)
-            right[piece], average[piece] = (best == wanted)[:, 0], logits.mean(-1)
-            # One table beside the logits, no more: each costs as much time as memory.
-            p = (logits - most).exp_()
-            total = p.sum(-1, keepdim=True)
-            norm, p = most + total.log(), p.div_(total)
-            nll[piece] = (norm - said)[:, 0]
-            mean = (logits.mul_(p) if rule.cap is None else p * logits).sum(-1)
-            spread[piece] = norm[:, 0] - mean
-            if by_hidden is None and by_rows is None:
-                continue
-            gradient = rule.slope(p.scatter_add_(1, wanted, torch.full_like(said, -1.0)), logits)
-            if by_rows is not None:
-                by_rows[piece] = gradient[:, index]
-            if by_hidden is not None:
-                by_hidden[piece] = _backproject(gradient, wide, own, index).to(hidden.dtype)
-        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(
-            by_hidden,
-            by_rows,
-            hidden if trains or by_rows is not None else None,
-            *((weight, bias, rows, index, targets) if trains else (None,) * 5),
-        )
-        ctx.rule, ctx.dtype, ctx.size, ctx.rows_dtype = rule, dtype, size, None if rows is None else rows.dtype
-        ctx.mark_non_differentiable(right, spread, average)
-        return nll, right, spread, average
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, given: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        by_hidden, by_rows, hidden, weight, bias, rows, index, targets = ctx.saved_tensors
-        d_hidden = d_weight = d_bias = d_rows = None
-        if by_hidden is not None:
-            d_hidden = by_hidden * given[:, None].to(by_hidden.dtype)
-        if by_rows is not None:
-            d_rows = ((by_rows * given[:, None]).T @ hidden.float()).to(ctx.rows_dtype)
-        if weight is not None:
-            d_weight, d_bias = _by_weight(ctx, given, hidden, weight, bias, rows, index, targets)
-        return d_hidden, d_weight, d_bias, d_rows, None, None, None, None, None
-
-
-def _by_weight(
-    ctx: Any,
-    given: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    index: torch.Tensor | None,
-    targets: torch.Tensor,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of a trained vocabulary, summed in fp32 over the pieces: in 16 bits the small ones would be lost."""
-    d_weight = torch.zeros_like(weight, dtype=torch.float32)
-    d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-    wide, own = weight.to(ctx.dtype), None if rows is None else rows.to(ctx.dtype)
-    for piece in pieces(len(hidden), weight, ctx.size):
-        read = hidden[piece].to(ctx.dtype)
-        logits = ctx.rule(_project(read, wide, bias, own, index))
-        gradient = logits.softmax(-1).scatter_add_(1, targets[piece, None], -torch.ones_like(given[piece, None]))
-        gradient = ctx.rule.slope(gradient, logits).mul_(given[piece, None])
-        if d_bias is not None:
-            d_bias += gradient.sum(0)
-        if index is not None:
-            gradient[:, index] = 0  # another row stands there
-        d_weight.addmm_(gradient.T, read.float())
-    return (
-        d_weight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-        d_bias.to(bias.dtype) if ctx.needs_input_grad[2] else None,
-    )
-
-
-def pieces(n: int, weight: torch.Tensor, piece: int | None = None) -> list[slice]:
-    """Rows of hidden states that meet the vocabulary together."""
-    size = max(1, (piece or (PIECE if weight.device.type == "cpu" else GPU_PIECE)) // len(weight))
-    return [slice(start, start + size) for start in range(0, n, size)]
-
-
-def _project(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> torch.Tensor:
-    """(n, V) fp32."""
-    z = torch.mm(hidden, weight.T)
-    if rows is not None:
-        z[:, index] = torch.mm(hidden, rows.T)
-    z = z.float()
-    return z if bias is None else z.add_(bias)
-
-
-def _backproject(
-    gradient: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor | None, index: torch.Tensor | None
-) -> torch.Tensor:
-    gradient = gradient.to(weight.dtype)
-    if rows is None:
-        return torch.mm(gradient, weight)
-    own = gradient[:, index]
-    gradient[:, index] = 0
-    return torch.mm(gradient, weight).addmm_(own, rows)
-
-
-@torch.compiler.disable  # compiled, every number of masked tokens would be compiled anew
-def row_scores(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    rows: torch.Tensor | None = None,
-    index: torch.Tensor | None = None,
-    rule: LogitRule | None = None,
-    piece: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores of targets from the hidden states that predict them, differentiable in all but `targets`.
+def score_whole(run: Callable[[torch.Tensor], Any], targets: torch.Tensor) -> dict[str, Any]:
+    """Scores by the logits of all targets at once.
 
     Args:
-        hidden: (n, D).
-        weight, bias: (V, D) and (V,) of the head.
-        targets: (n,) token ids.
-        rows, index: (r, D) and (r,): what stands in place of these rows of `weight`.
-        rule: what the architecture makes of its logits.
-        piece: numbers of a piece of the logits; None: what suits the device.
+        run: the model's forward, given which logits to keep.
+        targets: (B, M) token ids, -100 where there is none.
 
     Returns:
-        NLL in nats, fp32, with its gradient; whether the best guess is the target, bool; entropy in nats and the mean of the logits,
-        fp32: (n,) each.
+        As `scores_of_logits`, and the places of the n targets, `at`.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if index is not None:
-        index = index.to(weight.device)
-    return _RowScores.apply(hidden, weight, bias, rows, index, targets, rule or LogitRule(), dtype, piece)
+    keep = targets != IGNORE_INDEX
+    return {**scores_of_logits(run(keep).logits, targets[keep]), "at": keep.nonzero(as_tuple=True)}
 
 
-def add_row_scores(model: torch.nn.Module) -> None:
-    """Teaches a model's forward `score_targets`, (B, M) token ids with -100 for none: with it, it returns no logits but a dict of
-    `nll`, `right`, `entropy` and `mean_logits` of the n others, (n,) each, and their places `at`. Idempotent; copies keep it."""
-    base = base_of(model)
-    base.logit_rule = _logit_rule(base)
-    wrap_forward(Patch(), base, _scoring_forward, "_forward_without_scores")
-
-
-def _scoring_forward(
-    self: PreTrainedModel, *args: Any, score_targets: torch.Tensor | None = None, **kwargs: Any
-) -> Any:
-    if score_targets is None:
-        return self._forward_without_scores(*args, **kwargs)
-    at = (score_targets != IGNORE_INDEX).nonzero(as_tuple=True)  # the one wait for the device
-    targets = score_targets[at]
-    head = _plain_head(self.get_output_embeddings())
-    if self.logit_rule is None or head is None or is_deepspeed_zero3_enabled():
-        # ZeRO-3 gathers a head's weights for its own forward only.
-        keep = score_targets != IGNORE_INDEX
-        logits = self._forward_without_scores(*args, **kwargs, logits_to_keep=keep).logits
-        return {**scores_of_logits(logits, targets), "at": at}
+def score_in_pieces(
+    model: PreTrainedModel, run: Callable[[torch.Tensor], Any], targets: torch.Tensor
+) -> dict[str, Any]:
+    """As `score_whole`, without the logits of all targets."""
+    weight = trained_rows(model.get_output_embeddings())[0].weight
+    if is_deepspeed_zero3_enabled() or isinstance(weight, DTensor):
+        return score_whole(run, targets)  # a head that is sharded by itself has its weights in its own call only
+    at = (targets != IGNORE_INDEX).nonzero(as_tuple=True)  # the one wait for the device
     # Through the whole forward, which others may have wrapped, with no token at all for its own head.
-    none = torch.empty(0, dtype=torch.long, device=targets.device)
-    with _backbone_output(self) as caught:
-        self._forward_without_scores(*args, **kwargs, logits_to_keep=none)
-    (hidden,), (linear, rows, index) = caught, head
-    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in (linear.weight, linear.bias))
-    hidden, targets = hidden[tuple(i.to(hidden.device) for i in at)].to(weight.device), targets.to(weight.device)
-    found = row_scores(hidden, weight, targets, bias=bias, rows=rows, index=index, rule=self.logit_rule)
-    return {**dict(zip(("nll", "right", "entropy", "mean_logits"), found, strict=True)), "at": at}
+    with _backbone_outputs(model) as caught:
+        run(torch.empty(0, dtype=torch.long, device=targets.device))
+    hidden = caught[-1][0][tuple(i.to(caught[-1][0].device) for i in at)].to(weight.device)
+    return {**row_scores(Head(model, caught[-1]), hidden, targets[at].to(weight.device)), "at": at}
 
 
 def scores_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `row_scores` returns, by name, from whole logits: (n, V) and (n,) -> (n,) each."""
+    """Scores of targets from logits, (n, V) and (n,) -> (n,) each: `nll` in nats, fp32, differentiable; `right`, whether the best
+    guess is the target; `entropy` in nats and `mean_logits`, fp32."""
     plain = logits.detach()
     return {
         "nll": token_nll(logits, targets),
@@ -255,61 +81,206 @@ def scores_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, t
     }
 
 
+@torch.compiler.disable  # compiled, every number of masked tokens would be compiled anew
+def row_scores(head: Head, hidden: torch.Tensor, targets: torch.Tensor, piece: int | None = None) -> dict[str, Any]:
+    """Scores of targets from the hidden states that predict them, as `scores_of_logits`.
+
+    Args:
+        hidden: (n, D).
+        targets: (n,) token ids.
+        piece: numbers of a piece of the logits; None: what suits the device.
+    """
+    size = max(1, (piece or (PIECE if hidden.device.type == "cpu" else GPU_PIECE)) // head.width)
+    pieces = [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
+    own = head.own_logits(hidden)
+    given = (hidden,) if own is None else (hidden, own)
+    if torch.is_grad_enabled() and head.trains:
+        parts = [checkpoint(_scores, head, targets[i], *(x[i] for x in given), use_reentrant=False) for i in pieces]
+        return {name: torch.cat([scores[name] for scores in parts]) for name in NAMES}
+    return dict(zip(NAMES, _RowScores.apply(head, targets, pieces, *given), strict=True))
+
+
+def _scores(head: Head, targets: torch.Tensor, *given: torch.Tensor) -> dict[str, torch.Tensor]:
+    return scores_of_logits(head(*given), targets)
+
+
+class _RowScores(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, targets: torch.Tensor, pieces: list[slice], *given: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        scores, needed = [], any(ctx.needs_input_grad)
+        slopes = [torch.empty_like(x) for x in given] if needed else []
+        for piece in pieces:
+            leaves = [x[piece].detach().requires_grad_(needed) for x in given]
+            with torch.set_grad_enabled(needed):
+                logits = head(*leaves)
+            end = get_gradient_edge(logits) if needed else None
+            found, slope = _scores_and_slope(logits.detach(), targets[piece])
+            del logits  # backward needs the graph, not its end
+            scores.append(found)
+            for whole, part in zip(slopes, torch.autograd.grad(end, leaves, slope) if needed else (), strict=True):
+                whole[piece] = part
+        ctx.save_for_backward(*slopes)
+        nll, *others = (torch.cat(column) for column in zip(*scores, strict=True))
+        ctx.mark_non_differentiable(*others)
+        return nll, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, given: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        return None, None, None, *(slope * given[:, None].to(slope.dtype) for slope in ctx.saved_tensors)
+
+
+def _scores_and_slope(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What `scores_of_logits` returns, and d nll / d logits = softmax - one hot; with one table beside the logits, no more."""
+    wanted = targets[:, None]
+    most, best = logits.max(-1, keepdim=True)
+    p = (logits - most).exp_()
+    total = p.sum(-1, keepdim=True)
+    norm, p = most + total.log(), p.div_(total)
+    nll, spread = (norm - logits.gather(1, wanted))[:, 0], norm[:, 0] - (p[:, None] @ logits[..., None]).flatten()
+    found = (nll, (best == wanted)[:, 0], spread, logits.mean(-1))
+    return found, p.scatter_add_(1, wanted, torch.full_like(norm, -1.0))
+
+
+# -- the head alone
+
+
+class Head:
+    """A model's own way from last hidden states to logits: its forward with a backbone that returns what it is given.
+
+    Attributes:
+        rows: (r, D) trained rows of the vocabulary whose logits `__call__` wants to be given; or None.
+        width: of the vocabulary.
+        trains: whether anything else of the head is trained.
+    """
+
+    def __init__(self, model: PreTrainedModel, output: Any) -> None:
+        """`output`: of the backbone, for what stands in it beside the hidden states."""
+        head = model.get_output_embeddings()
+        linear, self.rows, index = trained_rows(head)
+        self.width = model.config.get_text_config().vocab_size
+        self.trains = any(parameter.requires_grad for parameter in linear.parameters())
+        self._output, self._backbone = output, _Given()
+        self._head = head if index is None else _WithRows(linear, index)
+        # The model with two of its children replaced, and everything else its own.
+        name = next(name for name, module in model._modules.items() if module is head)
+        self._shell = object.__new__(type(model))
+        vars(self._shell).update(vars(model))
+        self._shell._modules = {**model._modules, model.base_model_prefix: self._backbone, name: self._head}
+
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """(n, r) logits of the trained rows, if there are any."""
+        return None if self.rows is None else F.linear(hidden, self.rows.to(hidden.dtype))
+
+    def __call__(self, hidden: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+        """(n, D), and (n, r) logits of the trained rows -> (n, V) fp32."""
+        whole = hidden[None]
+        if isinstance(self._output, tuple):
+            self._backbone.output = (whole, *self._output[1:])
+        else:
+            self._backbone.output = dataclasses.replace(self._output, last_hidden_state=whole)
+        if own is not None:
+            self._head.own = own[None]
+        return type(self._shell).forward(self._shell, inputs_embeds=whole, use_cache=False).logits.squeeze(0).float()
+
+
+class _Given(torch.nn.Module):
+    """A backbone that returns its `output`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+class _WithRows(torch.nn.Module):
+    """A head with logits of its `own` (1, n, r) in place of those of some rows."""
+
+    def __init__(self, linear: torch.nn.Module, index: torch.Tensor) -> None:
+        super().__init__()
+        self.linear, self.index = linear, index
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        result = self.linear(hidden)
+        return result.index_copy_(-1, self.index, self.own.to(result.dtype))
+
+
 @contextmanager
-def _backbone_output(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collects the last hidden state (B, M, D) of every forward."""
-    caught: list[torch.Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: caught.append(output[0]))
+def _backbone_outputs(model: PreTrainedModel) -> Iterator[list[Any]]:
+    """Collects what the backbone returns."""
+    caught: list[Any] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: caught.append(output))
     try:
         yield caught
     finally:
         handle.remove()
 
 
-def _plain_head(
-    head: torch.nn.Module,
-) -> tuple[torch.nn.Linear, torch.Tensor | None, torch.Tensor | None] | None:
-    """The matrix of a head, and rows that are trained in place of its own; None: more is done to it than a product."""
-    linear, rows, index = trained_rows(head)
-    return (linear, rows, index) if type(linear) is torch.nn.Linear else None
-
-
 @torch.no_grad()
-def _logit_rule(model: PreTrainedModel) -> LogitRule | None:
-    """What the model's forward makes of the output of its head; None where that is no such rule.
-
-    Found, not read from the config, where it has a name of its own in every architecture: the forward is handed a spread of
-    known numbers in place of its head's output, and its head's input is compared with what its backbone returns.
-    """
-    head, width = model.get_output_embeddings(), model.config.get_text_config().vocab_size
-    if head is None or model.base_model is model or "_forward_of_all_logits" in vars(model):
-        return None
-    device = model.get_input_embeddings().weight.device
-    spread = torch.cat([torch.tensor([1e-3, 1e6]), torch.linspace(-90.0, 90.0, max(width - 2, 2))])
-    seen: list[torch.Tensor] = []
-
-    def swap(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        seen.append(args[0])
-        return spread[: output.shape[-1]].to(output.device).expand(output.shape).clone()
-
-    training, handle = model.training, head.register_forward_hook(swap)
-    ids = torch.arange(3, 7, device=device)[None]
-    model.eval()
+def can_score_in_pieces(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
+    """Whether `Head` gives the logits of the model's whole `forward`: shown on a few tokens."""
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model or head not in model._modules.values():
+        return False
+    ids = torch.arange(3, 7, device=model.get_input_embeddings().weight.device)[None]
     try:
-        with _backbone_output(model) as caught:
-            found = model(input_ids=ids, use_cache=False).logits[0, -1].float().cpu()
-        (direct,), (given,) = caught, seen
-    except Exception:  # remote code may fail in any way; the plain way is still there
-        return None
-    finally:
-        handle.remove()
-        model.train(training)
-    if given.shape[-1] != direct.shape[-1]:
-        return None
-    cap = found[1].item() if found[1] < 1e4 else None
-    rule = LogitRule(found[0].item() / spread[0].item(), cap)
-    if abs(rule.scale - 1) < 1e-6:
-        rule = LogitRule(1.0, cap)
-    same = torch.equal(given[0, -1], direct[0, -1].to(given))
-    fits = torch.allclose(rule(spread[: len(found)].clone()), found, rtol=1e-4, atol=1e-5)
-    return rule if same and fits else None
+        with in_eval_mode(model), _backbone_outputs(model) as caught:
+            logits = forward(input_ids=ids, use_cache=False).logits[0, 1:3].float()
+        if len(caught) != 1:
+            return False
+        alone, hidden = Head(model, caught[0]), caught[0][0][0, 1:3]  # without the others
+        found = alone(hidden, alone.own_logits(hidden))
+        return found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-2, atol=1e-2 * logits.abs().max())
+    except FORWARD_ERRORS:
+        return False  # an architecture of its own kind: `score_whole` takes it
+
+
+# -- rows that PEFT trains; without what is used here of its layer, PEFT's own forward runs
+
+
+def train_rows_alone(model: torch.nn.Module) -> None:
+    """Computes every trained row of `model` beside its matrix. In place; idempotent; copies of the model keep it."""
+    for module in model.modules():
+        known = isinstance(module, TrainableTokensLayer) and hasattr(module, "forward_adapters")
+        if known and getattr(module.base_layer, "max_norm", None) is None:
+            module.forward_adapters = types.MethodType(_forward_rows, module)
+
+
+def trained_rows(head: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor | None, torch.Tensor | None]:
+    """The module under PEFT's wrapper, the rows (r, D) that stand in place of its own now, and their numbers (r,)."""
+    if not isinstance(head, TrainableTokensWrapper) or len(names := _in_use(head.token_adapter)) > 1:
+        return head, None, None
+    layer = head.token_adapter
+    rows = layer.trainable_tokens_delta[names[0]] if names else None
+    return layer.base_layer, rows, None if rows is None else _index(layer, names[0], rows.device)
+
+
+def _in_use(layer: TrainableTokensLayer) -> list[str]:
+    if layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.trainable_tokens_delta]
+
+
+def _index(layer: TrainableTokensLayer, name: str, device: torch.device) -> torch.Tensor:
+    """The numbers of the rows, put on the device once: making them anew would wait for it at every call."""
+    numbers, kept = layer.token_indices[name], getattr(layer, "_row_numbers", None)
+    if kept is None or kept[0] != numbers or kept[1].device != device:
+        kept = layer._row_numbers = (numbers, torch.tensor(numbers, device=device))
+    return kept[1]
+
+
+def _forward_rows(
+    self: TrainableTokensLayer, x: torch.Tensor, active_adapters: list[str], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    names, base = _in_use(self), self.base_layer
+    known = isinstance(base, torch.nn.Embedding | torch.nn.Linear) and list(active_adapters) == names
+    if len(names) != 1 or not known:
+        return type(self).forward_adapters(self, x, active_adapters, *args, **kwargs)
+    rows, index, result = self.trainable_tokens_delta[names[0]], _index(self, names[0], x.device), base(x)
+    if isinstance(base, torch.nn.Linear):
+        # In place: a product keeps its inputs for backward, not its output.
+        return result.index_copy_(-1, index, F.linear(x, rows.to(x.dtype)).to(result.dtype))
+    hits, scale = x[..., None] == index, getattr(base, "embed_scale", 1.0)
+    own = F.embedding(hits.int().argmax(-1), rows).to(result.dtype)
+    own = own * (scale.to(own.dtype) if isinstance(scale, torch.Tensor) else scale)
+    return torch.where(hits.any(-1, keepdim=True), own, result)

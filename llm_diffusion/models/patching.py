@@ -1,8 +1,6 @@
-"""Changes to a model in place that can be taken back, and forwards with something before or after them.
+"""The model under its wrappers, and changes to it that can be undone.
 
-Everything is bound to the one model and closes over nothing, so that a deep copy calls its own and no other model sees it.
-Trade-off: instance attributes that pickling whole modules would carry along. Alternative: subclasses, which checkpoints would have
-to name, or hooks, which PEFT steps around by calling `forward` itself.
+Everything is bound to the one model and closes over nothing, so that a deep copy calls its own methods and no other model is touched.
 """
 
 from __future__ import annotations
@@ -17,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+# What a forward may raise that is given what its architecture does not expect.
+FORWARD_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _MISSING = object()
 
 
@@ -34,7 +34,7 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
-    """Whether `torch.compile` stands anywhere in a model: around it, in it, or on its forward."""
+    """Whether `torch.compile` was applied anywhere in a model: around it, in it, or to its forward."""
     return any(
         hasattr(module, "_orig_mod")
         or module._compiled_call_impl is not None
@@ -49,9 +49,8 @@ class Patch:
     `mechanism` names what `attention.patch_causal_attention` found to work.
     """
 
-    mechanism: str | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, mechanism: str | None = None) -> None:
+        self.mechanism = mechanism
         self._changes: list[tuple[Any, str, Any]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
@@ -73,9 +72,41 @@ class Patch:
         self.undo()
 
 
+def bind(model: torch.nn.Module, name: str, function: Any) -> None:
+    """Binds `function` as a method of this one model (a bound method follows `copy.deepcopy`, a closure would not)."""
+    setattr(model, name, types.MethodType(function, model))
+
+
+def wrap_forward(patch: Patch, module: torch.nn.Module, function: Callable[..., Any], state: Any) -> None:
+    """Binds `function`, which closes over nothing, as the forward of this one module.
+
+    It keeps the signature of the class, which transformers and PEFT read, and finds `state` in `self.diffusion_forward`; with
+    `state.original`, the forward that was there before, and `state.parameters`, the names of its positional arguments.
+    """
+    # The class's signature, not the bound method's: accelerate's hooks leave a partial there, which has no `self`.
+    signature = inspect.signature(type(module).forward)
+    wrapper = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    wrapper.__kwdefaults__, wrapper.__signature__ = function.__kwdefaults__, signature
+    state.original, state.parameters = module.forward, tuple(signature.parameters)[1:]
+    patch.set(module, "diffusion_forward", state)
+    patch.set(module, "forward", types.MethodType(wrapper, module))
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; then the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
 @contextmanager
 def trained_as_before(model: torch.nn.Module) -> Iterator[None]:
-    """Puts back which parameters train; PEFT's switching of adapters leaves them all trainable, also those that were frozen."""
+    """Restores which parameters train; PEFT's switching of adapters makes all of them trainable, frozen ones too."""
     kept = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -92,55 +123,3 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
         return
     with trained_as_before(model), model.disable_adapter():
         yield
-
-
-def bind(model: torch.nn.Module, name: str, function: Any) -> None:
-    """Binds `function` as a method of this one model (a bound method follows `copy.deepcopy`, a closure would not)."""
-    setattr(model, name, types.MethodType(function, model))
-
-
-def wrap_forward(patch: Patch, module: torch.nn.Module, function: Callable[..., Any], inner: str) -> None:
-    """Binds `function` as the module's forward; what it was before is the module's attribute `inner`.
-
-    Bound, not closed over: a deep copy of the module calls its own forward. With the old signature, which hosts read.
-    """
-    if inner in vars(module):
-        return
-    wrapper = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-    wrapper.__kwdefaults__, wrapper.__defaults__ = function.__kwdefaults__, function.__defaults__
-    # The class's, not the bound one's: accelerate's hooks leave a partial there, which has no `self`.
-    wrapper.__signature__ = inspect.signature(type(module).forward)
-    patch.set(module, inner, module.forward)
-    patch.set(module, "forward", types.MethodType(wrapper, module))
-
-
-def keep_logits(model: PreTrainedModel) -> None:
-    """Teaches a forward that computes all logits the host's `logits_to_keep`, so that callers need to know one form only."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        wrap_forward(Patch(), model, _keeping_forward, "_forward_of_all_logits")
-
-
-def _keeping_forward(self: PreTrainedModel, *args: Any, logits_to_keep: int | torch.Tensor = 0, **kwargs: Any) -> Any:
-    output = self._forward_of_all_logits(*args, **kwargs)
-    logits, keep = output.logits, logits_to_keep
-    if isinstance(keep, int):
-        output.logits = logits[:, -keep:] if keep else logits
-    elif keep.dtype == torch.bool:
-        output.logits = logits[keep]
-    elif keep.dim() == 1:
-        output.logits = logits[:, keep]
-    else:
-        output.logits = logits.gather(1, keep[..., None].expand(-1, -1, logits.shape[-1]))
-    return output
-
-
-@contextmanager
-def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; training goes on as before."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -1,7 +1,7 @@
-"""Finds out by perturbation who attends to whom.
+"""Finds out by perturbation which positions attend to which, and whether a cache can hold clean text.
 
-Purpose: settings, flags and docstrings of an architecture can be wrong; what changes when a token changes cannot.
-Trade-off: a few short forwards at every load. Alternative: a list of architectures that are known to be good.
+Settings, flags and docstrings of an architecture can be wrong; what changes when a token changes cannot. It takes a few short forwards
+at every load.
 """
 
 from __future__ import annotations
@@ -9,35 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .. import UserError
 from ..objective.attention_masks import additive, block_causal, positions
-from .patching import base_of
+from .patching import base_of, in_eval_mode
 from .record import record_of
 
 PROBE_LENGTH = 8
 PADDING = 3  # tokens of padding in padded probes
 TOLERANCE = 1e-4
-
-
-@torch.no_grad()
-def attention_pattern(
-    model: torch.nn.Module, left_padding: int = 0, length: int = PROBE_LENGTH, block_length: int | None = None
-) -> torch.Tensor:
-    """Who depends on whom: (length, length) bool, [i, j] = the output at position i changes when token j changes.
-
-    One forward: row 0 is a text, row j + 1 the same text with token j replaced. With `left_padding` > 0 the text stands after
-    that many padding tokens. With `block_length` the model is handed a block-causal 4-D mask, as block decoding does.
-    """
-    base = base_of(model)
-    text = probe_ids(base, length)
-    ids = text.repeat(length + 1, 1)
-    ids[1:].diagonal().add_(base.get_input_embeddings().weight.shape[0] // 2)
-    logits = _logits(model, ids, left_padding, block_length)
-    change = (logits[1:] - logits[:1]).abs().amax(-1)
-    # Experts of mixture models are run in groups: identical rows may differ by rounding, never by this much.
-    return (change > TOLERANCE * logits.abs().max()).T
+BLOCK, BLOCKS = 4, 3  # of the probe of a cache
 
 
 def probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:
@@ -46,6 +29,15 @@ def probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:
     half = embedding.shape[0] // 2
     low = min(5, half - 1)
     return low + torch.arange(length, device=embedding.device)[None] * 7 % (half - low)
+
+
+def eval_logits(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    """fp32 logits without dropout (it would look like dependence), and without noise where the model has a time embedding."""
+    if hasattr(base_of(model), "time_embedding"):
+        # A mask among the tokens must not look like noise.
+        inputs["timesteps"] = torch.zeros(inputs["input_ids"].shape, device=inputs["input_ids"].device)
+    with in_eval_mode(model):
+        return model(**inputs, use_cache=False).logits.float()
 
 
 def _logits(
@@ -64,24 +56,29 @@ def _logits(
     return eval_logits(model, **inputs)[:, left_padding:]
 
 
-def eval_logits(model: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
-    """fp32 logits without dropout and, where the model asks for it, without noise."""
-    if hasattr(base_of(model), "time_embedding"):
-        # A mask among the tokens must not look like noise.
-        inputs["timesteps"] = torch.zeros(inputs["input_ids"].shape, device=inputs["input_ids"].device)
-    training = model.training
-    model.eval()  # dropout would look like dependence
-    try:
-        return model(**inputs, use_cache=False).logits.float()
-    finally:
-        model.train(training)
+@torch.no_grad()
+def attention_pattern(
+    model: torch.nn.Module, left_padding: int = 0, length: int = PROBE_LENGTH, block_length: int | None = None
+) -> torch.Tensor:
+    """Which position depends on which: (length, length) bool, [i, j] = the output at position i changes when token j changes.
+
+    One forward: row 0 is a text, row j + 1 the same text with token j replaced. With `left_padding` > 0 the text stands after
+    that many padding tokens. With `block_length` the model is given a block-causal 4-D mask, as block decoding does.
+    """
+    base = base_of(model)
+    ids = probe_ids(base, length).repeat(length + 1, 1)
+    ids[1:].diagonal().add_(base.get_input_embeddings().weight.shape[0] // 2)
+    logits = _logits(model, ids, left_padding, block_length)
+    change = (logits[1:] - logits[:1]).abs().amax(-1)
+    # Experts of mixture models are run in groups: identical rows may differ by rounding, never by this much.
+    return (change > TOLERANCE * logits.abs().max()).T
 
 
 def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> str:
-    """Finds out by perturbation, with and without padding, who attends to whom.
+    """Finds out by perturbation, with and without padding, which positions attend to which.
 
     Args:
-        block_length: of a block model, which is handed its mask; read from `config.diffusion` when left out.
+        block_length: of a block model, which is given its mask; read from `config.diffusion` when left out.
 
     Returns:
         "causal", "bidirectional", "block" (block-causal) or "mixed" (none of these, or different with padding). The base of a
@@ -107,36 +104,19 @@ def causal_layers(model: torch.nn.Module, left_padding: int = 0, block_length: i
     """Indices of the layers in which the first token does not see the last: one of them hides behind any other that does.
 
     Of three equal rows the last hidden state of two is changed on the way into each layer, in opposite directions (attention to
-    one of them may be nothing), and changed back behind it. With `block_length` the model is handed a block-causal 4-D mask.
+    one of them may be nothing), and changed back behind it. With `block_length` the model is given a block-causal 4-D mask.
     """
-    base = base_of(model)
+    base, found = base_of(model), []
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:  # remote code: the longest list of modules
         lists = [module for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
         layers = list(max(lists, key=len, default=[]))
-    found: list[int] = []
-
-    def token(hidden: torch.Tensor, index: int) -> torch.Tensor:
-        """A view of one token of the three rows, (3, …); hidden states of parallel streams have a further axis somewhere."""
-        hidden = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
-        sequence = 1 if hidden.shape[1] == PROBE_LENGTH + left_padding else 2
-        return hidden.movedim(sequence, 1)[:, index]
-
-    def disturb(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        name = next((n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()), "")
-        name = "hidden_states" if "hidden_states" in kwargs else name
-        hidden = (args[0] if args else kwargs[name]).clone()
-        wave = torch.linspace(-3, 3, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
-        wave = wave * hidden.float().square().mean().sqrt().clamp(min=1e-3).to(hidden.dtype)
-        token(hidden, -1)[1] += wave
-        token(hidden, -1)[2] -= wave
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, name: hidden})
 
     def compare(index: int) -> Any:
         def hook(_: torch.nn.Module, __: tuple, output: Any) -> Any:
             several = isinstance(output, tuple | list)
             hidden = (output[0] if several else output).clone()
-            first = token(hidden, left_padding)
+            first = _rows_at(hidden, left_padding, left_padding)
             # By element: a few huge activations would drown the rest.
             same, change = first[:1].abs(), (first[1:] - first[:1]).abs()
             if not (change > 1e-5 * same + 1e-6 * same.max()).any():
@@ -146,6 +126,9 @@ def causal_layers(model: torch.nn.Module, left_padding: int = 0, block_length: i
             return type(output)([hidden, *output[1:]]) if several else hidden
 
         return hook
+
+    def disturb(_: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return _disturbed(args, kwargs, left_padding)
 
     hooks = [layer.register_forward_pre_hook(disturb, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(compare(index)) for index, layer in enumerate(layers)]
@@ -157,11 +140,30 @@ def causal_layers(model: torch.nn.Module, left_padding: int = 0, block_length: i
     return found
 
 
+def _rows_at(hidden: torch.Tensor, index: int, left_padding: int) -> torch.Tensor:
+    """A view of one position of the three rows, (3, …); hidden states of parallel streams have a further axis somewhere."""
+    hidden = hidden if hidden.shape[0] == 3 else hidden.movedim(1, 0)
+    sequence = 1 if hidden.shape[1] == PROBE_LENGTH + left_padding else 2
+    return hidden.movedim(sequence, 1)[:, index]
+
+
+def _disturbed(args: tuple, kwargs: dict, left_padding: int) -> tuple[tuple, dict]:
+    """A layer's arguments, the last hidden state of the second and third row moved in opposite directions."""
+    name = next((n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()), "")
+    name = "hidden_states" if "hidden_states" in kwargs else name
+    hidden = (args[0] if args else kwargs[name]).clone()
+    wave = torch.linspace(-3, 3, hidden.shape[-1], device=hidden.device, dtype=hidden.dtype)
+    wave = wave * hidden.float().square().mean().sqrt().clamp(min=1e-3).to(hidden.dtype)
+    last = _rows_at(hidden, -1, left_padding)
+    last[1] += wave
+    last[2] -= wave
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, name: hidden})
+
+
 @torch.no_grad()
 def sees_padding(model: torch.nn.Module) -> bool:
     """Whether the content of padding moves a real token's output."""
-    base = base_of(model)
-    text = probe_ids(base, PROBE_LENGTH + 2 * PADDING).repeat(2, 1)
+    text = probe_ids(base_of(model), PROBE_LENGTH + 2 * PADDING).repeat(2, 1)
     mask = torch.ones_like(text)
     mask[:, :PADDING], mask[:, -PADDING:] = 0, 0
     text[1] = torch.where(mask[1].bool(), text[1], text[1].flip(0))
@@ -170,26 +172,76 @@ def sees_padding(model: torch.nn.Module) -> bool:
     return bool((logits[0] - logits[1]).abs().max() > TOLERANCE * logits.abs().max())
 
 
-RECURRENT = (
-    "mamba",
-    "mixer",
-    "rwkv",
-    "recurrent",
-    "delta",
-    "linearattention",
-    "lightning",
-    "shortconv",
-    "xlstm",
-    "mlstm",
-)
-PARTS = ("norm", "model", "causallm", "backend", "block")  # of class names that carry the name of their whole family
+RECURRENT = "mamba mixer rwkv recurrent delta linearattention lightning shortconv xlstm mlstm".split()
+FAMILY = ("norm", "model", "causallm", "backend", "block")  # in class names that carry the name of their whole family
 
 
 def recurrent_layers(model: torch.nn.Module) -> list[str]:
     """Class names of the layers that run from left to right by construction: state-space, recurrent, linear attention, convolution."""
-    names = {type(module).__name__: type(module).__name__.lower() for module in base_of(model).modules()}
-    return sorted(
-        name
-        for name, low in names.items()
-        if ("SSM" in name or any(k in low for k in RECURRENT)) and not any(p in low for p in PARTS)  # not GptOssMLP
-    )
+    found = set()
+    for name in {type(module).__name__ for module in base_of(model).modules()}:
+        recurrent = "SSM" in name or any(word in name.lower() for word in RECURRENT)  # not GptOssMLP
+        if recurrent and not any(word in name.lower() for word in FAMILY):
+            found.add(name)
+    return sorted(found)
+
+
+# -- a clean prefix
+
+
+class CleanPrefix(DynamicCache):
+    """Keys and values of clean text that noisy rows see and do not extend: a cache that is read and never written.
+
+        keys    | clean text, by the base, without gradient | noisy rows, by the adapter |
+        queries |                                           | noisy rows                 |
+
+    In lossless training the clean half then costs no backward pass. `update` joins the two in every call instead of storing them, so
+    that gradient checkpointing may run a layer twice.
+    """
+
+    def __init__(self, cache: DynamicCache) -> None:
+        super().__init__()
+        self.layers = cache.layers
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], -2), torch.cat([layer.values, value_states], -2)
+
+
+@torch.no_grad()
+def check_clean_prefix(model: torch.nn.Module) -> None:
+    """Refuses a model whose cache cannot hold clean text for later rows, or cannot be cropped.
+
+    Raises:
+        ValueError: it forgets (sliding window, state space), or gives other logits than without a cache.
+    """
+    base = base_of(model)
+    name = type(base).__name__
+    if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=base.config).layers):
+        raise UserError(
+            f"`attention`='lossless': {name} has sliding-window attention, whose cache forgets and cannot be cropped; use 'block'."
+        )
+    ids = probe_ids(base, BLOCK * BLOCKS)
+    mask = additive(block_causal(torch.ones_like(ids), BLOCK), base.dtype)
+    place, clean = torch.arange(ids.shape[1], device=ids.device)[None], BLOCK * (BLOCKS - 1)
+    first = {"input_ids": ids[:, :clean], "attention_mask": mask[:, :, :clean, :clean]}
+    rest = {"input_ids": ids[:, clean:], "attention_mask": mask[:, :, clean:], "position_ids": place[:, clean:]}
+    try:
+        with in_eval_mode(base):
+            want = base(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=False).logits[:, clean:]
+            cache = DynamicCache()
+            base(**first, position_ids=place[:, :clean], past_key_values=cache, use_cache=True)
+            read = base(**rest, past_key_values=CleanPrefix(cache), use_cache=False).logits
+            base(**rest, past_key_values=cache, use_cache=True)
+            cache.crop(-BLOCK)
+            again = base(**rest, past_key_values=cache, use_cache=True).logits
+    except Exception as error:
+        raise UserError(
+            f"`attention`='lossless': the cache of {name} cannot be cropped or read alone: {error}"
+        ) from error
+    if not max((read - want).abs().max(), (again - want).abs().max()) <= 0.01 * want.abs().max():  # nor if non-finite
+        raise UserError(
+            f"`attention`='lossless': {name} gives other logits from its cache than without; use `attention`='block'."
+        )

@@ -1,6 +1,6 @@
-"""What a converted model is: the record in its config.json, or in `diffusion_config.json` beside an adapter.
+"""What a converted model is: the record in its config.json, or in `diffusion_config.json` beside an adapter; and its model card.
 
-`model.config.diffusion` holds it as a plain dict, which transformers saves and loads; everything here reads it through attributes.
+`model.config.diffusion` holds it as a plain dict, which transformers saves and loads; everything else reads it through attributes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import CONFIG_NAME
 
 from .. import UserError
 from ..objective.modes import MODES, Bidirectional
 from ..objective.settings import setting
-from .checkpoints import local_file
+from .checkpoints import is_adapter, local_file
 from .patching import base_of
 
 SIDECAR = "diffusion_config.json"
@@ -116,34 +117,115 @@ def update_record(model: torch.nn.Module, **changes: Any) -> DiffusionRecord:
     return record
 
 
-def read_record(folder: str | Path) -> DiffusionRecord:
-    """The record of a saved adapter or full checkpoint."""
-    if (Path(folder) / SIDECAR).exists():
-        return read_sidecar(str(folder))
-    return DiffusionRecord.from_dict(json.loads((Path(folder) / "config.json").read_text())["diffusion"])
-
-
-def read_sidecar(path: str) -> DiffusionRecord:
-    """The record beside an adapter, in a folder or hub repository.
+def read_record(path: str | Path) -> DiffusionRecord:
+    """The record of a saved adapter or full checkpoint, in a folder or hub repository.
 
     Raises:
-        ValueError: there is none, or it is malformed.
+        UserError: an adapter without one, or a malformed one.
     """
-    sidecar = local_file(path, SIDECAR)
-    if sidecar is None:
+    sidecar = local_file(str(path), SIDECAR)
+    if sidecar is None and is_adapter(str(path)):
         raise UserError(
             f"`model`: {path!r} holds an adapter without {SIDECAR}; it was not saved by llm_diffusion's trainers."
         )
+    file = sidecar or local_file(str(path), CONFIG_NAME)
     try:
-        values = json.loads(Path(sidecar).read_text())
+        values = json.loads(Path(file).read_text())
+        values = values if sidecar else values["diffusion"]
         missing = {"base_model", "mask_token_id", "attention"} - set(values)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"`model`: {sidecar!r} is malformed: {error}.") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"`model`: {file!r} is malformed: {error}.") from error
     if missing:
-        raise UserError(f"`model`: {sidecar!r} lacks {sorted(missing)}.")
+        raise UserError(f"`model`: {file!r} lacks {sorted(missing)}.")
     return DiffusionRecord.from_dict(values)
 
 
 def save_record(model: torch.nn.Module, folder: str | Path) -> None:
     """Writes the record beside an adapter, whose own files cannot carry it."""
     (Path(folder) / SIDECAR).write_text(json.dumps(record_of(model).to_dict(), indent=2) + "\n")
+
+
+# -- the model card
+
+# Three lines beside the weights send the `generate` of transformers here.
+GENERATE = '''"""Decoding by iterative unmasking; needs the package llm_diffusion."""
+
+from llm_diffusion.generation.generate import generate_as_loaded as generate  # noqa: F401
+'''
+
+
+def save_custom_generate(folder: str | Path) -> None:
+    """Writes `custom_generate/generate.py` beside a full checkpoint, so that transformers' loaders decode it by unmasking."""
+    (Path(folder) / "custom_generate").mkdir(exist_ok=True)
+    (Path(folder) / "custom_generate" / "generate.py").write_text(GENERATE)
+
+
+def plain_loader(record: DiffusionRecord, adapter: bool, converted_base: bool) -> str:
+    """What `AutoModelForCausalLM`, or `PeftModel` for an adapter, gives without llm_diffusion.
+
+    Args:
+        record: `config.diffusion`.
+        converted_base: whether an adapter's base folder is a converted model itself.
+    """
+    if record.mode.drafts:
+        what = "puts the adapter under every token, which makes the base worse: load it with llm_diffusion, or the base alone"
+    elif record.mode.has_blocks:
+        what = "gives the causal model: block attention is a mask that llm_diffusion passes to it"
+    elif record.time_embedding:
+        what = "ignores the time embedding, so its outputs are wrong: load it with llm_diffusion"
+    elif record.final_causal_ratio:
+        what = "attends fully in both directions, which is not what was trained: load it with llm_diffusion"
+    elif adapter and not converted_base:
+        what = "gives a causal model, because the base of this adapter is one: load it with llm_diffusion"
+    else:
+        what = (
+            "gives the bidirectional model where transformers (5.2 or newer) honours `config.is_causal`, as for Qwen, Llama, Mistral, "
+            "Phi and GPT-2, but not for StableLM, Nemotron, GPT-Neo and MPT; its own `generate` would still decode from left to right"
+        )
+    return f"A plain loader {what}."
+
+
+CARD = """---
+library_name: {library}
+{base_line}tags:
+{tags}
+---
+
+# {name}
+
+{what} `{base}` with llm_diffusion {version}: {kind}, {read_out} read-out, {steps:,} steps, {tokens:,} tokens.
+
+```python
+import llm_diffusion as ld
+
+inference = ld.DiffusionInference.from_pretrained("{name}")
+print(inference.chat([{{"role": "user", "content": "…"}}]))
+```
+
+{loader}
+"""
+
+
+def model_card(record: DiffusionRecord, name: str, tags: list[str], adapter: bool, converted_base: bool) -> str:
+    """Markdown with the hub's metadata."""
+    base, what = record.base_model, "A masked-diffusion language model, converted from"
+    if record.mode.drafts:
+        what = (
+            "A lossless drafter: this adapter proposes tokens by diffusion, the untouched base accepts those that it would have chosen "
+            "itself, so the text is the base's own in fewer forward passes. Trained for"
+        )
+    on_hub = "/" in base and not base.startswith(("/", "."))
+    return CARD.format(
+        library="peft" if adapter else "transformers",
+        base_line=f"base_model: {base}\n" if on_hub else "",
+        tags="\n".join(f"- {tag}" for tag in tags),
+        name=name,
+        what=what,
+        base=base,
+        version=record.version,
+        kind=f"blocks of {record.block_length}" if record.mode.has_blocks else "full attention",
+        read_out="right-shifted" if record.right_shift_logits else "own position",
+        steps=record.conversion_steps,
+        tokens=record.training_tokens,
+        loader=plain_loader(record, adapter, converted_base),
+    )

@@ -1,9 +1,7 @@
 """Attention that makes its own causal mask and calls PyTorch's kernel itself, as remote code does, made bidirectional.
 
 The modules of one model that call `scaled_dot_product_attention` are found by running them; from then on their forwards run in a mode in
-which the kernel is not causal, whoever else uses it.
-Trade-off: a mask that arrives with position biases is refused, because its mirror image is unknown. Alternative: replacing the kernel
-for the whole process, which every other model in it would see.
+which the kernel is not causal. No other model sees it. A mask with position biases is refused, because its mirror image is unknown.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from .. import UserError
+from .forward import ForwardState
 from .patching import Patch, wrap_forward
 from .probing import attention_pattern
 
@@ -38,8 +37,8 @@ class BidirectionalSDPA(TorchFunctionMode):
 def symmetric(mask: torch.Tensor) -> torch.Tensor:
     """A causal attention mask (..., Q, K), bool or additive, made bidirectional; one that is not causal passes as it is.
 
-    Whoever may be seen from a later position may be seen from an earlier one, if it stands in the same text; keys that no real
-    query sees (padding) stay hidden:
+    What may be seen from a later position may be seen from an earlier one of the same text; keys that no real query sees (padding)
+    stay hidden:
 
         left padding                 two packed texts
         . . . .      . . . .         x . . .      x x . .
@@ -55,7 +54,7 @@ def symmetric(mask: torch.Tensor) -> torch.Tensor:
         return mask
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
-    # Host code lets padding look everywhere, where the kernel makes NaN of a row that sees nothing.
+    # transformers lets padding see everything, because the kernel makes NaN of a row that sees nothing.
     open_row = visible.all(-1, keepdim=True) | ~visible.any(-1, keepdim=True)
     open_row[..., -1:, :] = False  # the last row of a causal mask sees all without being open
     causal = ~(visible & later & ~open_row).any(-1, keepdim=True).any(-2, keepdim=True)
@@ -70,18 +69,20 @@ def symmetric(mask: torch.Tensor) -> torch.Tensor:
 
 
 def patch_sdpa(patch: Patch, model: PreTrainedModel) -> None:
-    """The modules that call the kernel, found by running them, run inside `BidirectionalSDPA` from now on."""
+    """The modules that call the kernel run inside `BidirectionalSDPA` from now on, unless their `causal_ratio` is None."""
     for module in _callers_of_sdpa(model):
-        patch.set(module, "bidirectional_sdpa", True)
-        wrap_forward(patch, module, _bidirectional_forward, "_causal_forward")
+        if "diffusion_forward" not in vars(module):
+            wrap_forward(patch, module, _bidirectional_forward, ForwardState())
+        patch.set(module.diffusion_forward, "causal_ratio", 0.0)
 
 
 def _bidirectional_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     # Gradient checkpointing runs this again: the recomputation is bidirectional too.
-    if not self.bidirectional_sdpa:
-        return self._causal_forward(*args, **kwargs)
+    state = self.diffusion_forward
+    if state.causal_ratio is None:
+        return state.original(*args, **kwargs)
     with BidirectionalSDPA():
-        return self._causal_forward(*args, **kwargs)
+        return state.original(*args, **kwargs)
 
 
 class _Spy(TorchFunctionMode):
@@ -99,10 +100,7 @@ class _Spy(TorchFunctionMode):
 
 def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
     running: list[torch.nn.Module] = []
-    callers: dict[int, torch.nn.Module] = {}
-
-    def found() -> None:
-        callers[id(running[-1])] = running[-1]
+    callers: dict[torch.nn.Module, None] = {}
 
     def finished(*_: Any) -> None:
         running.pop()
@@ -112,9 +110,9 @@ def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
         torch.nn.modules.module.register_module_forward_hook(finished),
     ]
     try:
-        with _Spy(found):
+        with _Spy(lambda: callers.setdefault(running[-1])):
             attention_pattern(model)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(callers.values())
+    return list(callers)

@@ -14,8 +14,7 @@ from trl import SFTConfig
 
 from .. import UserError
 from ..models.patching import adapters_off, base_of, in_eval_mode
-from ..models.prefix_cache import BLOCK, CleanPrefix
-from ..models.probing import probe_ids
+from ..models.probing import BLOCK, CleanPrefix, probe_ids
 from ..models.record import DiffusionRecord
 from ..objective.attention_masks import additive, block_causal
 from .adapters import AdapterSwitch, check_adapters

@@ -26,10 +26,10 @@ from trl import DPOTrainer
 
 from .. import UserError
 from ..models.conversion import convert_to_diffusion
-from ..models.lm_head import add_row_scores
+from ..models.forward import add_row_scores
+from ..models.lm_head import train_rows_alone
 from ..models.patching import base_of, trained_as_before
 from ..models.record import DiffusionRecord, record_of
-from ..models.token_rows import train_rows_alone
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig
 from .preparation import (

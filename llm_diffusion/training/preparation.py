@@ -18,10 +18,10 @@ from .. import UserError
 from ..data.datasets import as_prompt_completion
 from ..models.attention import check_block_attention
 from ..models.conversion import convert_to_diffusion, fingerprint
+from ..models.forward import TIME_EMBEDDING, forward_state
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, read_record, record_of, update_record
-from ..models.time_embedding import NAME as TIME_EMBEDDING
 from ..objective.forward_process import NoiseSettings
 from ..speculative.training import check_drafter
 from .collator import DataCollatorForDiffusionPreference, DataCollatorForMaskedDiffusion
@@ -76,7 +76,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
 def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
     """Readies a quantised base for training, once; adapters that were loaded on it stay trainable."""
     base = base_of(model)
-    if not getattr(base, "is_quantized", False) or getattr(base, "prepared_for_training", False):
+    if not getattr(base, "is_quantized", False) or forward_state(base).prepared_for_training:
         return
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     prepare_model_for_kbit_training(
@@ -86,7 +86,7 @@ def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:
     )
     for parameter in trainable if isinstance(model, PeftModel) else []:
         parameter.requires_grad_(True)
-    base.prepared_for_training = True
+    forward_state(base).prepared_for_training = True
 
 
 def no_router_loss(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:

@@ -23,10 +23,10 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
 from ..models.conversion import set_final_causal_ratio
-from ..models.lm_head import add_row_scores
+from ..models.forward import add_row_scores
+from ..models.lm_head import train_rows_alone
 from ..models.patching import base_of
 from ..models.record import record_of, update_record
-from ..models.token_rows import train_rows_alone
 from ..objective.annealing import Annealing
 from ..objective.losses import (
     entropy,

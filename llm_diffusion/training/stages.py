@@ -29,8 +29,8 @@ from trl import SFTConfig, SFTTrainer
 
 from .. import UserError
 from ..models.attention import in_attention
+from ..models.forward import TIME_EMBEDDING
 from ..models.patching import base_of
-from ..models.time_embedding import NAME as TIME_EMBEDDING
 from ..objective.settings import user_settings
 from .config import DiffusionDPOConfig, DiffusionSFTConfig
 from .dpo import DiffusionDPOTrainer

@@ -41,9 +41,9 @@ from llm_diffusion.models.attention import (
     causal_attention,
     check_block_attention,
     check_transformers,
-    lift_masks,
     patch_causal_attention,
 )
+from llm_diffusion.models.forward import lift_masks
 from llm_diffusion.models.patching import Patch, base_of
 from llm_diffusion.models.probing import (
     attention_pattern,
@@ -627,7 +627,7 @@ def test_each_mechanism_compiles(method):
     model, ids = build("llama"), some_ids((2, 9))
     patch_causal_attention(model, method)
     want = model(ids, use_cache=False).logits
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="aot_eager")  # what follows the tracing is torch's own
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, want, atol=1e-5, rtol=1e-5)
     assert probe_attention(compiled) == "bidirectional"
 

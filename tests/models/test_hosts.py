@@ -11,7 +11,7 @@ from trl import LogCompletionsCallback
 
 import llm_diffusion as ld
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
-from llm_diffusion.models.publishing import save_custom_generate
+from llm_diffusion.models.record import save_custom_generate
 
 
 @pytest.fixture(scope="module", params=["bidirectional", "block"])

@@ -5,102 +5,17 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
-from llm_diffusion.models import lm_head as vocabulary_head
-from llm_diffusion.models.lm_head import LogitRule, add_row_scores, row_scores
-from llm_diffusion.models.token_rows import train_rows_alone
+from llm_diffusion.models import lm_head
+from llm_diffusion.models.forward import add_row_scores, forward_state
+from llm_diffusion.models.lm_head import NAMES, train_rows_alone, trained_rows
 
-V, D, N = 97, 16, 40
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(vocabulary_head, "PIECE", 7 * V)
-
-
-def tensors(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((N, D), (V, D), (V,)))
-    return hidden, weight, bias, torch.randint(0, V, (N,), generator=generator)
-
-
-def whole(hidden, weight, bias, targets, rows=None, index=None, rule=None):
-    """Full logits and autograd."""
-    if rows is not None:
-        weight = weight.index_copy(0, index, rows)
-    z = F.linear(hidden, weight, bias) * (rule.scale if rule else 1)
-    if rule and rule.cap:
-        z = rule.cap * torch.tanh(z / rule.cap)
-    logs = z.log_softmax(-1)
-    nll = -logs.gather(1, targets[:, None])[:, 0]
-    return nll, z.argmax(-1) == targets, -(logs.exp() * logs).sum(-1), z.mean(-1)
-
-
-@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.25), LogitRule(2.0, 5.0)])
-@pytest.mark.parametrize("with_rows", [False, True])
-@pytest.mark.parametrize("trains", ["hidden", "everything"])
-def test_scores_and_gradients_are_those_of_whole_logits(rule, with_rows, trains):
-    hidden, weight, bias, targets = tensors()
-    index = torch.tensor([5, 60]) if with_rows else None
-    rows = torch.randn(2, D, generator=torch.Generator().manual_seed(3)) if with_rows else None
-    targets[:3] = 60
-    given = torch.rand(N, generator=torch.Generator().manual_seed(4))  # as different as 1 / t makes them
-    found = []
-    for function in (row_scores, whole):
-        leaves = [x.clone() for x in (hidden, weight, bias, *((rows,) if with_rows else ()))]
-        for i, leaf in enumerate(leaves):
-            leaf.requires_grad_(trains == "everything" or i in (0, 3))
-        own = {"rows": leaves[3], "index": index} if with_rows else {}
-        if function is row_scores:
-            nll, right, *others = row_scores(leaves[0], leaves[1], targets, bias=leaves[2], rule=rule, **own)
-        else:
-            nll, right, *others = whole(leaves[0], leaves[1], leaves[2], targets, rule=rule, **own)
-        (nll * given).sum().backward()
-        found.append([nll, right.float(), *others, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
-    assert len(found[0]) == len(found[1]) == 4 + (3 if trains == "everything" else 1) + with_rows
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
-
-
-def test_no_row_at_all_still_has_a_gradient():
-    hidden, weight, _, targets = tensors()
-    hidden.requires_grad_(True)
-    nll, *_ = row_scores(hidden[:0], weight, targets[:0])
-    nll.sum().backward()
-    assert hidden.grad.abs().sum() == 0
-
-
-class _Widest(TorchDispatchMode):
-    """The most rows of any tensor as wide as the vocabulary."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == V and tensor.shape != (D, V):
-                self.rows = max(self.rows, tensor.numel() // V)
-        return output
-
-
-def test_nothing_is_as_large_as_the_logits():
-    hidden, weight, _, targets = tensors()
-    hidden.requires_grad_(True)
-    for function, rows in (
-        (lambda: row_scores(hidden, weight, targets)[0], 7),
-        (lambda: whole(hidden, weight, None, targets)[0], N),
-    ):
-        with _Widest() as widest:
-            function().sum().backward()
-        assert widest.rows == rows
-
-
+V, D = 97, 32
 SHAPE = {
-    "hidden_size": 32,
+    "hidden_size": D,
     "intermediate_size": 48,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
@@ -112,18 +27,29 @@ SHAPE = {
     "eos_token_id": 2,
 }
 MODELS = {
-    "qwen3": ({}, LogitRule()),
-    "cohere": ({"logit_scale": 0.0625}, LogitRule(0.0625)),
-    "granite": ({"logits_scaling": 8.0}, LogitRule(0.125)),
-    "gemma2": ({"final_logit_softcapping": 30.0}, LogitRule(1.0, 30.0)),
-    "phi": ({}, LogitRule()),  # a bias
-    "gpt2": ({"n_embd": 32, "n_head": 2, "n_layer": 1}, LogitRule()),
+    "qwen3": {},
+    "cohere": {"logit_scale": 0.0625},
+    "granite": {"logits_scaling": 8.0},
+    "gemma2": {"final_logit_softcapping": 30.0},
+    "phi": {},  # a bias
+    "gpt2": {"n_embd": D, "n_head": 2, "n_layer": 1},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+    },  # a backbone with more outputs
 }
 
 
-def random_model(kind):
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(lm_head, "PIECE", 4 * V)
+
+
+def random_model(kind, tied=False):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **{**SHAPE, **MODELS[kind][0]})
+    config = AutoConfig.for_model(kind, **{**SHAPE, **MODELS[kind]})
+    config.tie_word_embeddings = tied
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -131,89 +57,197 @@ def random_model(kind):
     return model
 
 
-def scores_of_logits(model, ids, targets):
+def some_targets(seed=1):
+    """(2, 9) ids, and targets at about half of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (2, 9), generator=generator)
+    targets = torch.randint(3, V, (2, 9), generator=generator)
+    return ids, targets.masked_fill(torch.rand((2, 9), generator=generator) < 0.5, -100)
+
+
+def from_logits(model, ids, targets):
+    """The scores, from full logits and by autograd alone."""
     keep = targets != -100
-    logs = model(input_ids=ids).logits[keep].log_softmax(-1)
-    return -logs.gather(1, targets[keep][:, None])[:, 0]
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_every_architecture_keeps_what_it_does_to_its_logits(kind):
-    model = random_model(kind)
-    ids = torch.randint(3, V, (2, 9))
-    targets = torch.randint(3, V, (2, 9)).masked_fill(torch.rand(2, 9) < 0.5, -100)
-    want = scores_of_logits(model, ids, targets)
-    add_row_scores(model)
-    assert model.logit_rule.scale == pytest.approx(MODELS[kind][1].scale)
-    assert model.logit_rule.cap == pytest.approx(MODELS[kind][1].cap)
-    torch.testing.assert_close(model(input_ids=ids, score_targets=targets)["nll"], want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        scores_of_logits(model, ids, targets), want
-    )  # the forward without targets is what it was
-
-
-def test_what_a_rule_cannot_say_is_scored_by_logits():
-    """A forward that changes its logits token by token, and a head under LoRA."""
-
-    class Strange(Qwen3ForCausalLM):
-        def forward(self, *args, **kwargs):
-            output = super().forward(*args, **kwargs)
-            output.logits = output.logits * torch.linspace(0.5, 1, V)
-            return output
-
-    strange = random_model("qwen3")
-    strange.__class__ = Strange
-    adapted = get_peft_model(
-        random_model("qwen3"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    logits = model(input_ids=ids).logits[keep]
+    logs = logits.log_softmax(-1)
+    nll = -logs.gather(1, targets[keep][:, None])[:, 0]
+    return dict(
+        zip(
+            NAMES, (nll, logits.argmax(-1) == targets[keep], -(logs.exp() * logs).sum(-1), logits.mean(-1)), strict=True
+        )
     )
-    ids = torch.randint(3, V, (1, 9))
-    for model in (strange, adapted.eval()):
-        want = scores_of_logits(model, ids, ids)
-        add_row_scores(model)
-        torch.testing.assert_close(model(input_ids=ids, score_targets=ids)["nll"], want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_both_ways_say_the_same(kind):
-    """The same model in pieces, and by whole logits of the rows with a target."""
-    model = random_model(kind)
+def gradients(model, nll):
+    """Of the NLL weighed as differently as 1 / t weighs it."""
+    weights = torch.rand(nll.shape, generator=torch.Generator().manual_seed(4))
+    model.zero_grad()
+    (nll * weights).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check(model, reference=None, pieces=True):
+    """That scores and gradients of a model, readied here, are those of full logits."""
+    ids, targets = some_targets()
+    want = from_logits(model if reference is None else reference, ids, targets)
+    wanted = gradients(model if reference is None else reference, want["nll"])
     add_row_scores(model)
-    ids = torch.randint(3, V, (2, 9))
-    targets = torch.randint(3, V, (2, 9)).masked_fill(torch.rand(2, 9) < 0.5, -100)
-    pieces = model(input_ids=ids, score_targets=targets)
-    model.logit_rule = None
-    whole = model(input_ids=ids, score_targets=targets)
-    assert pieces.keys() == whole.keys() == {"nll", "right", "entropy", "mean_logits", "at"}
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+    assert forward_state(model).scores_in_pieces is pieces
+    found = model(input_ids=ids, score_targets=targets)
+    assert torch.equal(torch.stack(found.pop("at")), (targets != -100).nonzero().T)
+    found_gradients = gradients(model, found["nll"])
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert found_gradients.keys() == wanted.keys() and wanted
+    torch.testing.assert_close(found_gradients, wanted, rtol=1e-3, atol=1e-4)
+    # The forward without targets is what it was.
+    torch.testing.assert_close(from_logits(model, ids, targets), want, rtol=1e-4, atol=1e-4)
+    return wanted
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt2"])
-def test_a_trained_row_of_a_tied_vocabulary(kind):
-    """Beside its matrix, in both its places: the scores and gradients of PEFT's own copy of the matrix."""
+@pytest.mark.parametrize("trains", ["everything", "all but the head", "adapters"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_architecture_keeps_what_it_does_to_its_logits(kind, trains):
     model = random_model(kind)
-    model.tie_weights()
-    lora = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=[7, 90])
-    if kind == "gpt2":
-        lora.fan_in_fan_out = True
-    peft = get_peft_model(model, lora).eval()
+    if trains == "all but the head":
+        model.get_output_embeddings().requires_grad_(False)
+    if trains == "adapters":
+        options = {"target_modules": r".*(v_proj|c_attn)", "fan_in_fan_out": kind == "gpt2"}
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    check(model)
+
+
+def test_an_adapted_head():
+    check(
+        get_peft_model(
+            random_model("qwen3"), LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+        ).eval()
+    )
+
+
+class Scaled(Qwen3ForCausalLM):
+    """Changes its logits token by token."""
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        output.logits = output.logits * torch.linspace(0.5, 1, V)
+        return output
+
+
+class Mixing(Qwen3ForCausalLM):
+    """Changes its logits by those of other positions, which no head alone can."""
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        output = super().forward(*args, **kwargs)
+        logits = output.logits + output.logits.mean(1, keepdim=True)
+        output.logits = logits[logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else logits
+        return output
+
+
+class Unkeeping(Qwen3ForCausalLM):
+    """Computes all logits."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [(Scaled, True), (Mixing, False), (Unkeeping, False)])
+def test_forwards_of_their_own_kind(kind, pieces):
+    model = random_model("qwen3")
+    model.__class__ = kind
+    check(model, pieces=pieces)
+
+
+def test_no_target_at_all_still_has_a_gradient():
+    model = random_model("qwen3")
+    model.get_output_embeddings().requires_grad_(False)
+    add_row_scores(model)
+    ids = some_targets()[0]
+    nll = model(input_ids=ids, score_targets=torch.full_like(ids, -100))["nll"]
+    assert nll.shape == (0,)
+    assert all(not grad.any() for grad in gradients(model, nll).values())
+
+
+class Tables(TorchDispatchMode):
+    """The most rows of any tensor as wide as the vocabulary, and how many new tensors have the vocabulary's own shape."""
+
+    rows = copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(output):
+            if not isinstance(x, torch.Tensor) or V not in x.shape:
+                continue
+            if {*x.shape} == {V, D}:
+                self.copies += x.untyped_storage()._cdata not in known
+            elif x.shape[-1] == V:
+                self.rows = max(self.rows, x.numel() // V)
+        return output
+
+
+@pytest.mark.parametrize("trains_head", [False, True])
+def test_nothing_is_as_large_as_the_logits(trains_head):
+    model = random_model("qwen3")
+    model.get_output_embeddings().requires_grad_(trains_head)
+    ids, _ = some_targets()
+    for pieces in (True, False):
+        add_row_scores(model)
+        forward_state(model).scores_in_pieces = pieces
+        with Tables() as tables:
+            model(input_ids=ids, score_targets=ids)["nll"].sum().backward()
+        assert tables.rows == (4 if pieces else ids.numel())
+
+
+# -- trained rows of a tied vocabulary
+
+ROWS = [7, 90]
+
+
+def with_rows(kind="qwen3"):
+    """PEFT's own way, and a copy that trains its rows alone; adapters away from their start."""
+    lora = LoraConfig(r=2, target_modules="all-linear", trainable_token_indices=ROWS, fan_in_fan_out=kind == "gpt2")
+    plain = get_peft_model(random_model(kind, tied=True), lora).eval()
     with torch.no_grad():
-        for parameter in peft.parameters():
+        for parameter in plain.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    lean = copy.deepcopy(peft)
+    lean = copy.deepcopy(plain)
     train_rows_alone(lean)
-    add_row_scores(lean)
-    ids = torch.randint(3, V, (2, 9))
-    ids[0, 4] = ids[1, 0] = 7
-    targets = torch.randint(3, V, (2, 9)).masked_fill(torch.rand(2, 9) < 0.5, -100)
-    targets[0, 3] = 90
-    want = scores_of_logits(peft, ids, targets)
-    got = lean(input_ids=ids, score_targets=targets)["nll"]
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    want.sum().backward()
-    got.sum().backward()
-    grads = {name: p.grad for name, p in peft.named_parameters() if p.requires_grad}
-    assert any("trainable_tokens" in name and grad.norm() > 0.1 for name, grad in grads.items())
-    for name, parameter in lean.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, grads[name], rtol=1e-3, atol=1e-4)
+    return plain, lean
+
+
+IDS = torch.tensor([[7, 3, 90, 7, 5], [4, 90, 11, 12, 13]])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gpt2", "cohere"])
+def test_rows_beside_the_matrix_have_pefts_scores_and_gradients(kind):
+    plain, lean = with_rows(kind)
+    wanted = check(lean, reference=plain)
+    assert any("trainable_tokens" in name and grad.norm() > 0.1 for name, grad in wanted.items())
+    found = []
+    for model in (plain, lean):
+        logits = model(input_ids=IDS).logits
+        found.append((logits.detach(), gradients(model, logits.square().sum(-1).flatten())))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+def test_no_copy_of_the_matrix():
+    counts = []
+    for model in with_rows():
+        with Tables() as tables:
+            model(input_ids=IDS).logits.sum().backward()
+        counts.append(tables.copies)
+    assert counts[0] > 0 == counts[1]
+
+
+def test_switched_off_and_merged_rows():
+    """With adapters off the base has its own rows, and a merged model has the trained ones in its matrix."""
+    plain, lean = with_rows()
+    head, rows, index = trained_rows(lean.get_base_model().get_output_embeddings())
+    assert type(head) is torch.nn.Linear and index.tolist() == ROWS and rows.shape == (2, D)
+    with torch.no_grad():
+        with plain.disable_adapter(), lean.disable_adapter():
+            assert trained_rows(lean.get_base_model().get_output_embeddings())[1] is None
+            torch.testing.assert_close(lean(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        want = plain(input_ids=IDS).logits
+        torch.testing.assert_close(lean.merge_and_unload()(input_ids=IDS).logits, want, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from llm_diffusion.models.patching import Patch, keep_logits, wrap_forward
+from llm_diffusion.models.forward import ForwardState, forward_state
+from llm_diffusion.models.patching import Patch, wrap_forward
 
 
 class Plain(torch.nn.Module):
@@ -27,7 +28,7 @@ class Plain(torch.nn.Module):
 
 
 def doubled(self, *args, **kwargs):
-    output = self._plain_forward(*args, **kwargs)
+    output = self.diffusion_forward.original(*args, **kwargs)
     output.logits = 2 * output.logits
     return output
 
@@ -50,7 +51,7 @@ def test_a_wrapped_forward_has_the_signature_of_the_class(hooked):
     if hooked:
         model.forward = functools.update_wrapper(functools.partial(Plain.forward, model), Plain.forward.__get__(model))
     patch = Patch()
-    wrap_forward(patch, model, doubled, "_plain_forward")
+    wrap_forward(patch, model, doubled, ForwardState())
     assert list(inspect.signature(model.forward).parameters) == ["hidden", "scale"]
     torch.testing.assert_close(model(hidden, 3.0).logits, 2 * want)
     twin = copy.deepcopy(model)
@@ -76,8 +77,8 @@ def test_logits_to_keep_as_the_host_does_it(keep, random_llama):
     """Every form gives what a host model gives that knows the keyword itself."""
     model, hidden = Plain(), torch.randn(2, 3, 4)
     every = model(hidden).logits
-    keep_logits(model)
-    keep_logits(model)  # twice is once
+    state = forward_state(model)
+    assert forward_state(model) is state
     host, ids = random_llama(), torch.randint(3, 400, (2, 3))
     own, full = host(ids, logits_to_keep=keep).logits, host(ids).logits
     got = model(hidden, logits_to_keep=keep).logits

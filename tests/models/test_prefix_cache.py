@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from llm_diffusion.models.prefix_cache import CleanPrefix, check_clean_prefix
+from llm_diffusion.models.probing import CleanPrefix, check_clean_prefix
 from llm_diffusion.objective.attention_masks import additive, block_diffusion
 from llm_diffusion.speculative.training import allow_prefix_under_checkpointing
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llm_diffusion import convert_to_diffusion, load_diffusion_model, probe_attention
-from llm_diffusion.models.special_tokens import MASK_TOKEN, set_mask_token, use_tokens
+from llm_diffusion.models.conversion import MASK_TOKEN, set_mask_token, use_tokens
 
 
 def test_a_token_of_the_vocabulary_keeps_its_row_and_is_found_again(tmp_path, random_llama, tokenizer):
@@ -25,7 +25,7 @@ def test_a_token_of_the_vocabulary_keeps_its_row_and_is_found_again(tmp_path, ra
     assert again.config.diffusion["mask_token_id"] == its_tokenizer.mask_token_id == 300
     assert AutoTokenizer.from_pretrained(tmp_path).mask_token_id == 300
     assert its_tokenizer(texts)["input_ids"] == before and len(its_tokenizer) == 431
-    with pytest.raises(ValueError, match="converted with 300, asked for 301"):
+    with pytest.raises(ValueError, match="`mask_token_id`"):
         load_diffusion_model(str(tmp_path), device="cpu", mask_token_id=301)
 
 

@@ -10,7 +10,7 @@ from collators import collator_of
 from llm_diffusion import generate
 from llm_diffusion.models.attention import patch_causal_attention
 from llm_diffusion.models.conversion import convert_to_diffusion
-from llm_diffusion.models.time_embedding import TimeEmbedding, attach
+from llm_diffusion.models.forward import TimeEmbedding, attach
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
 BLOCKS = {"attention": "block", "block_length": 4}

@@ -44,7 +44,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from small_trainers import tiny_model
 from llm_diffusion.training.scoring import score
-from llm_diffusion.models.lm_head import add_row_scores
+from llm_diffusion.models.forward import add_row_scores
 dist.init_process_group("gloo")
 for tied in (True, False):
     model = tiny_model(tied)
