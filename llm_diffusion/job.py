@@ -34,10 +34,9 @@ from .evaluation.report import decoding, show_autoregressive, show_ends, show_jo
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion, use_tokens
-from .models.decoding_defaults import save_generation_config
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
-from .models.record import CONVERSION_OPTIONS
+from .models.record import CONVERSION_OPTIONS, save_generation_config
 from .objective.settings import user_settings
 from .reasoning.pairs import preference_pairs
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig

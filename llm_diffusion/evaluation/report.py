@@ -26,8 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import HyperParameters
 from ..generation.config import decoding_settings
 from ..generation.inference import continue_autoregressive
-from ..models.decoding_defaults import RULES
-from ..models.record import record_of
+from ..models.record import RULES, record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
 from .metrics import denoising_trace, foresee_ends, plot_ends
 from .statistics import Continuations

@@ -15,9 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from .. import UserError
-from ..models.decoding_defaults import autoregressive_config, decoding_defaults, layered
 from ..models.patching import base_of
-from ..models.record import DiffusionRecord, record_of
+from ..models.record import DiffusionRecord, autoregressive_config, decoding_defaults, layered, record_of
 from ..objective.settings import check_settings, setting
 from .commit_rules import CONFIDENCES, NOT_PROBABILITIES
 

@@ -16,10 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 from .. import UserError
 from ..models.attention import causal_attention
 from ..models.conversion import set_attention
-from ..models.decoding_defaults import autoregressive_config, layered
 from ..models.forward import forward_state
 from ..models.patching import Patch, adapters_off, base_of
-from ..models.record import record_of
+from ..models.record import autoregressive_config, layered, record_of
 from ..models.sampling import DiffusionOutput, eos_ids
 from ..speculative.decoding import decode_lossless
 from .blocks import BlockDecoder

@@ -10,10 +10,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import UserError
-from ..models.decoding_defaults import layered
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
-from ..models.record import record_of
+from ..models.record import layered, record_of
 from .canvas import fill_masks
 from .config import DiffusionGenerationConfig, check_room, decoding_settings
 from .generate import generate

@@ -20,7 +20,7 @@ import llm_diffusion
 
 from .. import UserError
 from ..objective.modes import MODES
-from ..objective.noise_schedules import get_noise_schedule
+from ..objective.noise import get_noise_schedule
 from ..objective.settings import check_settings
 from .attention import check_block_attention, check_decoder, check_transformers, patch_causal_attention
 from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lift_masks

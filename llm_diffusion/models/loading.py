@@ -39,13 +39,12 @@ from .checkpoints import (
     resolve_path,
 )
 from .conversion import convert_to_diffusion, fingerprint, grow
-from .decoding_defaults import autoregressive_config
 from .forward import TIME_EMBEDDING
 from .layouts import Layout, find_layout
 from .lm_head import train_rows_alone
 from .patching import base_of
 from .probing import probe_attention
-from .record import SIDECAR, DiffusionRecord, read_record, update_record
+from .record import SIDECAR, DiffusionRecord, autoregressive_config, read_record, update_record
 
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 

@@ -31,6 +31,7 @@ from .noise import (
     FIRST_STREAM,
     FULL_STREAM,
     MIN_TIME,
+    NOISE_SCHEDULES,
     OFFSET_STREAM,
     ORDER_STREAM,
     REPLACE_STREAM,
@@ -39,12 +40,12 @@ from .noise import (
     draw_exact_mask,
     draw_mask,
     draw_tokens,
+    get_noise_schedule,
     hash_keys,
     stratified_times,
     times_of_segments,
     uniform,
 )
-from .noise_schedules import NOISE_SCHEDULES, get_noise_schedule
 from .settings import setting
 
 TEACHER_TARGETS = ("causal", "all")

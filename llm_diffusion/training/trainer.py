@@ -16,9 +16,8 @@ from peft import PeftModel
 from transformers.trainer_utils import rotate_checkpoints
 
 from ..analysis import PAGED, ModelMemory, TrainingSetup
-from ..models.decoding_defaults import save_generation_config
 from ..models.patching import base_of
-from ..models.record import model_card, record_of, save_custom_generate, save_record
+from ..models.record import model_card, record_of, save_custom_generate, save_generation_config, save_record
 from .preparation import has_converted_weights
 
 UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is written

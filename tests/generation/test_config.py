@@ -16,14 +16,14 @@ from llm_diffusion.evaluation.report import decoding
 from llm_diffusion.generation.config import decoding_settings, saved_settings
 from llm_diffusion.main import cli
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
-from llm_diffusion.models.decoding_defaults import (
+from llm_diffusion.models.patching import base_of
+from llm_diffusion.models.record import (
+    DiffusionRecord,
     autoregressive_config,
     decoding_defaults,
     layered,
     save_generation_config,
 )
-from llm_diffusion.models.patching import base_of
-from llm_diffusion.models.record import DiffusionRecord
 
 LOOPED = {"revision": "remdm-loop", "steps": 8, "remasking": "random", "eta": 0.1}
 QUESTION = [{"role": "user", "content": "Sort the letters: k d e a c b"}]

@@ -19,8 +19,7 @@ from llm_diffusion.objective.losses import (
     token_nll,
 )
 from llm_diffusion.objective.modes import IGNORE_INDEX
-from llm_diffusion.objective.noise import stratified_times
-from llm_diffusion.objective.noise_schedules import NOISE_SCHEDULES, get_noise_schedule
+from llm_diffusion.objective.noise import NOISE_SCHEDULES, get_noise_schedule, stratified_times
 from llm_diffusion.training.collator import DataCollatorForMaskedDiffusion
 
 CHAIN = MarkovChain(n_states=8, length=32)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from oracle import MarkovChain
 
-from llm_diffusion.objective.noise import MIN_TIME
-from llm_diffusion.objective.noise_schedules import NOISE_SCHEDULES, get_noise_schedule
+from llm_diffusion.objective.noise import MIN_TIME, NOISE_SCHEDULES, get_noise_schedule
 
 # 1 - alpha(t) in fp64, written down again from the papers.
 MASK_PROBABILITY = {
