@@ -208,8 +208,8 @@ def gain(before: list[bool], after: list[bool], seed: int) -> str:
     """Points of `after` over `before`, on the same problems."""
     from llm_diffusion.evaluation.statistics import paired
 
-    found = paired("", {"before": before, "after": after}, seed).differences[0]
-    return f"{found.points:+.1f} [{found.interval[0]:+.1f}, {found.interval[1]:+.1f}]"
+    found = paired("", {"before": before, "after": after}, seed)["differences"][0]
+    return "{points:+.1f} [{interval[0]:+.1f}, {interval[1]:+.1f}]".format(**found)
 
 
 def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, str, list[bool], list[bool], str]]:

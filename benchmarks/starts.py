@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
 from llm_diffusion.evaluation.answers import evaluate_answers
 from llm_diffusion.evaluation.metrics import COLUMNS, distinct_n, foresee_ends
-from llm_diffusion.evaluation.side_by_side import nll_per_token
+from llm_diffusion.evaluation.statistics import nll_per_token
 from llm_diffusion.generation.inference import continue_autoregressive
 from llm_diffusion.models.conversion import convert_to_diffusion
 from llm_diffusion.models.loading import scratch_model

@@ -29,8 +29,8 @@ from . import UserError
 from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
 from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
 from .evaluation.answers import AnswerReport, answered_by_base, evaluate_answers
-from .evaluation.job_report import decoding, show, show_autoregressive, show_ends
 from .evaluation.metrics import AnswersCallback
+from .evaluation.report import decoding, show_autoregressive, show_ends, show_job
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion, use_tokens
@@ -105,7 +105,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         show_ends([stage.arguments for stage in stages], model, tokenizer, examples, output / "ends.png")
     samples = readable(data.test, 6, tokenizer)
-    show(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
+    show_job(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
 
 
 # -- 1. before anything long begins

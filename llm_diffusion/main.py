@@ -239,8 +239,8 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
 def side_by_side(models: tuple[str, ...], prompts: tuple[str, ...], chat: bool, settings: str) -> None:
     """Continue texts with each of MODELS by both pipelines; the first, from left to right, judges the answers."""
     quiet_libraries()
-    from .evaluation.side_by_side import show_side_by_side
-    from .evaluation.side_by_side import side_by_side as decode_side_by_side
+    from .evaluation.report import show_side_by_side
+    from .evaluation.statistics import side_by_side as decode_side_by_side
 
     chosen = read_mapping(settings, "--settings")
     rows = decode_side_by_side(models, list(prompts), lambda name: load_inference(name, chosen), chosen, chat)

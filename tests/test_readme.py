@@ -117,3 +117,11 @@ def test_links_and_files_that_the_pages_name_exist(page):
 def test_index_names_every_page():
     names = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert names <= set(re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs" / "index.md").read_text()))
+
+
+def test_files_named_on_the_design_page_exist():
+    page = (ROOT / "docs" / "design.md").read_text()
+    names = re.findall(r"`([\w/]+(?:\.py|/))`", page)
+    assert len(names) > 20
+    for name in names:
+        assert (ROOT / "llm_diffusion" / name).exists() or (ROOT / name).exists(), name

@@ -12,7 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -122,16 +122,14 @@ class AnswerReport:
     exact_match: dict[str, float] = field(default_factory=dict)  # percent by kind of task
     tokens_per_forward: float = 0.0  # answer tokens, end token included, over forward passes, mean over examples
     ended: list[bool] = field(default_factory=list)  # whether each answer came to its end token
-    accepted: dict[int, int] = field(
-        default_factory=dict
-    )  # of lossless decoding, how many verifications yielded n tokens
+    accepted: dict[int, int] = field(default_factory=dict)  # of lossless decoding, verifications by how many tokens
     seconds: float = 0.0  # for all examples
     tokens: list[int] = field(default_factory=list)  # of every answer, its end token included
 
     @property
     def mean(self) -> float:
         """Mean exact match over the kinds, percent."""
-        return sum(self.exact_match.values()) / len(self.exact_match)
+        return fmean(self.exact_match.values())
 
     @property
     def tokens_per_second(self) -> float:
@@ -152,16 +150,32 @@ def evaluate_answers(
     Args:
         examples: dicts of a trainable shape, with an optional `kind`.
         autoregressive: decode greedily as the AR base (adapter off, causal) instead of by unmasking.
-        split: split the examples between all processes, each of which must call this and gets the whole report.
-        settings: decoding settings.
+        split: between all processes, each of which must call this and gets the whole report.
     """
 
-    def answered(mine: list[dict]) -> list[tuple]:
-        batches = in_batches(mine, BATCH_SIZE)
-        return [row for batch in batches for row in _answered(model, tokenizer, batch, autoregressive, settings)]
+    def answered(batch: list[dict]) -> Iterable[tuple]:
+        """Of every answer its text, its tokens, whether it ended, its tokens per forward, and what verifications yielded."""
+        inputs = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in batch]).to(base_of(model).device)
+        rates, accepted = [1.0] * len(batch), [[]] * len(batch)  # one token a forward
+        if autoregressive:
+            limit = settings.get("max_new_tokens", 128)
+            ids = generate_autoregressive(model, **inputs, max_new_tokens=limit, do_sample=False)
+        else:
+            output = generate(model, **inputs, **{**settings, "return_dict_in_generate": True})
+            ids, rates = output.sequences, output.tokens_per_forward.tolist()
+            if output.accepted is not None:
+                accepted = [row[row > 0].tolist() for row in output.accepted]
+        written = ids[:, inputs["input_ids"].shape[1] :]
+        ends = (written == tokenizer.eos_token_id).long()
+        tokens = (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return zip(texts, tokens, ends.any(-1).tolist(), rates, accepted, strict=True)
+
+    def all_answered(mine: list[dict]) -> list[tuple]:
+        return [row for batch in in_batches(mine, BATCH_SIZE) for row in answered(batch)]
 
     started = time.perf_counter()
-    rows = over_processes(answered, examples, split)
+    rows = over_processes(all_answered, examples, split)
     seconds = time.perf_counter() - started
     texts, tokens, ended, rates, accepted = zip(*rows, strict=True)
     right = defaultdict(list)
@@ -169,8 +183,8 @@ def evaluate_answers(
         right[example.get("kind", "all")].append(text.strip() == prompt_and_reference(example)[1].strip())
     return AnswerReport(
         answers=list(texts),
-        exact_match={kind: 100 * sum(hits) / len(hits) for kind, hits in right.items()},
-        tokens_per_forward=sum(rates) / len(rates),
+        exact_match={kind: 100 * fmean(hits) for kind, hits in right.items()},
+        tokens_per_forward=fmean(rates),
         ended=list(ended),
         accepted=dict(sorted(Counter(itertools.chain(*accepted)).items())),
         seconds=seconds,
@@ -178,43 +192,13 @@ def evaluate_answers(
     )
 
 
-def _answered(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[dict],
-    autoregressive: bool,
-    settings: dict[str, Any],
-) -> list[tuple]:
-    """Of every answer its text, its tokens, whether it ended, its tokens per forward, and what verifications yielded."""
-    inputs = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in batch]).to(base_of(model).device)
-    rates, accepted = [1.0] * len(batch), [[]] * len(batch)  # one token a forward
-    if autoregressive:
-        limit = settings.get("max_new_tokens", 128)
-        ids = generate_autoregressive(model, **inputs, max_new_tokens=limit, do_sample=False)
-    else:
-        output = generate(model, **inputs, **{**settings, "return_dict_in_generate": True})
-        ids, rates = output.sequences, output.tokens_per_forward.tolist()
-        if output.accepted is not None:
-            accepted = [row[row > 0].tolist() for row in output.accepted]
-    written = ids[:, inputs["input_ids"].shape[1] :]
-    ends = (written == tokenizer.eos_token_id).long()
-    tokens = (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return list(zip(texts, tokens, ends.any(-1).tolist(), rates, accepted, strict=True))
-
-
 def answered_by_base(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_new_tokens: int = 128
 ) -> Dataset:
-    """Chats whose last answers are the AR base's own, adapter off: what a drafter has to foresee.
-
-    Args:
-        dataset: with `messages`, or `prompt` and `completion`.
-    """
+    """Chats, or prompts with completions, whose last answers are the AR base's own: what a drafter has to foresee."""
     if not {"messages", "completion"} & set(dataset.column_names):
-        raise UserError(
-            f"`answers_from_base` needs chats or prompts with completions, got the columns {dataset.column_names}."
-        )
+        columns = dataset.column_names
+        raise UserError(f"`answers_from_base` needs chats or prompts with completions, got the columns {columns}.")
     rows, whole = list(dataset), []
     report = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens)
     for row, answer, ended in zip(rows, report.answers, report.ended, strict=True):
@@ -225,13 +209,11 @@ def answered_by_base(
             row["completion"] = [turn] if isinstance(row["completion"], list) else answer
         if ended and answer.strip():  # an answer that was cut off would train a false end
             whole.append(row)
-    if len(whole) < len(rows):
-        cut = f"{len(rows) - len(whole)} of {len(rows)}"
-        logger.warning(f"{cut} answers are not over after {max_new_tokens} tokens and are dropped")
+    unfinished = f"{len(rows) - len(whole)} of {len(rows)} answers are not over after {max_new_tokens} tokens"
     if not whole:
-        raise UserError(
-            f"`answers_from_base`: no answer is over after {max_new_tokens} tokens; raise `generation.max_new_tokens`."
-        )
+        raise UserError(f"`answers_from_base`: {unfinished}; raise `generation.max_new_tokens`.")
+    if len(whole) < len(rows):
+        logger.warning(f"{unfinished} and are dropped")
     return Dataset.from_list(whole)
 
 
@@ -247,10 +229,11 @@ def sample_answers(
 ) -> list[dict]:
     """`n` answers to every problem, each labelled by checking it: natural wrong answers for preference pairs.
 
+    Round i, one answer to every problem, draws with the seed `seed` + i, at temperature 0.7 unless `settings` have it.
+
     Args:
-        progress: wraps the rounds, one answer to every problem each, and what the judge reads (a progress bar).
+        progress: wraps the rounds and what the judge reads (a progress bar).
         judge: labels instead, of a question, an answer and its reference; see `LLMJudge`.
-        settings: of decoding; the temperature is 0.7 unless given, and round i draws with the seed `seed` + i.
 
     Returns:
         rows of `labelled_answer`, the answers to one problem together.
@@ -262,16 +245,11 @@ def sample_answers(
         raise UserError("`problems` is empty; at least one is needed.")
     if n > 1 and settings["temperature"] == 0:
         raise UserError("`temperature` 0 gives one and the same answer; raise it, or set `samples` to 1.")
-    examples = [problem.example() for problem in problems]
-    rounds = [
-        evaluate_answers(model, tokenizer, examples, **{**settings, "seed": seed + i}).answers
-        for i in progress(range(n))
-    ]
-    rows = [
-        labelled_answer(problem, answer, is_right(problem, answer))
-        for problem, answers in zip(problems, zip(*rounds, strict=True), strict=True)
-        for answer in answers
-    ]
+    examples, rounds = [problem.example() for problem in problems], []
+    for i in progress(range(n)):
+        rounds.append(evaluate_answers(model, tokenizer, examples, **{**settings, "seed": seed + i}).answers)
+    pairs = [(problem, texts[i]) for i, problem in enumerate(problems) for texts in rounds]
+    rows = [labelled_answer(problem, answer, is_right(problem, answer)) for problem, answer in pairs]
     for row in progress(rows) if judge else ():
         row |= judge(row["prompt"][-1]["content"], row["answer"], row["reference"])
     return rows
@@ -328,37 +306,6 @@ def default_grid(model: torch.nn.Module) -> list[dict[str, Any]]:
     return [{}] if record_of(model).mode.drafts else grid({"threshold": THRESHOLDS})
 
 
-def measure_point(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[dict],
-    settings: dict[str, Any] | None,
-    longest: int,
-    label: str = "autoregressive",
-) -> Point:
-    """All prompts in one batch (tokens a second), then the first few one by one (latency).
-
-    Args:
-        settings: None: the AR model's greedy decoding, of `longest` tokens at most.
-    """
-    device = base_of(model).device
-    if cuda := device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    given = {"autoregressive": True, "max_new_tokens": longest} if settings is None else settings
-    report = evaluate_answers(model, tokenizer, examples, **given)
-    memory, times = torch.cuda.max_memory_allocated() if cuda else None, []
-    for example in examples[:LATENCY_PROMPTS]:
-        batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(device)
-        clock = _Clock(tokenizer.mask_token_id)
-        if settings is None:
-            generate_autoregressive(model, **batch, max_new_tokens=longest, do_sample=False, streamer=clock)
-        else:
-            generate(model, **batch, **settings, streamer=clock)
-        times.append((clock.first, time.perf_counter() - clock.started))
-    first, last = map(median, zip(*times, strict=True))
-    return Point(label, settings, report.mean, report.tokens_per_second, report.tokens_per_forward, first, last, memory)
-
-
 def sweep(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -369,14 +316,32 @@ def sweep(
 ) -> list[Point]:
     """The AR decoding of the same weights or of `base`, then every point of a grid over common `settings`.
 
-    A first round warms up and is not counted.
+    Each answers all prompts in one batch (tokens a second), then the first few one by one (latency).
     """
-    longest = settings.get("max_new_tokens", 128)
-    measure_point(model, tokenizer, examples[:1], {**settings, **points[0]}, longest)
-    found = [measure_point(*(base or (model, tokenizer)), examples, None, longest)]
+    longest, cuda = settings.get("max_new_tokens", 128), base_of(model).device.type == "cuda"
+
+    def measure(label: str, chosen: dict[str, Any] | None, model: torch.nn.Module, tokenizer: Any) -> Point:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        given = {"autoregressive": True, "max_new_tokens": longest} if chosen is None else chosen
+        report = evaluate_answers(model, tokenizer, examples, **given)
+        memory, times = torch.cuda.max_memory_allocated() if cuda else None, []
+        for example in examples[:LATENCY_PROMPTS]:
+            batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
+            clock = _Clock(tokenizer.mask_token_id)
+            if chosen is None:
+                generate_autoregressive(model, **batch, max_new_tokens=longest, do_sample=False, streamer=clock)
+            else:
+                generate(model, **batch, **chosen, streamer=clock)
+            times.append((clock.first, time.perf_counter() - clock.started))
+        speeds = report.tokens_per_second, report.tokens_per_forward
+        return Point(label, chosen, report.mean, *speeds, *map(median, zip(*times, strict=True)), memory)
+
+    evaluate_answers(model, tokenizer, examples[:1], **{**settings, **points[0]})  # warms up
+    found = [measure("autoregressive", None, *(base or (model, tokenizer)))]
     for point in points:
         label = ", ".join(f"{name} {value}" for name, value in point.items()) or "as set"
-        found.append(measure_point(model, tokenizer, examples, {**settings, **point}, longest, label))
+        found.append(measure(label, {**settings, **point}, model, tokenizer))
     places = [(point.exact_match, point.tokens_per_second) for point in found]
     for point, mine in zip(found, places, strict=True):
         point.on_frontier = not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in places)

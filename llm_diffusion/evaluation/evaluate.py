@@ -10,10 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -58,93 +59,84 @@ OF_TASKS = ("data", "limit", "num_fewshot", "chat_template")
 Loaded = tuple[torch.nn.Module, PreTrainedTokenizerBase]
 
 
-def evaluate(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    texts: Sequence[str] = (),
-    examples: Sequence[dict] = (),
-    tasks: Sequence[str] = (),
-    data: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    chat_template: bool = False,
-    decoding: dict[str, Any] | None = None,
-    axes: dict[str, Sequence[Any]] | None = None,
-    base: Loaded | None = None,
-    estimator: str = "exact_count",
-    n_samples: int = 128,
-    seed: int = 0,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    judge: Judge | None = None,
-    split: bool = False,
-    progress: bool = False,
-    name: str = CONVERTED,
-    others: Iterable[tuple[str, Loaded, dict[str, Any]]] = (),
-) -> dict[str, Any]:
-    """Measures a converted model and, beside it, its AR base and other models.
-
-    Args:
-        texts: for likelihood, by `estimator` with `n_samples`, in windows of `max_length`.
-        examples: prompts with references, of a trainable shape or of any form that `problems` reads: exact match, overlap, calibration,
-            ends, a trace, samples; answers compared one by one.
-        tasks: names of lm-evaluation-harness, on files in `data` where it has them; `limit`, `num_fewshot`, `chat_template` as there.
-        decoding: settings of `generate`; tasks set the length of their answers, where `max_new_tokens` is not among them.
-        axes: decoding settings to sweep, `{}` for a default; None: no sweep.
-        base: the AR model; default: the same weights, adapters off and causal, which under LoRA is the base.
-        judge: reads every worked answer, beside its re-evaluation; see `statistics.judged_steps`.
-        split: between all processes, each of which must call this; the first one alone draws traces, calibrates, sweeps and calls the
-            judge, so its results are the whole ones.
-        name: of the model in the results.
-        others: name, model with tokenizer, decoding; each is taken when the one before is done with.
+def evaluate(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, **options: Any) -> dict[str, Any]:
+    """Measures a converted model and, beside it, its AR base and other models; `options` are the fields of `Evaluation`.
 
     Returns:
         What goes into `results.json`: `settings`, `provenance`, `models` (figures by model), and what the page shows beside.
     """
-    given, trained = SimpleNamespace(**locals()), record_of(model).trained
-    run = _Evaluation(given)
-    title = BASE if base or isinstance(model, PeftModel) or not trained else SAME_WEIGHTS
-    run.measure(title, base or (model, tokenizer), decoding, autoregressive=True if base or trained else None)
-    if base or trained:
-        run.measure(name, (model, tokenizer), decoding)
-    for other in others:
-        run.measure(*other)
-    if not split or place()[0] == 0:
-        run.look_inside()
-    return run.results
+    return Evaluation(model, tokenizer, **options).run()
 
 
-class _Evaluation:
-    """What is found of one model after the other; `given` are the arguments of `evaluate`."""
+@dataclass
+class Evaluation:
+    """What is to be measured, and what is found of one model after the other."""
 
-    def __init__(self, given: SimpleNamespace) -> None:
-        if not (given.texts or given.examples or given.tasks):
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    texts: Sequence[str] = ()  # for likelihood, in windows of `max_length`
+    examples: Sequence[dict] = ()  # prompts with references, of a trainable shape or of any form that `problems` reads
+    tasks: Sequence[str] = ()  # of lm-evaluation-harness, on files in `data` where it has them; the next three as there
+    data: str | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    decoding: dict[str, Any] | None = None  # settings of `generate`; without `max_new_tokens` tasks set it
+    axes: dict[str, Sequence[Any]] | None = None  # decoding settings to sweep, `{}` for a default; None: no sweep
+    base: Loaded | None = None  # default: the same weights, adapters off and causal, which under LoRA is the base
+    estimator: str = "exact_count"
+    n_samples: int = 128
+    seed: int = 0
+    batch_size: int = 16
+    max_length: int | None = None
+    judge: Judge | None = None  # reads every worked answer, beside its re-evaluation; see `statistics.judged_steps`
+    split: bool = False  # between all processes, each of which must call this; only the first has the whole results
+    progress: bool = False
+    name: str = CONVERTED  # of the model in the results
+    others: Iterable[tuple[str, Loaded, dict[str, Any]]] = ()  # name, model, decoding; taken one after the other
+
+    def __post_init__(self) -> None:
+        if not (self.texts or self.examples or self.tasks):
             raise UserError("nothing to measure: give tasks, texts, or prompts with references.")
-        self.given, self.examples = given, [as_example(record) for record in given.examples]
+        records, self.examples = self.examples, [as_example(record) for record in self.examples]
         self.references = [prompt_and_reference(example)[1] for example in self.examples]
         check_references(self.references)  # before hours of answering
-        self.problems = [as_problem(record) for record in given.examples]
-        self.harness = load_harness() if given.tasks else None
+        self.problems = [as_problem(record) for record in records]
+        self.harness = load_harness() if self.tasks else None
         self.reports: dict[str, AnswerReport] = {}
         self.samples: dict[str, dict[str, list[dict]]] = {}  # of the harness, by model, then by task
-        base, record = base_of(given.model), record_of(given.model)
+        self.record, base = record_of(self.model), base_of(self.model)
         settings = {
             **self.options(*BOUND, *OF_TASKS, "batch_size", "tasks"),
-            "processes": place()[1] if given.split else 1,
-            "window": window_length(base, given.max_length),
-            "decoding": self.decoding(given.decoding),
-            "sweep": given.axes,
-            "diffusion": record.to_dict(),
+            "processes": place()[1] if self.split else 1,
+            "window": window_length(base, self.max_length),
+            "decoding": self.whole_decoding(self.decoding),
+            "sweep": self.axes,
+            "diffusion": self.record.to_dict(),
             "dtype": str(base.dtype),
         }
         self.results = {"settings": settings, "provenance": provenance(base.device), "models": {}, "notes": []}
 
-    def options(self, *names: str) -> dict[str, Any]:
-        return {name: getattr(self.given, name) for name in names}
+    def run(self) -> dict[str, Any]:
+        loaded, trained = (self.model, self.tokenizer), self.record.trained
+        title = BASE if self.base or isinstance(self.model, PeftModel) or not trained else SAME_WEIGHTS
+        self.measure(title, self.base or loaded, self.decoding, autoregressive=True if self.base or trained else None)
+        if self.base or trained:
+            self.measure(self.name, loaded, self.decoding)
+        for other in self.others:
+            self.measure(*other)
+        if not self.split or place()[0] == 0:
+            self.compare()
+            if self.examples and trained:
+                self.look_inside()
+        return self.results
 
-    def decoding(self, chosen: dict[str, Any] | None) -> dict[str, Any]:
-        return {"max_new_tokens": 128, "seed": self.given.seed, **(chosen or {})}
+    def options(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names}
+
+    def whole_decoding(self, chosen: dict[str, Any] | None) -> dict[str, Any]:
+        return {"max_new_tokens": 128, "seed": self.seed, **(chosen or {})}
 
     def note(self, text: str) -> None:
         if text not in self.results["notes"]:
@@ -159,32 +151,31 @@ class _Evaluation:
             who = "The model" if name in (BASE, CONVERTED) else name
             self.note(f"{who} is not trained as a diffusion model: it is evaluated as the autoregressive model it is.")
         figures = self.results["models"][name] = {}
-        if self.given.texts:
+        if self.texts:
             figures["likelihood"] = self.likelihood(loaded, chosen or {}, autoregressive)
         if self.examples:
-            settings = self.decoding(chosen)
+            settings = self.whole_decoding(chosen)
             settings = {"max_new_tokens": settings["max_new_tokens"]} if autoregressive else settings
-            settings |= {"autoregressive": autoregressive, "split": self.given.split}
+            settings |= {"autoregressive": autoregressive, "split": self.split}
             self.reports[name] = evaluate_answers(*loaded, self.examples, **settings)
             figures["answers"] = self.answers(self.reports[name])
-        if self.given.tasks:
+        if self.tasks:
             options = {**(chosen or {}), **self.options(*BOUND, *SHARED), "autoregressive": autoregressive}
             lm = self.harness.DiffusionLM(*loaded, **options)
-            found = self.harness.run_tasks(lm, self.given.tasks, **self.options(*OF_TASKS))
+            found = self.harness.run_tasks(lm, self.tasks, **self.options(*OF_TASKS))
             self.samples[name] = found["samples"] if found else {}  # the first process's alone
             if found:
                 figures["tasks"] = task_figures(found["results"])
-                versions = {key: found[key] for key in ("versions", "n-shot")}
-                figures["harness"] = {"model": lm.get_model_info(), **versions}
+                figures["harness"] = {"model": lm.get_model_info(), **{k: found[k] for k in ("versions", "n-shot")}}
 
     def likelihood(self, loaded: Loaded, chosen: dict[str, Any], autoregressive: bool) -> dict[str, Any]:
         exact, options = autoregressive or not is_diffusion(loaded[0]), self.options(*SHARED)
         if not exact:
             options |= self.options(*BOUND)
-            options |= {"block_length": chosen.get("block_length")} if options["estimator"] == "per_block" else {}
+            options |= {"block_length": chosen.get("block_length")} if self.estimator == "per_block" else {}
         elif not autoregressive:
             self.note("A drafter's text is its base's own: its likelihood is the base's, exact.")
-        found = likelihood(*loaded, self.given.texts, autoregressive=exact, **options)
+        found = likelihood(*loaded, self.texts, autoregressive=exact, **options)
         self.results["levels"] = self.results.get("levels") or found.levels
         return found.summary()
 
@@ -194,38 +185,38 @@ class _Evaluation:
             "exact match, mean, %": report.mean,
             "tokens per forward": report.tokens_per_forward,
             "tokens a second": report.tokens_per_second,
-            "ended, %": 100 * sum(report.ended) / len(report.ended),
+            "ended, %": 100 * fmean(report.ended),
             **variety(report.answers),
         }
         try:
             figures |= overlap(report.answers, self.references)
         except ImportError as error:
-            self.note(f"No BLEU and ROUGE: {error}")
+            self.note(f"No BLEU and ROUGE: {error}; run `pip install 'llm-diffusion[eval]'`.")
         return figures
 
-    def look_inside(self) -> None:
-        """Answers side by side; ends, a trace, calibration and a sweep of the first model."""
-        given, results, examples = self.given, self.results, self.examples
-        model, tokenizer, decoding = given.model, given.tokenizer, self.decoding(given.decoding)
+    def compare(self) -> None:
+        """All models, answer by answer."""
         answers = {name: report.answers for name, report in self.reports.items()}
-        results |= answer_tables(self.problems, answers, self.samples, given.judge, given.seed)
-        if examples:
-            results["samples"] = [
+        self.results |= answer_tables(self.problems, answers, self.samples, self.judge, self.seed)
+        if self.examples:
+            self.results["samples"] = [
                 {"prompt": question_of(example), "reference": self.references[i]}
                 | {name: texts[i] for name, texts in answers.items()}
-                for i, example in enumerate(examples)
+                for i, example in enumerate(self.examples)
             ]
-        if not examples or not record_of(model).trained:
-            return
-        results["eos"] = eos_positions(tokenizer, examples, self.reports[given.name])
+
+    def look_inside(self) -> None:
+        """Ends, a trace, calibration and a sweep of the first model."""
+        model, tokenizer, examples, results = self.model, self.tokenizer, self.examples, self.results
+        decoding = self.whole_decoding(self.decoding)
+        results["eos"] = eos_positions(tokenizer, examples, self.reports[self.name])
         results["trace"] = denoising_trace(model, tokenizer, examples[0], decoding)
         if is_diffusion(model):
             rows = reference_rows(tokenizer, examples, window_length(model, None))
             results["calibration"] = asdict(calibration(model, rows, **self.options("batch_size", "seed")))
-        if given.axes is not None:
-            points = grid(given.axes) if given.axes else default_grid(model)
-            found = sweep(model, tokenizer, examples, decoding, points, given.base)
-            results["frontier"] = [asdict(point) for point in found]
+        if self.axes is not None:
+            points = grid(self.axes) if self.axes else default_grid(model)
+            results["frontier"] = [asdict(p) for p in sweep(model, tokenizer, examples, decoding, points, self.base)]
 
 
 def task_figures(found: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -322,7 +313,7 @@ def run(names: Sequence[str], folder: Path, console: Console, **options: Any) ->
     for name in names:
         is_adapter(resolve_path(name))  # refuses what is not there
     if tasks and given.data:
-        load_harness().local_tasks(Path(given.data).expanduser())
+        load_harness().local_tasks(Path(given.data))
     first = place()[0] == 0
     if not first:
         logger.remove()

@@ -20,7 +20,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from lm_eval.models.utils import Collator, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -83,9 +83,7 @@ class DiffusionLM(TemplateLM):
             self.bound["block_length"] = settings.get("block_length")
         self.autoregressive = not record_of(pretrained).trained if autoregressive is None else autoregressive
         if autoregressive is None and self.autoregressive:
-            logger.warning(
-                "the model is not trained as a diffusion model: it is evaluated as the autoregressive model it is"
-            )
+            logger.warning("not trained as a diffusion model: it is evaluated as the autoregressive model it is")
         self.exact = self.autoregressive or not is_diffusion(pretrained)  # a drafter writes its base's text
         positions = getattr(base_of(pretrained).config.get_text_config(), "max_position_embeddings", None)
         self.max_length = window_length(pretrained, max_length or positions)
@@ -132,10 +130,9 @@ class DiffusionLM(TemplateLM):
 
     def _log_likelihoods(self, rows: list[Row]) -> list[float]:
         parts = [part for row in rows for part in windows(row, self.max_length)]
-        shared = {"split": self.split, "progress": self.progress, "batch_size": self.batch_size}
-        if self.exact:
-            return [-nats for nats in autoregressive_rows(self.model, parts, **shared).nats]
-        return [-nats for nats in bound_rows(self.model, parts, **shared, **self.bound).nats]
+        options = {"split": self.split, "progress": self.progress, "batch_size": self.batch_size}
+        measure, options = (autoregressive_rows, options) if self.exact else (bound_rows, options | self.bound)
+        return [-nats for nats in measure(self.model, parts, **options).nats]
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple]:
         rows = []
@@ -182,7 +179,7 @@ class DiffusionLM(TemplateLM):
     def _answer_settings(self, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Decoding settings of a request, the user's over the task's, and what ends an answer."""
         given = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        until, length = [end for end in given.pop("until") if end], given.pop("max_gen_toks")
+        until, length = given.pop("until"), given.pop("max_gen_toks")
         if not given.pop("do_sample"):
             given["temperature"] = 0.0
         return {"max_new_tokens": length, **given, **self.settings}, until
@@ -196,17 +193,16 @@ class DiffusionLM(TemplateLM):
         with tqdm(total=len(requests), desc="answers", disable=None if self.progress else True) as bar:
             for batch in groups.get_batched(n=self.batch_size):
                 settings, until = self._answer_settings(batch[0][2])
-                room = self.max_length - settings["max_new_tokens"]
-                if room < 1:
+                length = settings["max_new_tokens"]
+                if length >= self.max_length:
                     raise UserError(
-                        f"`max_new_tokens`={settings['max_new_tokens']} leaves no room for a prompt in {self.max_length} tokens; lower it."
+                        f"`max_new_tokens`={length} leaves no prompt in {self.max_length} tokens; lower it."
                     )
+                room = self.max_length - length
                 written = self._decode([ids[-room:] for ids, _, _ in batch], settings)
-                for (_, *request), text in zip(
-                    batch, self.tokenizer.batch_decode(written, skip_special_tokens=True), strict=True
-                ):
-                    ends = (place for end in until if (place := text.find(end)) >= 0)
-                    answers.append(text[: min(ends, default=len(text))])
+                texts = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+                for (_, *request), text in zip(batch, texts, strict=True):
+                    answers.append(postprocess_generated_text(text, until, None))
                     self.cache_hook.add_partial("generate_until", tuple(request), answers[-1])
                 bar.update(len(batch))
         return groups.get_original(answers)
@@ -231,35 +227,25 @@ def _device(wanted: str | None) -> str | None:
 def _task_manager(data: str | None, include_defaults: bool) -> TaskManager:
     """Tasks by name, those that `data` has files for on these; made once, as the harness reads thousands of definitions of its own."""
     folder = tempfile.TemporaryDirectory()
-    for name, definition in _local(data).items():
+    for name, definition in (local_tasks(Path(data)) if data else {}).items():
         (Path(folder.name) / f"{name}.yaml").write_text(yaml.safe_dump(definition))
     manager = TaskManager(include_path=folder.name, include_defaults=include_defaults)
     manager.definitions = folder  # read when a task is loaded
     return manager
 
 
-def _local(data: str | None) -> dict[str, dict[str, Any]]:
-    return local_tasks(Path(data).expanduser()) if data else {}
-
-
 def run_tasks(
-    lm: DiffusionLM,
-    names: Sequence[str],
-    *,
-    data: str | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    chat_template: bool = False,
+    lm: DiffusionLM, names: Sequence[str], *, data: str | None = None, chat_template: bool = False, **options: Any
 ) -> dict[str, Any] | None:
     """Runs tasks of the harness; those that the `data` folder has files for on these, the others on the hub's.
 
+    Args:
+        options: of `simple_evaluate`: `limit`, `num_fewshot`, …
+
     Returns:
         What the harness returns: `results`, `configs`, `samples`, … by task; None in all but the first of several processes.
-
-    Raises:
-        UserError: an unknown task, or one whose data is neither here nor to be had.
     """
-    local = names_of(_local(data))
+    local = names_of(local_tasks(Path(data))) if data else set()
     manager = _task_manager(data, include_defaults=not set(names) <= local)
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
@@ -278,11 +264,10 @@ def run_tasks(
     return simple_evaluate(
         model=lm,
         tasks=list(names),
-        limit=limit,
-        num_fewshot=num_fewshot,
         apply_chat_template=chat_template,
         task_manager=manager,
         bootstrap_iters=1000,
+        **options,
         **dict.fromkeys(seeds, lm.settings["seed"]),
     )
 

@@ -11,12 +11,13 @@ depends on batches or other texts; samples that drew the same mask are computed 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of, in_eval_mode
-from ..models.record import record_of
+from ..models.record import DiffusionRecord, record_of
 from ..objective.estimators import REPLICATES, check_estimator, draw, share_masked
 from ..objective.losses import token_nll
 from ..objective.modes import IGNORE_INDEX, align_with_readout
@@ -51,9 +52,10 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     if not texts:
         raise UserError("`texts` are empty: there is nothing to measure.")
     rows = [Row(tuple(tokenizer(text)["input_ids"]), 1, number) for number, text in enumerate(texts)]
-    if short := [row.text for row in rows if len(row.ids) < 2]:
-        text = texts[short[0]][:40]
-        raise UserError(f"`texts`: text {short[0]} ({text!r}) is too short: of its tokens at least 2 are needed.")
+    for row in rows:
+        if len(row.ids) < 2:
+            text = texts[row.text][:40]
+            raise UserError(f"`texts`: text {row.text} ({text!r}) is too short: of its tokens at least 2 are needed.")
     return rows
 
 
@@ -143,8 +145,7 @@ def _by_text(rows: Sequence[Row], nats: Sequence[float], variances: Sequence[flo
     return Likelihood(sums[:, 0].tolist(), sums[:, 1].sqrt().tolist(), sums[:, 2].long().tolist())
 
 
-@dataclass(frozen=True)
-class _Mask:
+class _Mask(NamedTuple):
     """One mask of a row, and the samples that drew it."""
 
     number: int  # of the row
@@ -156,21 +157,15 @@ class _Mask:
     n_samples: int  # of the row
 
 
-def _masks(
-    number: int, row: Row, occurrence: int, block_length: int | None, clean_first: bool, draws: dict
-) -> Iterator[_Mask]:
-    """The distinct masks of a row.
-
-    Args:
-        occurrence: the n-th row of the same content has noise of its own.
-        clean_first: the first token of a block is read from the clean text before it, so it is never masked: the model's tightest bound.
-    """
+def _masks(number: int, row: Row, occurrence: int, record: DiffusionRecord, draws: dict) -> Iterator[_Mask]:
+    """The distinct masks of a row; the n-th `occurrence` of the same content has noise of its own."""
     ids, position = torch.tensor(row.ids), torch.arange(len(row.ids))
     key = int(hash_keys(content_keys(ids[None], torch.ones_like(ids)[None]), row.first, occurrence))
-    whole = position // (block_length or len(ids))
+    whole = position // (record.block_length or len(ids))
     part, maskable = whole[row.first :], torch.ones(len(ids) - row.first, dtype=torch.bool)
-    if clean_first:
-        maskable = position[row.first :] % block_length != 0
+    if record.block_length and record.right_shift_logits:
+        # The first token of a block is read from the clean text before it, so never masked: the model's tightest bound.
+        maskable = position[row.first :] % record.block_length != 0
     drawn, drawn_weights = draw(part[maskable], key, **draws)
     masked = torch.zeros(len(drawn), len(part), dtype=torch.bool)
     weights = torch.zeros(masked.shape, dtype=torch.float64)
@@ -195,9 +190,8 @@ def plain_collator(model: torch.nn.Module) -> DataCollatorForMaskedDiffusion:
 
 def padded(rows: Sequence[Row], collator: DataCollatorForMaskedDiffusion) -> dict[str, torch.Tensor]:
     """A clean batch of rows, what comes before `first` not maskable."""
-    return collator(
-        [{"input_ids": row.ids, "labels": [IGNORE_INDEX] * row.first + list(row.ids[row.first :])} for row in rows]
-    )
+    labels = [[IGNORE_INDEX] * row.first + list(row.ids[row.first :]) for row in rows]
+    return collator([{"input_ids": row.ids, "labels": mine} for row, mine in zip(rows, labels, strict=True)])
 
 
 def kept_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
@@ -235,10 +229,9 @@ def _estimates(
     items: list[tuple[Row, int]], model: torch.nn.Module, draws: dict[str, Any], batch_size: int, progress: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of every row the means of its replicates (R,), and NLL and number of masked tokens by their noise level (2, LEVELS)."""
-    collator, block_length = plain_collator(model), record_of(model).block_length
-    clean_first = block_length is not None and collator.record.right_shift_logits
+    collator = plain_collator(model)
     longest_first = sorted(range(len(items)), key=lambda i: -len(items[i][0].ids))
-    masks = (mask for i in longest_first for mask in _masks(i, *items[i], block_length, clean_first, draws))
+    masks = (mask for i in longest_first for mask in _masks(i, *items[i], collator.record, draws))
     estimates, levels = {}, torch.zeros(len(items), 2, LEVELS, dtype=torch.float64)
     with in_eval_mode(model), tqdm(total=len(items), desc="likelihood", disable=None if progress else True) as bar:
         for batch in in_batches(masks, batch_size):
@@ -271,34 +264,10 @@ def bound_rows(
 
     Args:
         rows: no longer than the model can count; with a shifted read-out `first` is at least 1.
-        n_samples: forward rows a row; of "any_order" orders, each of which takes as many as a row (a block) has tokens.
-        replicates: independent parts of the samples, at least 2.
+        n_samples: forward rows a row, in independent `replicates`; of "any_order" orders, each of as many as a row (a block) has tokens.
         block_length: of "per_block" on a bidirectional model; block models have their own.
-        split: see `over_processes`.
     """
     check_estimator(estimator, n_samples, replicates)
-    rows = _checked_rows(model, rows, estimator, block_length)
-    if estimator == "left_to_right":
-        n_samples = replicates = 1
-    draws = {"estimator": estimator, "n_samples": n_samples, "replicates": replicates, "seed": seed}
-    work = partial(_estimates, model=model, draws=draws, batch_size=batch_size, progress=progress)
-    seen, items = Counter(), []
-    for row in rows:
-        items.append((row, seen[row.ids, row.first]))
-        seen[row.ids, row.first] += 1
-    means, levels = zip(*over_processes(work, items, split), strict=True)
-    variances = [float(m.var()) / len(m) if len(m) > 1 else 0.0 for m in means]
-    found = _by_text(rows, [float(m.mean()) for m in means], variances)
-    found.estimator = estimator
-    sums = enumerate(torch.stack(levels).sum(0).T, start=1)
-    found.levels = [(i / LEVELS, float(nll / count), int(count)) for i, (nll, count) in sums if count]
-    return found
-
-
-def _checked_rows(
-    model: torch.nn.Module, rows: Sequence[Row], estimator: str, block_length: int | None
-) -> Sequence[Row]:
-    """The rows, or their blocks for "per_block" on a bidirectional model."""
     record = record_of(model)
     if not is_diffusion(model):
         raise UserError("`model` fills no masks, or drafts for its base: measure it by `autoregressive_rows`.")
@@ -308,10 +277,22 @@ def _checked_rows(
         if not block_length:
             raise UserError("`block_length` is needed by `estimator`='per_block' of a bidirectional model.")
         rows = block_rows(rows, block_length)
+    seen, items = defaultdict(itertools.count), []
     for row in rows:
         if not int(record.right_shift_logits) <= row.first < len(row.ids):
             raise UserError(f"`rows`: text {row.text} has nothing to score, or no context before what is scored.")
-    return rows
+        items.append((row, next(seen[row.ids, row.first])))
+    if estimator == "left_to_right":
+        n_samples = replicates = 1
+    draws = {"estimator": estimator, "n_samples": n_samples, "replicates": replicates, "seed": seed}
+    work = partial(_estimates, model=model, draws=draws, batch_size=batch_size, progress=progress)
+    means, levels = zip(*over_processes(work, items, split), strict=True)
+    variances = [float(m.var()) / len(m) if len(m) > 1 else 0.0 for m in means]
+    found = _by_text(rows, [float(m.mean()) for m in means], variances)
+    found.estimator = estimator
+    sums = enumerate(torch.stack(levels).sum(0).T, start=1)
+    found.levels = [(i / LEVELS, float(nll / count), int(count)) for i, (nll, count) in sums if count]
+    return found
 
 
 def autoregressive_rows(
@@ -321,7 +302,7 @@ def autoregressive_rows(
     base, collator = base_of(model), plain_collator(model)
 
     def work(mine: list[Row]) -> list[float]:
-        found, longest_first = [0.0] * len(mine), sorted(range(len(mine)), key=lambda i: -len(mine[i].ids))
+        found, longest_first = {}, sorted(range(len(mine)), key=lambda i: -len(mine[i].ids))
         for numbers in tqdm(list(in_batches(longest_first, batch_size)), desc="AR", disable=None if progress else True):
             batch = {k: v.to(base.device) for k, v in padded([mine[i] for i in numbers], collator).items()}
             targets = align_with_readout(batch["labels"], True, IGNORE_INDEX)
@@ -329,9 +310,8 @@ def autoregressive_rows(
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             nll = torch.zeros(keep.shape, device=base.device)
             nll[keep] = token_nll(kept_logits(base, inputs, keep), targets[keep])
-            for i, value in zip(numbers, nll.cpu().double().sum(-1).tolist(), strict=True):
-                found[i] = value
-        return found
+            found |= zip(numbers, nll.cpu().double().sum(-1).tolist(), strict=True)
+        return [found[i] for i in range(len(mine))]
 
     with adapters_off(model), causal_attention(base), in_eval_mode(base):
         nats = over_processes(work, rows, split)
@@ -347,12 +327,9 @@ def likelihood(
     max_length: int | None = None,
     **settings: Any,
 ) -> Likelihood:
-    """NELBO (or the AR model's NLL) of texts of any length.
+    """NELBO of texts of any length, with the settings of `bound_rows`, or the exact NLL by `autoregressive_rows`.
 
-    Args:
-        autoregressive: exact, by the AR model of the same weights.
-        max_length: tokens of a window; default 1024 or what the model can count.
-        settings: of `bound_rows`, or of `autoregressive_rows`.
+    A window has `max_length` tokens, by default 1024 or what the model can count.
     """
     whole = text_rows(tokenizer, texts)
     rows = [part for row in whole for part in windows(row, window_length(model, max_length))]
@@ -375,8 +352,7 @@ def log_likelihood_bound(
     """Conditional bound of completions: `-nats` is a lower bound of log p(completion | prompt), to rank choices by.
 
     Args:
-        prompt: text or messages, or a list of them, one for every completion.
-        completion: text, or a list of texts.
+        prompt: text or messages; of a list of completions a list of them.
         settings: of `bound_rows`.
     """
     if isinstance(completion, str):

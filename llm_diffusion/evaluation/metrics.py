@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -56,14 +57,14 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 def repetition_rate(texts: Sequence[str], n: int = 4) -> float:
     """Share of n-grams that stood earlier in the same text, mean over the texts that have one."""
-    rates = [1 - len(set(found)) / len(found) for text in texts if (found := ngrams(text, n))]
-    return sum(rates) / len(rates) if rates else 0.0
+    found = [grams for text in texts if (grams := ngrams(text, n))]
+    return fmean(1 - len(set(grams)) / len(grams) for grams in found) if found else 0.0
 
 
 def word_repetition_rate(texts: Sequence[str]) -> float:
     """Share of words that are the same as the one before them, over all texts: what unmasking too many tokens at once does first."""
-    pairs = [gram for text in texts for gram in ngrams(text, 2)]
-    return sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
+    same = [a == b for text in texts for a, b in ngrams(text, 2)]
+    return fmean(same) if same else 0.0
 
 
 def variety(texts: Sequence[str]) -> dict[str, float]:
@@ -86,15 +87,13 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
     if len(texts) != len(references) or not texts:
         raise UserError(f"`references`: one for each of the {len(texts)} texts is needed, got {len(references)}.")
     check_references(references)
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError as error:
-        raise ImportError(f"{error}; run `pip install 'llm-diffusion[eval]'`.") from error
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
+
     scorers, rouge = {"bleu": BLEU(), "chrf": CHRF()}, RougeScorer(["rouge1", "rouge2", "rougeL"])
     values = {name: scorer.corpus_score(list(texts), [list(references)]).score for name, scorer in scorers.items()}
     scores = [rouge.score(reference, text) for text, reference in zip(texts, references, strict=True)]
-    values |= {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in rouge.rouge_types}
+    values |= {kind: fmean(score[kind].fmeasure for score in scores) for kind in rouge.rouge_types}
     return {**values, "sacrebleu": str(scorers["bleu"].get_signature())}
 
 
@@ -105,9 +104,7 @@ def overlap(texts: Sequence[str], references: Sequence[str]) -> dict[str, float 
 class Calibration:
     """How often tokens of a given confidence are right."""
 
-    bins: list[
-        tuple[float, float, int]
-    ]  # (mean confidence, share right, tokens) of every tenth that has tokens, rising
+    bins: list[tuple[float, float, int]]  # (mean confidence, share right, tokens) of every tenth that has tokens
     error: float  # expected calibration error, mean over tokens of |confidence - accuracy| of their bin
 
 
@@ -126,8 +123,7 @@ def calibration(
 ) -> Calibration:
     """Confidence in the best token against whether it is the reference's, over masked tokens at all noise levels of training.
 
-    Args:
-        n_draws: of noise, a row each; the same noise in every call.
+    The noise, `n_draws` of it a row, is the same in every call.
     """
     collator, found = plain_collator(model), torch.zeros(3, BINS, dtype=torch.float64)
     with in_eval_mode(model):
@@ -177,26 +173,21 @@ def eos_positions(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict], 
     for example, length, ended in zip(examples, report.tokens, report.ended, strict=True):
         row = pair_row(tokenizer, *prompt_and_reference(example))
         pairs.append((len(row.ids) - row.first + 1, length if ended else None))
-    n = max(len(pairs), 1)
-    accuracy, ended = sum(a == b for a, b in pairs) / n, sum(b is not None for _, b in pairs) / n
-    return {"pairs": pairs, "accuracy": 100 * accuracy, "ended": 100 * ended}
+    return {"pairs": pairs, "accuracy": 100 * fmean(a == b for a, b in pairs), "ended": 100 * fmean(report.ended)}
 
 
 @dataclass
 class EndReport:
     """Where a model foresees the ends of answers.
 
-    `table` maps the share of the answer that was shown to means: `probability` of an end at the true place, `top1` and `reciprocal_rank` of
-    the true place among all places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and
-    too short (`under`).
+    `table` maps the share of the answer that was shown to means: `probability` of an end at the true place, its `top1` and `reciprocal_rank`
+    among all places, `error` of the median length (absolute, in tokens), shares of answers foreseen too long (`over`) and too short.
     """
 
     canvas: int  # its tokens
     examples: int  # without those longer than the canvas
     table: dict[float, dict[str, float]] = field(default_factory=dict)
-    curves: list[tuple[list[float], int]] = field(
-        default_factory=list
-    )  # P(end <= place) on empty canvases, true lengths
+    curves: list[tuple[list[float], int]] = field(default_factory=list)  # P(end <= place) if empty, true lengths
 
     def __str__(self) -> str:
         lines = [f"end foreseen at the first step, canvas of {self.canvas}, {self.examples} answers"]
@@ -219,21 +210,17 @@ def foresee_ends(
     The place is judged, not the token: a model that predicts the end everywhere has the token right at every place.
 
     Args:
-        examples: of any trainable shape.
+        examples: of any trainable shape; answers longer than the canvas are left out.
         revealed: shares of the answer's tokens that are shown, the end token never; which ones is seeded.
-
-    Raises:
-        UserError: no answer fits the canvas.
     """
     pairs, mask_id = [prompt_and_reference(example) for example in examples], tokenizer.mask_token_id
-    answers = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for _, text in pairs]
-    kept = [i for i, answer in enumerate(answers) if len(answer) <= canvas]
+    answers = [tokenizer(text, add_special_tokens=False)["input_ids"] for _, text in pairs]
+    kept = [i for i, answer in enumerate(answers) if len(answer) < canvas]
     if not kept:
         raise UserError(f"`canvas`={canvas}: every one of the {len(answers)} answers is longer; raise it.")
     report, device = EndReport(canvas, len(kept)), base_of(model).device
-    lengths, written = torch.tensor([len(answers[i]) for i in kept]), torch.full((len(kept), canvas), mask_id)
-    for row, i in enumerate(kept):
-        written[row, : lengths[row] - 1] = torch.tensor(answers[i][:-1], dtype=torch.long)
+    lengths = torch.tensor([len(answers[i]) + 1 for i in kept])
+    written = torch.tensor([answers[i] + [mask_id] * (canvas - len(answers[i])) for i in kept])
     noise = uniform(seed, torch.tensor(kept)[:, None], torch.arange(canvas))
     settings = DiffusionGenerationConfig(eos_token_id=tokenizer.eos_token_id, mask_token_id=mask_id)
     with in_eval_mode(model):
@@ -255,22 +242,14 @@ def foresee_ends(
 
 
 def end_metrics(probabilities: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How well the ends of answers are predicted.
+    """How well (B, W) P(end <= place) predict the true lengths (B,), end token included; the (B,) behind the means of `EndReport`.
 
-    Args:
-        probabilities: (B, W) P(end <= place).
-        lengths: (B,) true ones, the end token included, at most W.
-
-    Returns:
-        (B,) each: `probability` of an end token at the true place; `top1` whether the likeliest place is the true one; `reciprocal_rank`
-        of the true place among all places, by how likely the answer ends just there; `error` of the median length, in tokens.
+    Places are ranked by how likely the answer ends just there; `error` has its sign.
     """
     highest = probabilities.cummax(-1).values
     here = highest - torch.nn.functional.pad(highest[:, :-1], (1, 0))  # the likelihood of every length
     place = (lengths - 1)[:, None]
-    true = here.gather(-1, place)
-    index = torch.arange(here.shape[1], device=here.device)
-    rank = 1 + ((here > true) | ((here == true) & (index < place))).sum(-1)
+    rank = 1 + (here.argsort(dim=-1, descending=True, stable=True) == place).int().argmax(-1)
     return {
         "probability": probabilities.gather(-1, place).squeeze(-1),
         "top1": rank == 1,
@@ -306,8 +285,7 @@ class ForeseenEndsCallback(TrainerCallback):
 
         trainer.add_callback(ForeseenEndsCallback(trainer, examples, canvas=64))
 
-    Args:
-        path: where the picture of the last evaluation goes; None: nowhere.
+    The picture of the last evaluation goes to `path`.
     """
 
     def __init__(self, trainer: Trainer, examples: list[dict], canvas: int = 64, path: Path | None = None) -> None:
@@ -324,12 +302,10 @@ class ForeseenEndsCallback(TrainerCallback):
 class AnswersCallback(TrainerCallback):
     """Answers held-out prompts at every evaluation, through the trainer's own `log`, so to everything in `report_to`.
 
-    Logged: `eval_exact_match`, percent, mean over the kinds and of every kind; `eval_eos_accuracy`, percent of answers that end where the
-    reference does; `eval_tokens_per_forward`; `eval_samples`, some answers as text. They are among the metrics of the evaluation too, so
-    that the best model may be chosen by them. The prompts are split between the processes, each of which needs all weights (DDP; not
-    FSDP or ZeRO-3).
-
         trainer.add_callback(AnswersCallback(trainer, examples, max_new_tokens=128))
+
+    Percent of `eval_exact_match` (mean over the kinds, and each) and `eval_eos_accuracy`; all but `eval_samples` are among the metrics of
+    the evaluation too, to choose the best model by. Prompts are split between processes, each with all weights (DDP; not FSDP or ZeRO-3).
     """
 
     def __init__(self, trainer: Trainer, examples: Sequence[dict], **settings: Any) -> None:

@@ -1,19 +1,36 @@
-"""The results of an evaluation: `results.json`, one HTML page that needs nothing beside it, tables on the terminal."""
+"""What is found, for people: `results.json` with one HTML page that needs nothing beside it, and tables on the terminal.
+
+The second half is what the main job shows at its end: tables, sample answers, one answer as it forms, and how to load the result.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-from collections.abc import Sequence
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, FileSystemLoader
+from loguru import logger
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from ..config import HyperParameters
+from ..generation.config import decoding_settings
+from ..generation.inference import continue_autoregressive
+from ..models.decoding_defaults import RULES
+from ..models.record import record_of
+from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
+from .metrics import denoising_trace, foresee_ends, plot_ends
+from .statistics import Continuations
 
 SHOWN = 12  # single answers on the page; all are in results.json
 BESIDE = {
@@ -22,34 +39,18 @@ BESIDE = {
     "Answers": "",
 }
 ON_TERMINAL = (*BESIDE, "Right on the same documents", "Worked answers")
-SPEED = (
-    "label",
-    "exact_match",
-    "tokens_per_second",
-    "tokens_per_forward",
-    "first_token",
-    "last_token",
-    "memory",
-    "on_frontier",
-)
 
 
 @dataclass
 class Section:
-    """What stands under one heading.
-
-    Args:
-        tables: (head, rows).
-        series: of a picture, (label, x, y, matplotlib's format); `axes` has the labels of its axes.
-        trace: words with their state, after every step.
-    """
+    """What stands under one heading."""
 
     title: str
-    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[Any]]]] = ()
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[Any]]]] = ()  # (head, rows)
     note: str = ""
-    series: Sequence[tuple[str, Sequence[float], Sequence[float], str]] = ()
+    series: Sequence[tuple[str, Sequence[float], Sequence[float], str]] = ()  # (label, x, y, matplotlib's format)
     axes: tuple[str, str] = ("", "")
-    trace: Sequence[Sequence[tuple[str, str]]] = ()
+    trace: Sequence[Sequence[tuple[str, str]]] = ()  # words with their state, after every step
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
@@ -72,12 +73,20 @@ def show(results: dict[str, Any], console: Console) -> None:
     """The figures as tables of a terminal or a log."""
     for section in sections(results):
         for head, rows in section.tables if section.title in ON_TERMINAL else ():
-            table = Table(title=section.title, caption=section.note)
-            for i, name in enumerate(head):
-                table.add_column(Text(name), justify="right" if i else "left")
-            for row in rows:
-                table.add_row(*(Text(cell(value)) for value in row))
-            console.print(table)
+            console.print(table(section.title, head, rows, caption=section.note))
+
+
+def table(title: str, head: Iterable[str], rows: Iterable[Sequence[Any]], left: int = 1, caption: str = "") -> Table:
+    """A table of the terminal, its first `left` columns aligned left; an empty row is a line."""
+    found = Table(title=title, caption=caption)
+    for i, name in enumerate(head):
+        found.add_column(Text(name), justify="left" if i < left else "right")
+    for row in rows:
+        if row:
+            found.add_row(*(Text(cell(value)) for value in row))
+        else:
+            found.add_section()
+    return found
 
 
 def cell(value: Any) -> str:
@@ -114,7 +123,7 @@ def sections(results: dict[str, Any]) -> list[Section]:
         found += [Section(title, [_columns(models)], note)] if models else []
     for key, build in BUILDERS.items():
         found += build(results[key]) if results.get(key) else []
-    values = {**results["settings"], **results["provenance"]}
+    values = results["settings"] | results["provenance"]
     return [*found, Section("Settings", [(["setting", "value"], [(name, str(v)) for name, v in values.items()])])]
 
 
@@ -169,16 +178,17 @@ def _levels(levels: list[Sequence[float]]) -> list[Section]:
 
 
 def _frontier(points: list[dict[str, Any]]) -> list[Section]:
-    def series(name: str, style: str, mine: list[dict[str, Any]]) -> tuple[str, list[float], list[float], str]:
-        return name, [p["tokens_per_second"] for p in mine], [p["exact_match"] for p in mine], style
-
-    edge = sorted((p for p in points if p["on_frontier"]), key=lambda p: p["tokens_per_second"])
+    names = [name for name in points[0] if name != "settings"]
+    tables = [([name.replace("_", " ") for name in names], [[point[name] for name in names] for point in points])]
+    groups = {
+        ("autoregressive", "s"): [p for p in points if p["settings"] is None],
+        ("diffusion", "o"): [p for p in points if p["settings"] is not None],
+        ("frontier", "--"): sorted((p for p in points if p["on_frontier"]), key=lambda p: p["tokens_per_second"]),
+    }
     lines = [
-        series("autoregressive", "s", [p for p in points if p["settings"] is None]),
-        series("diffusion", "o", [p for p in points if p["settings"] is not None]),
-        series("frontier", "--", edge),
+        (label, [p["tokens_per_second"] for p in mine], [p["exact_match"] for p in mine], style)
+        for (label, style), mine in groups.items()
     ]
-    tables = [([name.replace("_", " ") for name in SPEED], [[point[name] for name in SPEED] for point in points])]
     return [Section("Speed and quality", tables, series=lines, axes=("tokens a second", "exact match, %"))]
 
 
@@ -200,10 +210,6 @@ def _eos(found: dict[str, Any]) -> list[Section]:
     return [Section("Where answers end", note=note, series=series, axes=axes)]
 
 
-def _samples(samples: list[dict[str, str]]) -> list[Section]:
-    return [Section("Samples", [(list(samples[0]), [list(row.values()) for row in samples[:SHOWN]])])]
-
-
 BUILDERS = {
     "paired": _paired,
     "worked": _worked,
@@ -212,5 +218,134 @@ BUILDERS = {
     "calibration": _calibration,
     "eos": _eos,
     "trace": lambda steps: [Section("One answer as it is denoised", trace=steps)],
-    "samples": _samples,
+    "samples": lambda rows: [Section("Samples", [(list(rows[0]), [list(row.values()) for row in rows[:SHOWN]])])],
 }
+
+
+def show_side_by_side(console: Console, rows: list[Continuations], prompts: list[str]) -> None:
+    """A table of the figures, and the answers below each prompt."""
+    head, lines = ["model", "pipeline", "nats/token, judged by the first", "tokens/forward", "seconds"], []
+    for row in rows:
+        judged = f"{row.nll_per_token:.2f}" if any(row.texts) else "empty"
+        lines.append([row.model, row.pipeline, judged, f"{row.tokens_per_forward:.2f}", f"{row.seconds:.1f}"])
+    console.print(table(f"{len(prompts)} text(s) continued", head, lines, left=2))
+    for number, prompt in enumerate(prompts):
+        console.print(f"\n{prompt!r}", style="bold", markup=False)
+        for row in rows:
+            console.print(f"  {row.model}, {row.pipeline}: {row.texts[number]!r}", markup=False, soft_wrap=True)
+
+
+# -- the end of the main job
+
+
+def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:
+    """The job's settings over the model's own; `diffusion_steps` are those of a block, unless another rule is set."""
+    chosen, own_block = dict(hp.generation), record_of(model).block_length
+    if own_block:
+        chosen.pop("block_length", None)
+    settings = decoding_settings(model, chosen)
+    if hp.diffusion_steps and all(chosen.get(rule) is None for rule in RULES):
+        block = own_block or settings.get("block_length") or settings["max_new_tokens"]
+        steps = hp.diffusion_steps * -(-settings["max_new_tokens"] // block)
+        settings = decoding_settings(model, {**chosen, "steps": steps})
+    return settings
+
+
+def show_job(
+    hp: HyperParameters,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[dict],
+    reports: dict[str, AnswerReport],
+    histories: dict[str, list[dict]],
+    final: Path,
+    seconds: float,
+) -> None:
+    """Tables, sample answers, one answer as it forms, and how to load the result."""
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(training_table(histories, model))
+    if reports:
+        console.print(answers_table(reports))
+        if accepted := [*reports.values()][-1].accepted:
+            console.print(accepted_table(accepted))
+    settings = decoding(hp, model)
+    answers = evaluate_answers(model, tokenizer, samples, **settings).answers
+    for example, answer in zip(samples, answers, strict=True):
+        reference = prompt_and_reference(example)[1]
+        for label, text in (("prompt", question_of(example)), ("answer", answer), ("reference", reference)):
+            console.print(f"{label:>9}  ", end="", style="bold")
+            console.print(" / ".join(text.strip().splitlines()) or "(empty)", markup=False)
+        console.print()
+    console.print("one answer as it is denoised, step by step:", style="bold")
+    styles = {"mask": "bright_black", "new": "bold green", "old": ""}
+    for step, words in enumerate(denoising_trace(model, tokenizer, samples[0], settings), start=1):
+        parts = [(word, styles[state]) for word, state in words]
+        console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
+    console.print()
+    console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
+    quantized = ', quantization="nf4"' if hp.use_qlora else ""
+    call = f'DiffusionInference.from_pretrained("{final}"{quantized})'
+    console.print(f"    inference = llm_diffusion.{call}", markup=False, soft_wrap=True)
+    console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
+
+
+def training_table(histories: dict[str, list[dict]], model: torch.nn.Module) -> Table:
+    """Of every phase; "preferred" is the share of held-out pairs in which the chosen answer gained more."""
+    lasts = {phase: {name: row[name] for row in history for name in row} for phase, history in histories.items()}
+    shares = {phase: last.get("eval_rewards/accuracies") for phase, last in lasts.items()}
+    head, rows = ["phase", "steps", "seconds", "nats/token", "held-out nats/token"], []
+    for phase, last in lasts.items():
+        # What a drafter predicts of whole blocks bounds nothing; its loss is shown.
+        figures = [last.get(f"{kind}nelbo", last.get(f"{kind}masked_nll")) for kind in ("", "eval_")]
+        cells = [None if figure is None else f"{figure:.3f}" for figure in figures]
+        rows.append([phase, last["step"], f"{last['train_runtime']:.0f}", *cells])
+    if any(share is not None for share in shares.values()):
+        head.append("preferred")
+        for row, share in zip(rows, shares.values(), strict=True):
+            row.append(None if share is None else f"{100 * share:.0f} %")
+    return table(f"Training: {record_of(model).training_tokens:,} tokens", head, rows)
+
+
+def answers_table(reports: dict[str, AnswerReport]) -> Table:
+    """Exact match of every model by kind of task, and what the last one keeps of the first one's."""
+    first, *_, last = every = list(reports.values())
+    figures = {kind: [report.exact_match[kind] for report in every] for kind in first.exact_match}
+    figures["mean"] = [report.mean for report in every]
+    rows = [
+        [name, *(f"{value:.1f}" for value in values), f"{100 * values[-1] / values[0]:.0f} %" if values[0] else None]
+        for name, values in figures.items()
+    ]
+    rows[-1:] = [[], rows[-1], []]
+    rows.append(["tokens per forward", *(f"{report.tokens_per_forward:.2f}" for report in every)])
+    rows.append(["seconds", *(f"{report.seconds:.1f}" for report in every)])
+    if last.accepted:
+        same = sum(a == b for a, b in zip(first.answers, last.answers, strict=True))
+        rows.append(["same answers as the base", "", f"{same} of {len(first.answers)}"])
+    title = f"Exact match on {len(first.answers)} held-out prompts, %"
+    return table(title, ["kind of task", *reports, "kept"], rows)
+
+
+def accepted_table(accepted: dict[int, int]) -> Table:
+    """Tokens that a verification yielded, as a histogram."""
+    shares = {tokens: count / sum(accepted.values()) for tokens, count in accepted.items()}
+    rows = [[tokens, f"{100 * share:.0f} %", "█" * round(40 * share)] for tokens, share in shares.items()]
+    return table("Tokens that a verified draft yielded", ["tokens", "share", ""], rows, left=3)
+
+
+def show_ends(arguments: Sequence[Any], model: Any, tokenizer: Any, examples: list[dict], picture: Path) -> None:
+    """Where the model predicts the ends of held-out answers, if a stage trained it to (`max_canvas`)."""
+    if canvas := max((getattr(stage, "max_canvas", None) or 0 for stage in arguments), default=0):
+        report = foresee_ends(model, tokenizer, examples, canvas)
+        plot_ends(report, picture)
+        print(f"{report}\npicture: {picture}\n")
+
+
+def show_autoregressive(hp: HyperParameters, load: Callable[[], Any], histories: dict[str, list[dict]]) -> None:
+    """The end of the job from left to right: held-out perplexity of every stage, and the continuations of `prompts`."""
+    for stage, history in histories.items():
+        losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+        if losses:
+            logger.info(f"{stage}: {losses[-1]:.3f} nats a held-out token, perplexity {math.exp(losses[-1]):.2f}")
+    if hp.prompts:
+        for answer in continue_autoregressive(*load(), hp.prompts, **hp.generation):
+            logger.info(f"continued: {answer!r}")

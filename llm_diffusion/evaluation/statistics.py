@@ -9,46 +9,29 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist, fmean
 from typing import Any
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..generation.inference import DiffusionInference, continue_autoregressive
+from ..models.loading import autoregressive_base, load_autoregressive
 from ..reasoning.problems import Problem, f1, is_right, read_problem
 from ..reasoning.worked_answers import equations, judge
+from .answers import evaluate_answers
 
-CONFIDENCE = 0.95
-RESAMPLES = 2000
 WORKED_FORMS = ("gsm8k", "math")
 # question, worked answer, right worked answer -> `right` and `first_wrong_step`
 Judge = Callable[[str, str, str], dict[str, Any]]
 
 
-@dataclass
-class Difference:
-    """Mean of `second` minus that of `first`, in points, on the same documents."""
-
-    first: str
-    second: str
-    points: float
-    interval: tuple[float, float]  # by paired bootstrap
-    only_first: int  # documents that only `first` has right (of an overlap: where it is higher)
-    only_second: int
-    p_value: float  # two-sided, exact McNemar
-
-
-@dataclass
-class Paired:
-    """Models on the same documents; `what` names a task and metric, or a kind of problem."""
-
-    what: str
-    n: int
-    shares: dict[str, tuple[float, float, float]]  # percent that is right and its interval, by model
-    differences: list[Difference]  # of every two models
-
-
-def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Bounds of a share, 0 to 1 (Wilson 1927); sound near 0 and 1, where the normal approximation is not."""
+def wilson_interval(right: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Bounds of a share, 0 to 1 (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     share, correction = right / n, z * z / n
     centre = (share + correction / 2) / (1 + correction)
@@ -57,7 +40,7 @@ def wilson_interval(right: int, n: int, confidence: float = CONFIDENCE) -> tuple
 
 
 def bootstrap_interval(
-    values: Sequence[float], confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Bounds of a mean: percentiles of the means of samples drawn from `values` with replacement."""
     rng = random.Random(seed)
@@ -72,30 +55,30 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
-def paired(what: str, scores: dict[str, Sequence[float]], seed: int = 0) -> Paired:
-    """Means of every model and differences of every two.
+def paired(what: str, scores: dict[str, Sequence[float]], seed: int = 0) -> dict[str, Any]:
+    """Means of every model, and differences of every two, in percent and points with their intervals.
 
     Args:
+        what: a task and metric, or a kind of problem.
         scores: by model, the documents in the same order: right or wrong, or an overlap from 0 to 1.
+
+    Returns:
+        `what`; `n` documents; `shares` by model, (mean, low, high), by Wilson where everything is right or wrong, else by bootstrap;
+        `differences`, `second` minus `first`, with the documents on which only one is right (of an overlap: higher).
     """
-    shares = {name: _share(values, seed) for name, values in scores.items()}
-    differences = [_difference(a, b, scores[a], scores[b], seed) for a, b in itertools.combinations(scores, 2)]
-    return Paired(what, len(next(iter(scores.values()))), shares, differences)
-
-
-def _share(values: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Percent, by Wilson where everything is right or wrong, else by bootstrap."""
-    binary = set(values) <= {0, 1}
-    low, high = wilson_interval(sum(values), len(values)) if binary else bootstrap_interval(values, seed=seed)
-    return 100 * sum(values) / len(values), 100 * low, 100 * high
-
-
-def _difference(first: str, second: str, a: Sequence[float], b: Sequence[float], seed: int) -> Difference:
-    points = [100.0 * (y - x) for x, y in zip(a, b, strict=True)]
-    only_first, only_second = sum(point < 0 for point in points), sum(point > 0 for point in points)
-    p_value = mcnemar_exact(only_first, only_second)
-    interval = bootstrap_interval(points, seed=seed)
-    return Difference(first, second, fmean(points), interval, only_first, only_second, p_value)
+    shares, differences = {}, []
+    for name, values in scores.items():
+        binary, n = set(values) <= {0, 1}, len(values)
+        bounds = wilson_interval(sum(values), n) if binary else bootstrap_interval(values, seed=seed)
+        shares[name] = tuple(100 * value for value in (sum(values) / n, *bounds))
+    for first, second in itertools.combinations(scores, 2):
+        points = [100.0 * (y - x) for x, y in zip(scores[first], scores[second], strict=True)]
+        found = {"first": first, "second": second, "points": fmean(points)}
+        found["interval"] = bootstrap_interval(points, seed=seed)
+        only = sum(point < 0 for point in points), sum(point > 0 for point in points)
+        found |= {"only_first": only[0], "only_second": only[1], "p_value": mcnemar_exact(*only)}
+        differences.append(found)
+    return {"what": what, "n": n, "shares": shares, "differences": differences}
 
 
 # -- answers one by one
@@ -108,16 +91,10 @@ def answer_tables(
     by_model: Judge | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Single answers: `paired`, compared; `worked`, re-evaluated, by model.
-
-    Args:
-        answers: to the problems, by model.
-        samples: of lm-evaluation-harness, by model, then by task.
-        by_model: see `judged_steps`.
-    """
+    """Answers to the problems, by model, and `samples` of the harness, by model, then by task: `paired`, compared; `worked`, re-evaluated."""
     worked = {}
     for name in dict.fromkeys([*answers, *samples]):
-        mine = list(zip(problems, answers[name], strict=True)) if name in answers else []
+        mine = list(zip(problems, answers.get(name, ()), strict=False))
         if found := judged_steps(mine + worked_of_tasks(samples.get(name, {})), by_model):
             worked[name] = found
     compared = compared_answers(problems, answers, seed) if answers else []
@@ -127,15 +104,15 @@ def answer_tables(
 def compared_answers(
     problems: Sequence[Problem], answers: dict[str, Sequence[str]], seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Right final answers by kind and, where there are several kinds, of all together; for HotpotQA the word overlap (F1). See `Paired`."""
+    """Right final answers by kind and, where there are several kinds, of all together; for HotpotQA the word overlap (F1). See `paired`."""
 
     def scored(what: str, score: Callable[[Problem, str], float], rows: list[int]) -> dict[str, Any]:
         found = {name: [score(problems[i], texts[i]) for i in rows] for name, texts in answers.items()}
-        return asdict(paired(f"prompts: {what}", found, seed))
+        return paired(f"prompts: {what}", found, seed)
 
-    groups: dict[str, list[int]] = {}
+    groups = defaultdict(list)
     for i, problem in enumerate(problems):
-        groups.setdefault(problem.kind, []).append(i)
+        groups[problem.kind].append(i)
     if len(groups) > 1:
         groups["all kinds"] = list(range(len(problems)))
     overlapping = [i for i, problem in enumerate(problems) if problem.form == "hotpotqa"]
@@ -147,16 +124,16 @@ def compared_tasks(samples: dict[str, dict[str, list[dict]]], seed: int = 0) -> 
     """Of every task and metric that is right or wrong; `samples` of the harness by model, then by task."""
     hits = {model: _hits(by_task) for model, by_task in samples.items()}
     names = [name for name in next(iter(hits.values()), {}) if all(name in mine for mine in hits.values())]
-    return [asdict(paired(name, {model: mine[name] for model, mine in hits.items()}, seed)) for name in names]
+    return [paired(name, {model: mine[name] for model, mine in hits.items()}, seed) for name in names]
 
 
 def _hits(by_task: dict[str, list[dict]]) -> dict[str, list[bool]]:
-    found: dict[str, list[Any]] = {}
+    found = defaultdict(list)
     for task, rows in by_task.items():
         for row in sorted(rows, key=lambda row: row["doc_id"]):
             kind = "" if row["filter"] == "none" else f" ({row['filter']})"
             for metric in row["metrics"]:
-                found.setdefault(f"{task}, {metric}{kind}", []).append(row[metric])
+                found[f"{task}, {metric}{kind}"].append(row[metric])
     return {name: [bool(v) for v in values] for name, values in found.items() if all(v in (0, 1) for v in values)}
 
 
@@ -178,9 +155,6 @@ def worked_of_tasks(by_task: dict[str, list[dict]]) -> list[tuple[Problem, str]]
 
 def judged_steps(pairs: Iterable[tuple[Problem, str]], by_model: Judge | None = None) -> dict[str, Any]:
     """Worked answers to problems that have them (GSM8K, MATH), re-evaluated step by step; steps are counted from 0.
-
-    Args:
-        by_model: a judge who reads sentences too.
 
     Returns:
         `summary`, percents of the answers; `answers`, each with its labels; {} where no problem has a worked answer.
@@ -213,3 +187,73 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, float | int]:
         found["judge: right, %"] = 100 * fmean(row["judge"]["right"] for row in rows)
         found["judge agrees on right, %"] = 100 * fmean(row["judge"]["right"] == row["right"] for row in rows)
     return found
+
+
+# -- models side by side, by both pipelines
+
+# Decoding settings that both pipelines know; the others are of unmasking alone.
+SHARED_SETTINGS = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+@dataclass
+class Continuations:
+    """What one model answers by one pipeline; tokens per forward are the mean over answers, 1 from left to right."""
+
+    model: str
+    pipeline: str
+    texts: list[str]
+    tokens_per_forward: float = 1.0
+    seconds: float = 0.0
+    nll_per_token: float = float("inf")  # under the judge, prompts given
+
+
+def side_by_side(
+    models: list[str],
+    prompts: list[str],
+    load: Callable[[str], DiffusionInference],
+    settings: dict[str, Any],
+    chat: bool = False,
+) -> list[Continuations]:
+    """Every model from left to right, with the settings of `SHARED_SETTINGS`, and by unmasking, as `load` gives it.
+
+    The first, from left to right, judges the answers. Low figures alone prove little: text that repeats itself is likely too.
+
+    Args:
+        chat: whether the prompts are questions, to be put by every model's chat template.
+    """
+
+    def templated(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        if not chat:
+            return prompts
+        turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+        return [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+
+    shared = {name: value for name, value in settings.items() if name in SHARED_SETTINGS}
+    judge, rows = load_autoregressive(autoregressive_base(models[0])), []
+    for number, name in enumerate(models):
+        model, tokenizer = load_autoregressive(autoregressive_base(name)) if number else judge
+        started = time.perf_counter()
+        texts = continue_autoregressive(model, tokenizer, templated(tokenizer), **shared)
+        rows.append(Continuations(name, "arm", texts, seconds=time.perf_counter() - started))
+        inference = load(name)
+        examples = [{"prompt": prompt, "completion": ""} for prompt in templated(inference.tokenizer)]
+        report = evaluate_answers(inference.model, inference.tokenizer, examples, **inference.settings)
+        rows.append(Continuations(name, "diffusion", report.answers, report.tokens_per_forward, report.seconds))
+    for row in rows:
+        row.nll_per_token = nll_per_token(*judge, templated(judge[1]), row.texts)
+    return rows
+
+
+@torch.no_grad()
+def nll_per_token(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], answers: list[str]
+) -> float:
+    """Nats a token that a causal model needs for the answers, prompts given; infinite if all answers are empty."""
+    total, count = 0.0, 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = tokenizer(prompt)["input_ids"]
+        ids = torch.tensor([start + tokenizer(answer, add_special_tokens=False)["input_ids"]], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(start) - 1 : -1].float()
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(start) :], reduction="sum").item()
+        count += ids.shape[1] - len(start)
+    return total / count if count else float("inf")

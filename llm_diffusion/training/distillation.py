@@ -23,6 +23,7 @@ from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of
 from ..models.record import record_of
 from ..objective.attention_masks import additive, block_causal, positions
+from ..objective.losses import entropy, relative_error, soft_cross_entropy, total_variation
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import TOKEN_STREAM, uniform
 from .config import DiffusionSFTConfig
@@ -129,6 +130,28 @@ def teacher_scores(
         adapted.train(training)
     hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
     return without_mask_token(logits[place], adapted), hidden[place]
+
+
+def distilled(
+    terms: torch.Tensor,
+    data: torch.Tensor,
+    student: tuple[torch.Tensor, torch.Tensor | None],
+    teacher: tuple[torch.Tensor, torch.Tensor | None],
+    args: DiffusionSFTConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms (n,) of the objective with the teacher's distribution in place of its share of the labels; and its loss (n,).
+
+    Args:
+        data: (n,) bool, whether the token is the data's; of its own tokens the student learns from the teacher alone.
+        student, teacher: logits (n, V) and inputs of the head (n, D), the latter where they are compared.
+    """
+    divergence = total_variation if args.distillation_divergence == "tv" else soft_cross_entropy
+    soft = divergence(student[0], teacher[0])
+    share = torch.where(data, args.distillation_weight, float(args.distillation_weight > 0))
+    mixed = (1 - share) * terms + share * soft
+    if args.distillation_hidden_weight:
+        mixed = mixed + args.distillation_hidden_weight * relative_error(student[1], teacher[1])
+    return mixed, soft.detach() - (entropy(teacher[0]) if args.distillation_divergence == "kl" else 0)
 
 
 def with_own_tokens(

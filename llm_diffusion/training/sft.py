@@ -28,20 +28,11 @@ from ..models.lm_head import train_rows_alone
 from ..models.patching import base_of
 from ..models.record import record_of, update_record
 from ..objective.annealing import Annealing
-from ..objective.losses import (
-    entropy,
-    relative_error,
-    soft_cross_entropy,
-    total_variation,
-)
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
 from ..speculative.training import accepted_lengths, ready_drafter
 from .config import DiffusionSFTConfig
-from .distillation import (
-    teacher_scores,
-    with_own_tokens,
-)
+from .distillation import distilled, teacher_scores, with_own_tokens
 from .preparation import (
     by_length,
     check_rows_left,
@@ -143,7 +134,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
 
     @property
     def _conversion_step(self) -> int:
-        """Optimiser steps since the conversion: phases of one run share a seed and one annealing, so all of them count."""
+        """Optimiser steps since the conversion: phases share a seed and one annealing, so all of them count."""
         return self._start["conversion_steps"] + self.state.global_step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -157,8 +148,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self._tokens_seen = torch.zeros((), dtype=torch.long)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self._start = counts_before(Path(resume_from_checkpoint))
+        self._start = counts_before(Path(resume_from_checkpoint)) if resume_from_checkpoint else self._start
         steps = self.args.annealing_steps
         late = steps is not None and self._start["conversion_steps"] >= steps
         self._annealed = late or record.annealed
@@ -184,9 +174,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         """The micro-batches of one optimiser step, told their rows' places in the global batch; and its loss's denominator."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         numbered_rows(batches, self.accelerator)
-        items = torch.zeros((), dtype=torch.long, device=device)
-        for batch in batches:
-            items += self._items(batch).to(device)
+        none = torch.zeros((), dtype=torch.long, device=device)
+        items = sum((self._items(batch).to(device) for batch in batches), none)
         return batches, self.accelerator.gather(items).sum()
 
     def _items(self, batch: dict[str, Any]) -> torch.Tensor:
@@ -290,21 +279,15 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         data: torch.Tensor,
     ) -> torch.Tensor:
         """The objective of every term (n,) with the AR teacher's distribution in place of its share of the labels."""
-        args, tokens = self.args, noisy["tokens"][scores.keep]
+        tokens = noisy["tokens"][scores.keep]
         at_teacher = noisy["teacher_mask"][scores.keep] & (tokens > 0)
         if scores.teacher is not None:
             logits, hidden = scores.teacher[at_teacher], None
         else:
             places, packed = (scores.at[0][at_teacher], tokens[at_teacher]), self.diffusion_collator.packing
             logits, hidden = teacher_scores(model, self.model, part, *places, packed)
-        divergence = total_variation if args.distillation_divergence == "tv" else soft_cross_entropy
-        soft = divergence(scores.logits[at_teacher], logits)
-        # Where the tokens are its own, the student has no other teacher.
-        share = torch.where(data[at_teacher], args.distillation_weight, float(args.distillation_weight > 0))
-        mixed = (1 - share) * objective[at_teacher] + share * soft
-        if args.distillation_hidden_weight:
-            mixed = mixed + args.distillation_hidden_weight * relative_error(scores.hidden[at_teacher], hidden)
-        loss = soft.detach() - (entropy(logits) if args.distillation_divergence == "kl" else 0)
+        student = scores.logits[at_teacher], None if hidden is None else scores.hidden[at_teacher]
+        mixed, loss = distilled(objective[at_teacher], data[at_teacher], student, (logits, hidden), self.args)
         self._add("train", distillation=loss.sum(), from_teacher=at_teacher.sum(), targets=scores.keep.sum())
         return objective.index_put((at_teacher.nonzero()[:, 0],), mixed)
 
@@ -378,9 +361,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
 
     def _add(self, mode: str, **new: torch.Tensor) -> None:
         """Adds to the running sums, on the device: nothing is read back before it is logged."""
-        sums = self._sums[mode]
         for name, value in new.items():
-            sums[name] = sums[name] + value if name in sums else value
+            self._sums[mode][name] = self._sums[mode].get(name, 0) + value
 
     def _metric_values(self, mode: str) -> dict[str, float]:
         sums = {name: self.accelerator.gather(value).sum().item() for name, value in self._sums[mode].items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import asdict
 
 import pytest
+import torch
 
+from llm_diffusion import DiffusionInference
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.evaluation.answers import as_example, as_problem, evaluate_answers
 from llm_diffusion.evaluation.statistics import (
@@ -18,7 +19,9 @@ from llm_diffusion.evaluation.statistics import (
     compared_tasks,
     judged_steps,
     mcnemar_exact,
+    nll_per_token,
     paired,
+    side_by_side,
     wilson_interval,
     worked_of_tasks,
 )
@@ -54,13 +57,14 @@ def test_bootstrap_covers_the_mean_as_often_as_promised():
 
 def test_known_counts():
     found = paired("x", {"a": [1] * 4 + [0] * 8, "b": [0] * 2 + [1] * 10, "c": [1] * 12})
-    assert found.n == 12 and found.shares["a"] == pytest.approx([100 * x for x in (4 / 12, *wilson_interval(4, 12))])
-    assert [(d.first, d.second) for d in found.differences] == [("a", "b"), ("a", "c"), ("b", "c")]
-    first = found.differences[0]
-    assert (first.only_first, first.only_second, first.p_value) == (2, 8, mcnemar_exact(2, 8))
-    assert first.points == pytest.approx(50) and first.interval[0] <= 50 <= first.interval[1]
+    assert found["n"] == 12
+    assert found["shares"]["a"] == pytest.approx([100 * x for x in (4 / 12, *wilson_interval(4, 12))])
+    assert [(d["first"], d["second"]) for d in found["differences"]] == [("a", "b"), ("a", "c"), ("b", "c")]
+    first = found["differences"][0]
+    assert (first["only_first"], first["only_second"], first["p_value"]) == (2, 8, mcnemar_exact(2, 8))
+    assert first["points"] == pytest.approx(50) and first["interval"][0] <= 50 <= first["interval"][1]
     points = [100.0 * (b - a) for a, b in zip([1] * 4 + [0] * 8, [0] * 2 + [1] * 10, strict=True)]
-    assert first.interval == bootstrap_interval(points)
+    assert first["interval"] == bootstrap_interval(points)
 
 
 def test_word_overlap_stands_beside():
@@ -103,7 +107,7 @@ def test_answers_are_compared_by_kind_and_together():
     assert list(rows) == ["prompts: a", "prompts: b", "prompts: all kinds"]
     assert rows["prompts: a"]["shares"]["one"][0] == 50 and rows["prompts: a"]["n"] == 2
     right = {"one": [True, False, False, True], "two": [True, True, True, False]}
-    assert rows["prompts: all kinds"] == asdict(paired("prompts: all kinds", right, seed=3))
+    assert rows["prompts: all kinds"] == paired("prompts: all kinds", right, seed=3)
     (alone,) = compared_answers(problems[:1], {"one": answers["one"][:1]})
     assert alone["differences"] == [] and alone["n"] == 1
 
@@ -189,3 +193,31 @@ def test_records_of_every_shape_are_examples():
     assert as_problem({"text": "abcdef"}).reference == "def"
     logiqa = {"text": "Cats sleep.", "question": "Then?", "options": ["No.", "Yes."], "answer": 1}
     assert as_problem(logiqa).form == "logiqa" and as_example(logiqa)["completion"][0]["content"] == "The answer is B."
+
+
+def test_nll_per_token_is_the_loss_of_transformers(random_llama, tokenizer):
+    model, start = random_llama(), len(tokenizer("Tom has")["input_ids"])
+    ids = tokenizer("Tom has 23 apples", return_tensors="pt")["input_ids"]
+    labels = ids.clone()
+    labels[:, :start] = -100
+    with torch.no_grad():
+        expected = model(ids, labels=labels).loss.item()
+    assert nll_per_token(model, tokenizer, ["Tom has"], [" 23 apples"]) == pytest.approx(expected, rel=1e-5)
+    assert nll_per_token(model, tokenizer, ["Tom has"], [""]) == float("inf")
+
+
+def test_side_by_side_tells_an_untrained_conversion_from_its_base(caplog):
+    """The embedded base answers; decoded by unmasking without any training it does not, and the figures show it."""
+    prompts = ["Sort the letters: k d e a", "Which is greater, 45 or 37?"]
+    settings = {"max_new_tokens": 12, "block_length": 4}
+
+    def load(name):
+        return DiffusionInference.from_pretrained(name, device="cpu", **settings)
+
+    rows = side_by_side(["tiny"], prompts, load, settings, chat=True)
+    assert [(row.model, row.pipeline) for row in rows] == [("tiny", "arm"), ("tiny", "diffusion")]
+    arm, diffusion = rows
+    assert arm.texts == ["a d e k", "45 is greater than 37."] != diffusion.texts
+    assert arm.tokens_per_forward == 1.0 and diffusion.tokens_per_forward > 0
+    assert diffusion.nll_per_token > arm.nll_per_token + 1
+    assert caplog.text.count("its answers mean nothing") == 1

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import llm_diffusion as ld
 from llm_diffusion.config import build
 from llm_diffusion.evaluation.answers import evaluate_answers
-from llm_diffusion.evaluation.job_report import decoding
+from llm_diffusion.evaluation.report import decoding
 from llm_diffusion.generation.config import decoding_settings, saved_settings
 from llm_diffusion.main import cli
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH

@@ -30,6 +30,7 @@ TAGS = ("countdown", "sudoku")  # each stands for all tasks whose names begin so
 
 def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
     """Definitions of the tasks whose files are in a folder or its sub-folders."""
+    data = data.expanduser()
     if not data.is_dir():
         raise UserError(f"`data`: {str(data)!r} is not a folder.")
     found = {}
