@@ -94,8 +94,8 @@ def check_command_line(arguments):
     if arguments[0] in cli.commands:
         cli.commands[arguments[0]].make_context(arguments[0], arguments[1:])
     else:
-        options = dict(zip(arguments[::2], arguments[1::2], strict=True))
-        resolve(options.get("--preset"), options.get("--config"), options.get("--hyper-parameters-json"))
+        given = cli.make_context("llm-diffusion", arguments).params
+        resolve(given["preset"], given["config"], given["hyper_parameters"])
 
 
 @pytest.mark.parametrize(
