@@ -17,7 +17,7 @@ RULES = ("threshold", "factor", "entropy_bound", "steps", "revision", "alg_temp"
 
 
 def decoding_defaults(record: DiffusionRecord) -> dict[str, Any]:
-    """Settings for a converted model; its mask token among them says that they are of unmasking."""
+    """Settings for a converted model; its mask token among them marks them as those of unmasking."""
     defaults = {"mask_token_id": record.mask_token_id, "max_new_tokens": 128}
     if not record.mode.drafts:
         defaults["threshold"] = 0.95

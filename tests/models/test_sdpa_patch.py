@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from llm_diffusion.models.attention import patch_causal_attention
+from llm_diffusion.models.attention import BidirectionalSDPA, patch_causal_attention
 from llm_diffusion.models.probing import probe_attention
-from llm_diffusion.models.sdpa_patch import BidirectionalSDPA, symmetric
-from llm_diffusion.objective.attention_masks import block_causal
+from llm_diffusion.objective.attention_masks import block_causal, symmetric
 
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 
