@@ -346,7 +346,7 @@ def test_evaluate_writes_one_report(trained, tmp_path):
     results = json.loads((output / "results.json").read_text())
     assert list(results["models"]) == ["AR base", "converted"]
     assert results["models"]["AR base"]["likelihood"]["standard_error"] == 0
-    assert results["settings"]["model"].endswith("sft_model") and results["settings"]["decoding"]["block_length"] == 16
+    assert results["settings"]["model"].endswith("sft_model") and results["settings"]["decoding"]["block_length"] == 8
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ So a model is changed by the mildest mechanism that works for it, and then probe
                 flag, and the triangles that they keep as buffers           Nemotron, GPT-Neo)
     mask        the forward is given a full 4-D mask                        no
     sdpa        calls of `scaled_dot_product_attention` inside its          no
-                attention modules, for code that makes its own causal mask
+                attention modules, for remote code that makes its own causal mask; no other model sees it
 
 Whatever is changed stays on the model for as long as it trains: what is switched on around the forward alone gives wrong gradients
 under gradient checkpointing, because the recomputation runs outside of it. Sliding windows are widened to the whole context.
@@ -16,20 +16,23 @@ under gradient checkpointing, because the recomputation runs outside of it. Slid
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from .. import UserError
-from .forward import causal_ratio_of, forward_state, lift_masks
-from .patching import FORWARD_ERRORS, Patch, base_of
+from ..objective.attention_masks import symmetric
+from .forward import ForwardState, causal_ratio_of, forward_state, lift_masks
+from .patching import FORWARD_ERRORS, Patch, base_of, wrap_forward
 from .probing import (
     PADDING,
     PROBE_LENGTH,
+    attention_pattern,
     causal_layers,
     eval_logits,
     probe_attention,
@@ -37,9 +40,7 @@ from .probing import (
     recurrent_layers,
     sees_padding,
 )
-from .sdpa_patch import patch_sdpa
 
-MINIMUM_TRANSFORMERS = (5, 2)  # before that `config.is_causal` is silently ignored
 METHODS = ("config", "mask", "sdpa")
 # How configs call the reach of local attention.
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
@@ -130,14 +131,14 @@ def _window_problem(model: PreTrainedModel) -> str:
         return ""  # a 4-D mask takes the place of the window, or the window was in the triangles
     if not any(_windows_of(config) for config in _configs(model)):
         return ""
-    wide_config, original = copy.deepcopy(model.config), copy.deepcopy(model.config)
-    for config in (original, original.get_text_config()):
+    narrow_config = copy.deepcopy(model.config)
+    for config in (narrow_config, narrow_config.get_text_config()):
         for name, size in _windows_of(config).items():
             setattr(config, name, size)
     with torch.device("meta"):
-        shapes = [[p.shape for p in type(model)(config).parameters()] for config in (wide_config, original)]
-    if shapes[0] != shapes[1]:
-        return "weights have the shape of its sliding window"
+        kinds = [type(model)(config) for config in (copy.deepcopy(model.config), narrow_config)]
+    if [p.shape for p in kinds[0].parameters()] != [p.shape for p in kinds[1].parameters()]:
+        return "weights have the shape of its sliding window"  # of Inkling: the widened model could not be reloaded
     ids = probe_ids(model, PROBE_LENGTH)
     wide = eval_logits(model, input_ids=ids)
     with Patch() as patch:
@@ -146,6 +147,76 @@ def _window_problem(model: PreTrainedModel) -> str:
                 patch.set(config, name, 1)
         narrow = eval_logits(model, input_ids=ids)
     return "sliding window does not follow the config" if torch.equal(wide, narrow) else ""
+
+
+# -- remote code that calls the kernel itself
+
+
+class BidirectionalSDPA(TorchFunctionMode):
+    """Inside it `scaled_dot_product_attention` is not causal; every other argument passes through."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            kwargs = {**dict(zip(names, args, strict=False)), **kwargs, "is_causal": False}
+            args = (kwargs.pop("query"), kwargs.pop("key"), kwargs.pop("value"))
+            if kwargs.get("attn_mask") is not None:
+                kwargs["attn_mask"] = symmetric(kwargs["attn_mask"])
+        return func(*args, **kwargs)
+
+
+def patch_sdpa(patch: Patch, model: PreTrainedModel) -> None:
+    """The modules that call the kernel run inside `BidirectionalSDPA` from now on, unless their `causal_ratio` is None."""
+    for module in _callers_of_sdpa(model):
+        if "diffusion_forward" not in vars(module):
+            wrap_forward(patch, module, _bidirectional_forward, ForwardState())
+        patch.set(module.diffusion_forward, "causal_ratio", 0.0)
+
+
+def _bidirectional_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # Gradient checkpointing runs this again: the recomputation is bidirectional too.
+    state = self.diffusion_forward
+    if state.causal_ratio is None:
+        return state.original(*args, **kwargs)
+    with BidirectionalSDPA():
+        return state.original(*args, **kwargs)
+
+
+class _Spy(TorchFunctionMode):
+    """Calls `found` at every `scaled_dot_product_attention`."""
+
+    def __init__(self, found: Callable[[], None]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
+        if func is scaled_dot_product_attention:
+            self.found()
+        return func(*args, **(kwargs or {}))
+
+
+def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
+    running: list[torch.nn.Module] = []
+    callers: dict[torch.nn.Module, None] = {}
+
+    def finished(*_: Any) -> None:
+        running.pop()
+
+    hooks = [
+        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: running.append(module)),
+        torch.nn.modules.module.register_module_forward_hook(finished),
+    ]
+    try:
+        with _Spy(lambda: callers.setdefault(running[-1])):
+            attention_pattern(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(callers)
+
+
+# -- which mechanism works
 
 
 def _try(model: PreTrainedModel, method: str, padded_well: bool) -> tuple[Patch, str]:
@@ -194,7 +265,6 @@ def patch_causal_attention(model: torch.nn.Module, method: str | None = None) ->
     """
     if method not in (None, *METHODS):
         raise UserError(f"`method` must be one of {METHODS} or None, got {method!r}.")
-    check_transformers()
     model = base_of(model)
     check_decoder(model)
     done = _mechanism(model)
@@ -241,14 +311,6 @@ def check_block_attention(model: torch.nn.Module, block_length: int, purpose: st
     if found != "block":
         raise UserError(
             f"`model`: {name} does not follow 4-D attention masks, which {purpose} needs: it attends {found!r}."
-        )
-
-
-def check_transformers(found: str = transformers.__version__) -> None:
-    """Raises ImportError for a transformers that would ignore `config.is_causal` in silence."""
-    if tuple(int(part) for part in found.split(".")[:2]) < MINIMUM_TRANSFORMERS:
-        raise ImportError(
-            f"transformers {found} ignores `config.is_causal`, so models would stay causal; run `pip install -U 'transformers>=5.2'`."
         )
 
 

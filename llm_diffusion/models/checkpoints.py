@@ -53,24 +53,22 @@ def _refusal(name: str, error: Exception) -> OSError:
     )
 
 
-def download(name: str) -> str:
-    """Fetches a model's files from the hub; the folder they are in."""
+def download(name: str, **patterns: Any) -> str:
+    """Fetches a model's files from the hub; the folder they are in. `patterns` are keywords of `snapshot_download`."""
     path = resolve_path(name)
     if Path(path).exists():
         return path
+    patterns = patterns or {"ignore_patterns": ["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"]}
     try:
-        return snapshot_download(path, ignore_patterns=["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"])
+        return snapshot_download(path, **patterns)
     except Exception as error:
         raise _refusal(name, error) from error
 
 
 def local_file(path: str, file: str) -> str | None:
     """Where a file of a folder or hub repository is on this machine, fetched if need be; None: there is no such file."""
-    try:
-        folder = Path(path) if Path(path).is_dir() else Path(snapshot_download(path, allow_patterns=[file]))
-    except Exception as error:
-        raise _refusal(path, error) from error
-    return str(folder / file) if (folder / file).exists() else None
+    found = Path(download(path, allow_patterns=[file])) / file
+    return str(found) if found.exists() else None
 
 
 def is_adapter(path: str) -> bool:
@@ -154,16 +152,6 @@ def loader_options(
 # -- GGUF
 
 
-class _Once:
-    """A tensor that leaves its dict as the loader reads it, so that it is freed once it is quantised."""
-
-    def __init__(self, held: dict[str, torch.Tensor], name: str) -> None:
-        self.held, self.name = held, name
-
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        return self.held.pop(self.name)
-
-
 def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrainedModel:
     """A base from a GGUF file; transformers refuses to quantise one while it reads it, so that is a second step."""
     if options["dtype"] == "auto":
@@ -177,10 +165,8 @@ def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrained
     unpack = GgufConfig(dequantize=True)
     model = from_hub(AutoModelForCausalLM, path, config=config, quantization_config=unpack, **options)
     if quantized is not None:
-        kind, config, held = type(model), model.config, dict(model.state_dict())
-        del model
-        weights = {name: _Once(held, name) for name in held}
-        model = kind.from_pretrained(None, config=config, state_dict=weights, quantization_config=quantized, **last)
+        last |= {"config": model.config, "state_dict": model.state_dict(), "quantization_config": quantized}
+        model = type(model).from_pretrained(None, **last)
     model.name_or_path = model.config.name_or_path = path  # where PEFT looks for the base
     return model
 

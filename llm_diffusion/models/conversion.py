@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import types
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -22,9 +23,9 @@ from .. import UserError
 from ..objective.modes import MODES
 from ..objective.noise import get_noise_schedule
 from ..objective.settings import check_settings
-from .attention import check_block_attention, check_decoder, check_transformers, patch_causal_attention
+from .attention import check_block_attention, check_decoder, patch_causal_attention
 from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lift_masks
-from .patching import Patch, base_of, bind
+from .patching import Patch, base_of
 from .probing import check_clean_prefix, recurrent_layers
 from .record import ConversionSettings, DiffusionRecord, record_of
 
@@ -51,43 +52,31 @@ def convert_to_diffusion(
     Args:
         model: any `AutoModelForCausalLM`, bare or under PEFT.
         tokenizer: its tokenizer; gets the mask token.
-        attention: "bidirectional" (default); "block": bidirectional inside a block, blocks from left to right; or "lossless": the model
-            stays as it is, and adapters learn to draft blocks that it verifies.
-        block_length: tokens of a block (default 4; 8 of a lossless draft).
-        clean_context: how finished blocks see themselves: "causal" (default; what the AR model did) or "block".
-        right_shift_logits: whether hidden state i - 1 predicts token i, as in the AR model. Default True, the read-out that the
-            model was trained with; False for `clean_context="block"`.
-        time_embedding: whether the model is given the noise level of its input (default False), see `forward`.
+        attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id: see `ConversionSettings`. By default
+            hidden state i - 1 predicts token i, the read-out that the model was trained with, but for `clean_context="block"`.
         noise_schedule: recorded for training and likelihood, "linear" by default.
-        mask_token_id: any token of the vocabulary as the mask; default the tokenizer's own, or a new one, see `set_mask_token`.
 
     Returns:
         The same `model`, with `config.diffusion`, and `generate` bound to it.
 
     Raises:
-        ValueError: the model cannot attend in this way, or is already converted with other options.
+        UserError: the model cannot attend so, or is already converted with other options.
     """
-    check_transformers()
     base = base_of(model)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights at the first evaluation, the probe below for one, and train with wrong
             # gradients afterwards.
             module.support_avx512bf16_for_cpu = False
-    options = {
-        "attention": attention,
-        "block_length": block_length,
-        "clean_context": clean_context,
-        "right_shift_logits": right_shift_logits,
-        "time_embedding": time_embedding,
-        "noise_schedule": noise_schedule,
-    }
+    options = ConversionSettings(
+        attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id
+    )
     record = record_of(base)
     if record.converted:
-        _check_against(record, tokenizer, {**options, "mask_token_id": mask_token_id})
+        _check_against(record, tokenizer, {**vars(options), "noise_schedule": noise_schedule})
         set_attention(base, record)
     else:
-        record = _new_record(**options)
+        record = _new_record(options, noise_schedule or "linear")
         check_mask_token(tokenizer, mask_token_id)
         set_attention(base, record)
         record = dataclasses.replace(
@@ -101,7 +90,7 @@ def convert_to_diffusion(
     base.config.diffusion = record.to_dict()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    bind(base, "generate", _generate)
+    base.generate = types.MethodType(_generate, base)  # a bound method follows `copy.deepcopy`, a closure would not
     return model
 
 
@@ -122,47 +111,39 @@ def _check_against(record: DiffusionRecord, tokenizer: PreTrainedTokenizerBase, 
         )
 
 
-def _new_record(
-    attention: str | None,
-    block_length: int | None,
-    clean_context: str | None,
-    right_shift_logits: bool | None,
-    time_embedding: bool | None,
-    noise_schedule: str | None,
-) -> DiffusionRecord:
+def _new_record(options: ConversionSettings, noise_schedule: str) -> DiffusionRecord:
     """Checked options with their defaults filled in."""
-    attention, noise_schedule = attention or "bidirectional", noise_schedule or "linear"
-    check_settings(ConversionSettings(attention, block_length, clean_context))
+    check_settings(options)
     get_noise_schedule(noise_schedule)
+    attention, length, context = options.attention or "bidirectional", options.block_length, options.clean_context
     mode = MODES[attention]
     if mode.has_blocks:
-        block_length = mode.default_block_length if block_length is None else block_length
-        clean_context = clean_context or "causal"
-        if block_length < mode.min_block_length:
+        length, context = length or mode.default_block_length, context or "causal"
+        if length < mode.min_block_length:
             raise UserError(
-                f"`block_length` must be at least {mode.min_block_length} with `attention`={attention!r}, got {block_length}."
+                f"`block_length` must be at least {mode.min_block_length} with `attention`={attention!r}, got {length}."
             )
-    elif block_length is not None or clean_context is not None:
+    elif length is not None or context is not None:
         raise UserError("`block_length` and `clean_context` belong to `attention`='block'; leave them out.")
-    if mode.drafts and (clean_context != "causal" or right_shift_logits is False or time_embedding):
+    shifted = options.right_shift_logits
+    if mode.drafts and (context != "causal" or shifted is False or options.time_embedding):
         raise UserError(
             "`attention`='lossless' drafts behind the base's own text and read-out: `clean_context` is 'causal', `right_shift_logits` "
             "true and `time_embedding` false; leave them out."
         )
-    if right_shift_logits is None:  # a block-causal clean half reads every token in its own place, as SDAR
-        right_shift_logits = clean_context != "block"
     return DiffusionRecord(
         attention=attention,
-        block_length=block_length,
-        clean_context=clean_context,
-        right_shift_logits=right_shift_logits,
-        time_embedding=bool(time_embedding),
+        block_length=length,
+        clean_context=context,
+        # A block-causal clean half reads every token in its own place, as SDAR.
+        right_shift_logits=context != "block" if shifted is None else shifted,
+        time_embedding=bool(options.time_embedding),
         noise_schedule=noise_schedule,
     )
 
 
 def set_attention(model: PreTrainedModel, record: DiffusionRecord) -> None:
-    """Makes the model attend as its record says, or checks that it can; its forward becomes ours."""
+    """Makes the model attend as its record tells, or checks that it can; its forward becomes ours."""
     if record.mode.has_blocks:
         check_decoder(model)
         check_block_attention(model, record.block_length)

@@ -133,7 +133,7 @@ def find_layout(path: str) -> Layout | None:
     try:
         config = json.loads(Path(file).read_text()) if file else {}
     except json.JSONDecodeError:
-        return None  # the loader will say what is wrong with it
+        return None  # the loader names what is wrong with it
     if config.get("model_type") == "llada":
         return _llada(config, path)
     if config.get("model_type") == "gpt2" and config.get("diffusion") is None:

@@ -148,7 +148,7 @@ def _scores_and_slope(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tupl
 
 
 class Head:
-    """A model's own way from last hidden states to logits: its forward with a backbone that returns what it is given.
+    """A model's own path from last hidden states to logits: its forward with a backbone that returns what it is given.
 
     Attributes:
         rows: (r, D) trained rows of the vocabulary whose logits `__call__` wants to be given; or None.

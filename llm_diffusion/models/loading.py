@@ -44,7 +44,7 @@ from .layouts import Layout, find_layout
 from .lm_head import train_rows_alone
 from .patching import base_of
 from .probing import probe_attention
-from .record import SIDECAR, DiffusionRecord, autoregressive_config, read_record, update_record
+from .record import CONVERSION_OPTIONS, SIDECAR, DiffusionRecord, autoregressive_config, read_record, record_of, update_record
 
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 
@@ -52,12 +52,6 @@ SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 def load_diffusion_model(
     name_or_path: str,
     *,
-    attention: str | None = None,
-    block_length: int | None = None,
-    clean_context: str | None = None,
-    right_shift_logits: bool | None = None,
-    time_embedding: bool | None = None,
-    mask_token_id: int | None = None,
     quantization: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
@@ -71,19 +65,19 @@ def load_diffusion_model(
 
     Args:
         name_or_path: hub name, folder, or "tiny" for the embedded base.
-        attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id: see `convert_to_diffusion`; None
-            means as saved, else the default.
         quantization: None, "nf4" or "int8" (bitsandbytes).
         dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
         device: "cuda", "mps" or "cpu"; None picks the best.
         gguf_file: a GGUF file in the folder or hub repository, whose weights are unpacked (2 or 4 bytes a parameter, by `dtype`).
             `quantization` takes them through bf16 in CPU memory, 2 bytes a parameter. An adapter remembers its file.
-        options: further keywords of `from_pretrained` (`device_map`, `max_memory`, `revision`, …).
+        options: `attention`, `block_length`, `clean_context`, `right_shift_logits`, `time_embedding` and `mask_token_id`, see
+            `ConversionSettings`; further keywords of `from_pretrained` (`device_map`, `max_memory`, `revision`, …).
 
     Returns:
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
     path, device = resolve_path(name_or_path), device or best_device()
+    conversion = {name: options.pop(name, None) for name in CONVERSION_OPTIONS}
     options = loader_options(device, dtype, quantization, trust_remote_code=trust_remote_code, **options)
     record = read_record(path) if (adapter := is_adapter(path)) else DiffusionRecord()
     base_path = adapter_base(path) if adapter else path
@@ -92,40 +86,34 @@ def load_diffusion_model(
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
     model, layout = _load_base(base_path, options, gguf)
     own_tokenizer = adapter or not gguf or local_file(path, "tokenizer.json")
-    gguf = {} if own_tokenizer else gguf
-    tokenizer = from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code, **gguf)
+    remote = {"trust_remote_code": trust_remote_code}
+    tokenizer = from_hub(AutoTokenizer, path, **remote, **({} if own_tokenizer else gguf))
     if "device_map" not in options:
         model = model.to(device)
     if layout is not None:
         layout.name_mask(tokenizer)
-        if not adapter and right_shift_logits is None:
-            right_shift_logits = layout.right_shift_logits
+        if not adapter and conversion["right_shift_logits"] is None:
+            conversion["right_shift_logits"] = layout.right_shift_logits
     if adapter:
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
         grow(model, record.mask_token_id)
-    convert_to_diffusion(
-        model,
-        tokenizer,
-        attention=attention,
-        block_length=block_length,
-        clean_context=clean_context,
-        right_shift_logits=right_shift_logits,
-        time_embedding=time_embedding,
-        mask_token_id=mask_token_id,
-    )
-    if layout is not None:
-        update_record(model, annealed=True)  # it was trained as a diffusion model elsewhere
+    convert_to_diffusion(model, tokenizer, **conversion)
+    # A published diffusion model was trained elsewhere; a checkpoint that descends from a GGUF file has weights of its own.
+    update_record(model, gguf_file=gguf_file, **({} if layout is None else {"annealed": True}))
     if adapter:
-        if local_file(path, GENERATION_CONFIG_NAME) is not None:
-            base_of(model).generation_config = from_hub(GenerationConfig, path)
-        model = from_hub(PeftModel, model, path, is_trainable=True)
-        train_rows_alone(model)  # PEFT would copy the vocabulary at every forward
-    # A checkpoint that descends from a GGUF file has weights of its own.
-    record = update_record(model, gguf_file=gguf_file)
-    if record.time_embedding and not adapter and not gguf_file:
+        model = _with_adapter(model, path)
+    elif record_of(model).time_embedding and not gguf_file:
         _load_time_embedding(model, path)
     return model.eval(), tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    if local_file(path, GENERATION_CONFIG_NAME) is not None:
+        model.generation_config = from_hub(GenerationConfig, path)
+    adapted = from_hub(PeftModel, model, path, is_trainable=True)
+    train_rows_alone(adapted)  # PEFT would copy the vocabulary at every forward
+    return adapted
 
 
 def _load_base(path: str, options: dict[str, Any], gguf: dict[str, str]) -> tuple[PreTrainedModel, Layout | None]:

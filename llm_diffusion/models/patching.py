@@ -72,11 +72,6 @@ class Patch:
         self.undo()
 
 
-def bind(model: torch.nn.Module, name: str, function: Any) -> None:
-    """Binds `function` as a method of this one model (a bound method follows `copy.deepcopy`, a closure would not)."""
-    setattr(model, name, types.MethodType(function, model))
-
-
 def wrap_forward(patch: Patch, module: torch.nn.Module, function: Callable[..., Any], state: Any) -> None:
     """Binds `function`, which closes over nothing, as the forward of this one module.
 

@@ -103,8 +103,8 @@ def probe_attention(model: torch.nn.Module, block_length: int | None = None) -> 
 def causal_layers(model: torch.nn.Module, left_padding: int = 0, block_length: int | None = None) -> list[int]:
     """Indices of the layers in which the first token does not see the last: one of them hides behind any other that does.
 
-    Of three equal rows the last hidden state of two is changed on the way into each layer, in opposite directions (attention to
-    one of them may be nothing), and changed back behind it. With `block_length` the model is given a block-causal 4-D mask.
+    Of three equal rows the last hidden state of two is changed before each layer, in opposite directions (attention to one of
+    them may be nothing), and changed back behind it. With `block_length` the model is given a block-causal 4-D mask.
     """
     base, found = base_of(model), []
     layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]

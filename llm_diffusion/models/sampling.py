@@ -101,7 +101,7 @@ def ban(logits: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
 
 
 def warped(logits: torch.Tensor, settings: GenerationConfig) -> torch.Tensor:
-    """Logits (..., V) under temperature (above 0), top-k and top-p, as the host's own sampling has them."""
+    """Logits (..., V) under temperature (above 0), top-k and top-p, as in transformers' own sampling."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
     if settings.top_k:
         warpers.append(TopKLogitsWarper(settings.top_k))

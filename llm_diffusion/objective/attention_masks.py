@@ -125,3 +125,37 @@ def block_diffusion(
     within_clean = position[:, :, None] >= position[:, None, :] if clean_context == "causal" else same | before
     never = torch.zeros_like(same)
     return torch.cat([torch.cat([same, before], -1), torch.cat([never, within_clean & text], -1)], -2)
+
+
+def symmetric(mask: torch.Tensor) -> torch.Tensor:
+    """A causal attention mask (..., Q, K), bool or additive, made bidirectional; one that is not causal passes as it is.
+
+    What may be seen from a later position may be seen from an earlier one of the same text; keys that no real query sees (padding)
+    stay hidden:
+
+        left padding                 two packed texts
+        . . . .      . . . .         x . . .      x x . .
+        . x . .  ->  . x x x         x x . .  ->  x x . .
+        . x x .      . x x x         . . x .      . . x x
+        . x x x      . x x x         . . x x      . . x x
+
+    Raises:
+        ValueError: an additive mask with biases of its own (ALiBi), whose mirror image is unknown.
+    """
+    length = mask.shape[-1]
+    if mask.shape[-2] != length:
+        return mask
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    later = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu(1)
+    # transformers lets padding see everything, because the kernel makes NaN of a row that sees nothing.
+    open_row = visible.all(-1, keepdim=True) | ~visible.any(-1, keepdim=True)
+    open_row[..., -1:, :] = False  # the last row of a causal mask sees all without being open
+    causal = ~(visible & later & ~open_row).any(-1, keepdim=True).any(-2, keepdim=True)
+    seen = visible & ~open_row
+    either = (seen | seen.transpose(-1, -2)) & seen.any(-2, keepdim=True)
+    if mask.dtype == torch.bool:
+        return torch.where(causal, either | (visible & open_row), visible)
+    if not torch.compiler.is_compiling() and bool((mask.masked_fill(~visible, 0) != 0).any() & causal.any()):
+        raise UserError("its attention mask carries position biases, whose mirror image is unknown")
+    bias = torch.zeros_like(mask).masked_fill(~(either | (visible & open_row)), torch.finfo(mask.dtype).min)
+    return torch.where(causal, bias, mask)

@@ -1,4 +1,4 @@
-"""The hosts' loaders; and GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
+"""Loaders and their errors; and GGUF bases: read as they were written, quantised again, and found again by the adapters trained on them."""
 
 import importlib.util
 import json

@@ -7,12 +7,12 @@ import inspect
 import pytest
 import torch
 
-from llm_diffusion.models.forward import ForwardState, forward_state
+from llm_diffusion.models.forward import ForwardState
 from llm_diffusion.models.patching import Patch, wrap_forward
 
 
 class Plain(torch.nn.Module):
-    """A model without `logits_to_keep`, as some hosts have."""
+    """A model without `logits_to_keep`."""
 
     class Output:
         def __init__(self, logits):
@@ -60,29 +60,3 @@ def test_a_wrapped_forward_has_the_signature_of_the_class(hooked):
     assert not torch.equal(twin(hidden).logits, model(hidden).logits)
     patch.undo()
     assert torch.equal(model(hidden, 3.0).logits, want)
-
-
-@pytest.mark.parametrize(
-    "keep",
-    [
-        0,
-        2,
-        torch.tensor([0, 2]),
-        torch.tensor([[0, 2], [1, 1]]),
-        torch.tensor([[True, False, True], [False, True, False]]),
-    ],
-    ids=["all", "last", "columns", "per row", "mask"],
-)
-def test_logits_to_keep_as_the_host_does_it(keep, random_llama):
-    """Every form gives what a host model gives that knows the keyword itself."""
-    model, hidden = Plain(), torch.randn(2, 3, 4)
-    every = model(hidden).logits
-    state = forward_state(model)
-    assert forward_state(model) is state
-    host, ids = random_llama(), torch.randint(3, 400, (2, 3))
-    own, full = host(ids, logits_to_keep=keep).logits, host(ids).logits
-    got = model(hidden, logits_to_keep=keep).logits
-    assert got.shape[:-1] == own.shape[:-1]
-    # Where the host took each of its rows from, ours must come from too.
-    places = [int(torch.isclose(full.flatten(0, 1), row, atol=1e-5).all(-1).nonzero()[0]) for row in own.flatten(0, -2)]
-    torch.testing.assert_close(got.flatten(0, -2), every.flatten(0, 1)[places])

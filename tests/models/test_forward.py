@@ -1,6 +1,7 @@
-"""The noise level as an input: sinusoids against the table of the seed, a bit-equal start, and what carries it where."""
+"""The one forward: the noise level as an input, logits to keep, scores of targets, and all of it together."""
 
 import copy
+import inspect
 import math
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from collators import collator_of
 
 from llm_diffusion import generate
-from llm_diffusion.models.attention import patch_causal_attention
-from llm_diffusion.models.conversion import convert_to_diffusion
-from llm_diffusion.models.forward import TimeEmbedding, attach
+from llm_diffusion.models.attention import causal_attention, patch_causal_attention
+from llm_diffusion.models.conversion import convert_to_diffusion, set_final_causal_ratio
+from llm_diffusion.models.forward import TimeEmbedding, add_row_scores, attach, forward_state
+from llm_diffusion.objective.attention_masks import annealed
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
 BLOCKS = {"attention": "block", "block_length": 4}
@@ -120,3 +122,71 @@ def test_cached_and_whole_decoding_agree(timed):
         for use_cache in (True, False)
     ]
     assert torch.equal(*outputs)
+
+
+class Plain(torch.nn.Module):
+    """A model without `logits_to_keep`."""
+
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 7)
+        self.register_buffer("table", torch.arange(3))
+
+    def forward(self, hidden, scale=1.0):
+        return self.Output(self.head(hidden) * scale)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        0,
+        2,
+        torch.tensor([0, 2]),
+        torch.tensor([[0, 2], [1, 1]]),
+        torch.tensor([[True, False, True], [False, True, False]]),
+    ],
+    ids=["all", "last", "columns", "per row", "mask"],
+)
+def test_logits_to_keep_as_in_transformers(keep, random_llama):
+    """Every form gives what a model of transformers gives that has the keyword itself."""
+    model, hidden = Plain(), torch.randn(2, 3, 4)
+    every = model(hidden).logits
+    state = forward_state(model)
+    assert forward_state(model) is state
+    llama, ids = random_llama(), torch.randint(3, 400, (2, 3))
+    own, full = llama(ids, logits_to_keep=keep).logits, llama(ids).logits
+    got = model(hidden, logits_to_keep=keep).logits
+    assert got.shape[:-1] == own.shape[:-1]
+    # Ours must come from where each of its rows came from.
+    places = [int(torch.isclose(full.flatten(0, 1), row, atol=1e-5).all(-1).nonzero()[0]) for row in own.flatten(0, -2)]
+    torch.testing.assert_close(got.flatten(0, -2), every.flatten(0, 1)[places])
+
+
+@pytest.mark.parametrize("ratio", [None, 0.4])
+def test_all_of_it_together(timed, ratio):
+    """Noise level, lifted mask and scores against full logits of a 4-D mask; in one forward over the class's own."""
+    model = timed(mask_token_id=77)
+    if ratio is not None:
+        set_final_causal_ratio(model, ratio)
+    add_row_scores(model)
+    add_row_scores(model)  # twice is once
+    assert model.diffusion_forward.original.__func__ is type(model).forward
+    assert inspect.signature(model.forward) == inspect.signature(type(model)(model.config).forward)
+    mask = torch.ones_like(IDS)
+    mask[1, :2] = 0
+    times, targets = torch.rand(IDS.shape), IDS.masked_fill((IDS % 2 == 0) | (mask == 0), -100)
+    full = annealed(mask, ratio or 0.0)
+    logits = model(IDS, attention_mask=full, timesteps=times).logits[targets != -100]
+    want = torch.nn.functional.cross_entropy(logits, targets[targets != -100], reduction="none")
+    for each in (model, copy.deepcopy(model)):
+        found = each(IDS, mask, timesteps=times, score_targets=targets)["nll"]
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    with causal_attention(model):
+        causal = model(IDS, timesteps=times).logits
+        torch.testing.assert_close(
+            model(IDS[:, :5], timesteps=times[:, :5]).logits, causal[:, :5], rtol=1e-4, atol=1e-4
+        )

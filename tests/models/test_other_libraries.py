@@ -15,9 +15,9 @@ from llm_diffusion.models.record import save_custom_generate
 
 
 @pytest.fixture(scope="module", params=["bidirectional", "block"])
-def pushed(request, tmp_path_factory, random_llama):
+def saved(request, tmp_path_factory, random_llama):
     """A full checkpoint as the trainers save it, and what our own loader decodes from it."""
-    folder = tmp_path_factory.mktemp("pushed")
+    folder = tmp_path_factory.mktemp("saved")
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
     options = {"attention": "block", "block_length": 4} if request.param == "block" else {}
     model = ld.convert_to_diffusion(random_llama(), tokenizer, **options)
@@ -31,8 +31,8 @@ def pushed(request, tmp_path_factory, random_llama):
 SETTINGS = {"max_new_tokens": 9, "eos_token_id": None, "threshold": 0.5}
 
 
-def test_the_hosts_loader_decodes_by_unmasking(pushed):
-    folder, ours, tokenizer = pushed
+def test_a_plain_loader_decodes_by_unmasking(saved):
+    folder, ours, tokenizer = saved
     batch = tokenizer(["Sort the letters: k d e a", "3 6"], return_tensors="pt", padding=True, padding_side="left")
     want = ours.generate(**batch, **SETTINGS)
     theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -44,8 +44,8 @@ def test_the_hosts_loader_decodes_by_unmasking(pushed):
         theirs.generate(**batch, stopping_criteria=[lambda ids, scores: True])
 
 
-def test_the_hosts_pipeline_loads_and_decodes_a_pushed_model(pushed):
-    folder, ours, tokenizer = pushed
+def test_a_pipeline_decodes_a_saved_model(saved):
+    folder, ours, tokenizer = saved
     batch = tokenizer("3 6", return_tensors="pt")
     want = ours.generate(**batch, max_new_tokens=6, temperature=0.0)[0, batch["input_ids"].shape[1] :]
     pipe = pipeline("text-generation", folder, trust_remote_code=True, device="cpu")

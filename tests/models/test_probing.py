@@ -1,4 +1,4 @@
-"""Clean keys and values that noisy rows read: against one pass over both, under checkpointing, and who is refused."""
+"""Clean keys and values that noisy rows read: against one pass over both, under checkpointing, and which models are refused."""
 
 from __future__ import annotations
 
