@@ -34,6 +34,7 @@ SMALL = {**IDS, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers"
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 TINY = {
     "qwen3": hf.Qwen3Config(**GROUPED, head_dim=16, tie_word_embeddings=True),
+    "wide": hf.Qwen3Config(**{**GROUPED, "vocab_size": 16384}, head_dim=16, tie_word_embeddings=True),
     "llama": hf.LlamaConfig(**SMALL),
     "gpt2": hf.GPT2Config(**IDS, n_embd=64, n_layer=6, n_head=4),
     "phi": hf.PhiConfig(**SMALL),
@@ -168,8 +169,10 @@ def real_step(tmp_path, config, setup):
         ("qwen3", TrainingSetup("lora", 6, 96)),
         ("gemma2", TrainingSetup("lora", 4, 64)),
         ("mixtral", TrainingSetup("full", 4, 64)),
+        ("wide", TrainingSetup("lora", 6, 96)),
+        ("wide", TrainingSetup("full", 6, 96)),
     ],
-    ids=["lora", "full", "lora-block", "full-block-checkpointing", "lora-checkpointing", "eager", "experts"],
+    ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.attention}",
 )
 def test_estimate_is_what_a_real_step_takes(tmp_path, name, setup):
     """Within 10 %, weights and optimiser left out, which are exact."""
