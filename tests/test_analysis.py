@@ -1,7 +1,6 @@
 """Analysis: exact counts, estimates against a real step, advice, and errors."""
 
 import copy
-import gc
 import json
 from dataclasses import asdict, replace
 
@@ -155,7 +154,6 @@ def real_step(tmp_path, config, setup):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss()
     saved = sum(storage.nbytes() for storage in saved.values())
-    gc.collect()
     return saved, peak(loss, tmp_path)
 
 
