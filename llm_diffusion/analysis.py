@@ -1,7 +1,7 @@
 """What a model is made of, what it needs in memory, and which cards train it: `llm-diffusion analyze`.
 
 Everything comes from the config: parameters are counted on the meta device, and what a step keeps for its backward pass follows from the
-widths of the layers (`ModelMemory`). `benchmarks/memory.py` measures real steps beside the estimates.
+widths of the layers (`ModelMemory`), which `benchmarks/memory.py` compares with real steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ PAGED = "paged_adamw_8bit"
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # blocks of 64 with 8-bit scales; 256 of these share an fp32 one
 ASSUMPTIONS = "lora: bf16 base, fp32 adapters on all linear layers; qlora: NF4 linear layers, all else fp32, bf16 adapters; full: fp32 weights, gradients and moments under bf16 autocast; every token masked, gradients accumulated"
 _MLP_NAMES = {"mlp", "ffn", "feed_forward", "moe", "block_sparse_moe", "experts", "fc1", "fc2"}
-
 # Bytes of a number in matrix products, in the residual stream, between the layers of an MLP, and in a dropout's mask; and what a number of
 # the MLP's inner width and of the stream takes for a moment, where a block has been recomputed and its backward pass begins.
 _BYTES = {
@@ -89,9 +88,8 @@ class ModelMemory:
     def __init__(self, config: PreTrainedConfig, trust_remote_code: bool = False) -> None:
         self.text = text = config.get_text_config()
         self.layers, self.stream = text.num_hidden_layers, text.hidden_size
-        options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         self.parameters = count_parameters(self.model)
         head = self.model.get_output_embeddings()
         # What transformers hands to bitsandbytes: plain linear layers but the head; not experts in one 3-D tensor.
@@ -185,14 +183,13 @@ class ModelMemory:
         return 8 if eager else 12 if dropout and device == "cpu" else 4 * self.multi_query
 
     def peak(self, setup: TrainingSetup, device: str = "cuda") -> dict[str, float]:
-        """Bytes of activations, logits and masks at the fullest moment of a micro-batch: where the forward pass ends, or in a part's
-        backward pass at the last block or, where gradients of the vocabulary meet in full fine-tuning, at the head or embeddings."""
+        """Bytes of activations, logits and masks at the fullest moment of a micro-batch."""
         product, size, _, _, busy_inner, busy_stream = _BYTES[device, setup.kind]
         full, rerun, halves = setup.kind == "full", setup.gradient_checkpointing, setup.attention != "bidirectional"
         rows, length, stream, layers = setup.batch_size, setup.length, self.stream, self.layers
         parts = [rows] if rows < 3 else [2 * rows // 3, rows - 2 * rows // 3]
         span, masked = length * (2 if halves else 1), rows > 1 or halves
-        # Bytes a row: what one block takes in its backward pass; what all keep; with what stands before and after them.
+        # Bytes a row: what a block takes in its backward pass; what all blocks keep; with what stands before and after them.
         kept, inner = self._kept(setup, device, span, masked)
         busy = span * ((kept * rerun + busy_inner * inner) // layers + busy_stream * stream)
         kept = span * (stream * size * layers if rerun else kept)
@@ -205,28 +202,31 @@ class ModelMemory:
         copies = 2 * sum(self.quantizable) * cast + product * experts * (cast or not full)
         matrix, tied = 4 * self.text.vocab_size * stream, self.parameters["head"] == 0
         gradients = self.trained(setup) * (2 if setup.kind == "qlora" else 4) - full * matrix * (1 if tied else 2)
-        logits = [self._logits(n * length, setup.kind, device) for n in parts]
-        lasting = copies * (not rerun)
-        moments = [(rows * each + len(parts) * lasting + copies * (rerun and full), logits[-1])]
+        lasting, moments = copies * (not rerun), []
         for index, n in enumerate(parts):
+            logits, pieces = self._logits(n * length, setup.kind, device)
             waits = index + 1 < len(parts)
-            before = sum(parts[:index]) * each + index * lasting + gradients * waits
+            before = sum(parts[:index]) * each + index * lasting
+            moments.append((before + n * each + lasting + copies * (rerun and full), logits))
+            before += gradients * waits
             block = before + n * (kept + busy) + (copies // layers if rerun else copies)
             moments.append((block, full * matrix * (tied or len(parts) > 1)))
-            if full:
-                head = logits[index] + matrix * (1 + waits * (1 if tied else 2))
-                moments += [(before + n * each + lasting, head), (before, matrix * (3 if tied or waits else 1))]
+            if full:  # gradients of the vocabulary meet at head and embeddings: a sum of two is a third matrix
+                held, other = waits or pieces > 1, waits and not tied
+                head = max(logits + matrix * (held + other), matrix * (3 + other) if held else matrix + logits // 3)
+                moments += [(before + n * each + lasting, head), (before, matrix * (3 if tied else 1))]
         activations, wide = max(moments, key=sum)
         weight = 2 * max(self.quantizable, default=0) if setup.kind == "qlora" else 0  # one at a time is 16 bits wide
         return {"activations": activations + weight, "logits": wide, "masks": rows * mask}
 
-    def _logits(self, tokens: int, kind: str, device: str) -> int:
-        """Bytes where the vocabulary is met: two fp32 tables of a piece and two of the piece before; a 16-bit copy of the matrix."""
-        vocabulary, half = self.text.vocab_size, 2 if device == "cuda" else 0
+    def _logits(self, tokens: int, kind: str, device: str) -> tuple[int, int]:
+        """Bytes where the vocabulary is met, with a 16-bit copy of an fp32 matrix; and in how many pieces."""
+        vocabulary = self.text.vocab_size
         piece = max(1, (GPU_PIECE if device == "cuda" else PIECE) // vocabulary)
         first, second = min(tokens, piece), min(max(tokens - piece, 0), piece)
-        copied = 2 * vocabulary * self.stream * (device == "cuda" and kind != "lora")
-        return vocabulary * max(first * (8 + half), first * 8 + second * (4 + half)) + copied
+        # fp32 tables: three of a piece; where the head is frozen two, and the gradient of the piece before.
+        tables = 12 * first if kind == "full" else max(8 * first, 4 * first + 8 * second)
+        return vocabulary * (tables + 2 * self.stream * (device == "cuda" and kind != "lora")), -(-tokens // piece)
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """Analysis: exact counts, estimates against a real step, advice, and errors."""
 
 import copy
-import gc
 import json
 from dataclasses import asdict, replace
 
@@ -34,6 +33,7 @@ SMALL = {**IDS, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers"
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 TINY = {
     "qwen3": hf.Qwen3Config(**GROUPED, head_dim=16, tie_word_embeddings=True),
+    "wide": hf.Qwen3Config(**{**GROUPED, "vocab_size": 16384}, head_dim=16, tie_word_embeddings=True),
     "llama": hf.LlamaConfig(**SMALL),
     "gpt2": hf.GPT2Config(**IDS, n_embd=64, n_layer=6, n_head=4),
     "phi": hf.PhiConfig(**SMALL),
@@ -154,7 +154,6 @@ def real_step(tmp_path, config, setup):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss()
     saved = sum(storage.nbytes() for storage in saved.values())
-    gc.collect()
     return saved, peak(loss, tmp_path)
 
 
@@ -168,8 +167,10 @@ def real_step(tmp_path, config, setup):
         ("qwen3", TrainingSetup("lora", 6, 96)),
         ("gemma2", TrainingSetup("lora", 4, 64)),
         ("mixtral", TrainingSetup("full", 4, 64)),
+        ("wide", TrainingSetup("lora", 6, 96)),
+        ("wide", TrainingSetup("full", 6, 96)),
     ],
-    ids=["lora", "full", "lora-block", "full-block-checkpointing", "lora-checkpointing", "eager", "experts"],
+    ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.attention}",
 )
 def test_estimate_is_what_a_real_step_takes(tmp_path, name, setup):
     """Within 10 %, weights and optimiser left out, which are exact."""
