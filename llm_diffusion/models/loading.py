@@ -44,7 +44,15 @@ from .layouts import Layout, find_layout
 from .lm_head import train_rows_alone
 from .patching import base_of
 from .probing import probe_attention
-from .record import CONVERSION_OPTIONS, SIDECAR, DiffusionRecord, autoregressive_config, read_record, record_of, update_record
+from .record import (
+    CONVERSION_OPTIONS,
+    SIDECAR,
+    DiffusionRecord,
+    autoregressive_config,
+    read_record,
+    record_of,
+    update_record,
+)
 
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 
