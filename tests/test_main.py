@@ -125,7 +125,7 @@ def test_the_lossless_job_keeps_every_answer(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["converted"]["answers"] == results["AR base"]["answers"]
     assert sum(results["converted"]["accepted"].values()) >= 6
-    assert "accepts those that it would have said" in (tmp_path / "out" / "sft_model" / "README.md").read_text()
+    assert "A lossless drafter" in (tmp_path / "out" / "sft_model" / "README.md").read_text()
     chat = invoke(
         "chat", str(tmp_path / "out" / "sft_model"), "Sort the letters: k d e a", "--settings", '{"max_new_tokens": 8}'
     )

@@ -1,4 +1,4 @@
-"""Lossless decoding: the adapter drafts a block by diffusion, the base with the adapter off accepts what it would have said itself.
+"""Lossless decoding: the adapter drafts a block by diffusion, the base with the adapter off accepts what it would have predicted itself.
 
 The key-value cache holds clean text as the base wrote it. One forward pass of a cycle has rows of two kinds:
 

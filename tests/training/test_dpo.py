@@ -153,19 +153,19 @@ def test_every_loss_starts_at_equal_policies(tmp_path, tokenizer, reference, att
     trainer.model.train()
     with torch.no_grad():
         assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(LOG2, abs=2e-6)
-        said = trainer._say(trainer.model, batch)
-        scores = said.log_probs.sum(-1).chunk(2)
+        policy = trainer._score(trainer.model, batch)
+        scores = policy.log_probs.sum(-1).chunk(2)
         if reference != "stored":
             scores = trainer.compute_ref_log_probs(trainer.ref_model or trainer.model, batch)
         scores = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), scores, strict=True))
         trainer.label_smoothing = 0.001
         for loss_type, expected in AT_START.items():
             trainer.loss_types = [loss_type]
-            assert trainer._trl_loss(said, batch, scores).item() == pytest.approx(expected, abs=2e-6), loss_type
+            assert trainer._trl_loss(policy, batch, scores).item() == pytest.approx(expected, abs=2e-6), loss_type
         trainer.loss_types = ["sigmoid"]
         for divergence in ("forward_kl", "js_divergence", "alpha_divergence"):
             trainer.f_divergence_type = divergence
-            assert trainer._trl_loss(said, batch, scores).item() == pytest.approx(LOG2, abs=2e-6), divergence
+            assert trainer._trl_loss(policy, batch, scores).item() == pytest.approx(LOG2, abs=2e-6), divergence
 
 
 def test_supervised_term_is_the_nelbo_a_token(tmp_path, tokenizer):
@@ -175,7 +175,7 @@ def test_supervised_term_is_the_nelbo_a_token(tmp_path, tokenizer):
     batch = first_batch(trainer)
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model.train(), batch).item()
-        scores = trainer._say(trainer.model, batch).log_probs.sum(-1)
+        scores = trainer._score(trainer.model, batch).log_probs.sum(-1)
     chosen = batch["completion_mask"].chunk(2)[0].sum()
     assert loss == pytest.approx(LOG2 - 0.5 * (scores.chunk(2)[0].sum() / chosen).item(), rel=1e-5)
 
@@ -188,7 +188,7 @@ def test_score_is_the_elbo_of_a_second_formula(tmp_path, tokenizer, shift):
     batch = first_batch(trainer)
     trainer.model.eval()
     with torch.no_grad():
-        said = trainer._say(trainer.model, batch)
+        policy = trainer._score(trainer.model, batch)
     for row in range(len(batch["input_ids"])):
         total, length = 0.0, int(batch["attention_mask"][row].sum())
         ids, scored = batch["input_ids"][row, :length], batch["completion_mask"][row, :length].bool()
@@ -201,7 +201,7 @@ def test_score_is_the_elbo_of_a_second_formula(tmp_path, tokenizer, shift):
             for place in masked.nonzero().flatten().tolist():
                 read = logits[place - 1 if shift else place].double().log_softmax(-1)
                 total += n / int(masked.sum()) * read[ids[place]].item()
-        assert said.log_probs[row].sum().item() == pytest.approx(total / 3, rel=1e-4)
+        assert policy.log_probs[row].sum().item() == pytest.approx(total / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["apo_zero", "sft"], ["aot"]])
@@ -221,9 +221,9 @@ def test_gradient_of_one_draw_at_a_time_is_the_gradient_of_all(tmp_path, tokeniz
     one_by_one = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     reference = trainer.compute_ref_log_probs(trainer.ref_model, batch)
-    said = trainer._say(model, batch)
+    policy = trainer._score(model, batch)
     names = ("ref_chosen_logps", "ref_rejected_logps")
-    (trainer._trl_loss(said, batch, dict(zip(names, reference, strict=True))) / 2).backward()
+    (trainer._trl_loss(policy, batch, dict(zip(names, reference, strict=True))) / 2).backward()
     largest = max(parameter.grad.abs().max() for parameter in model.parameters())
     assert largest > 1e-3
     for name, parameter in model.named_parameters():
