@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
 from ..generation.generate import generate, generate_autoregressive
+from ..models.decoding_defaults import layered
 from ..models.patching import base_of
 from ..models.record import record_of
 from ..reasoning.pairs import labelled_answer
@@ -337,11 +338,11 @@ def sweep(
         speeds = report.tokens_per_second, report.tokens_per_forward
         return Point(label, chosen, report.mean, *speeds, *map(median, zip(*times, strict=True)), memory)
 
-    evaluate_answers(model, tokenizer, examples[:1], **{**settings, **points[0]})  # warms up
+    evaluate_answers(model, tokenizer, examples[:1], **layered(settings, points[0]))  # warms up
     found = [measure("autoregressive", None, *(base or (model, tokenizer)))]
     for point in points:
         label = ", ".join(f"{name} {value}" for name, value in point.items()) or "as set"
-        found.append(measure(label, {**settings, **point}, model, tokenizer))
+        found.append(measure(label, layered(settings, point), model, tokenizer))
     places = [(point.exact_match, point.tokens_per_second) for point in found]
     for point, mine in zip(found, places, strict=True):
         point.on_frontier = not any(o != mine and o[0] >= mine[0] and o[1] >= mine[1] for o in places)

@@ -29,6 +29,7 @@ from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
 from ..generation.config import DiffusionGenerationConfig, decoding_settings
 from ..models.checkpoints import is_adapter, resolve_path
+from ..models.decoding_defaults import layered
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import record_of
@@ -302,7 +303,7 @@ def run(names: Sequence[str], folder: Path, console: Console, **options: Any) ->
     chosen = read_mapping(given.settings, "--settings")
     axes = None if given.sweep is None else read_mapping(given.sweep, "--sweep")
     for point in [{}, *grid(axes or {})]:
-        DiffusionGenerationConfig(**chosen | point)
+        DiffusionGenerationConfig(**layered(chosen, point))
     check_estimator(given.estimator, given.samples, REPLICATES)
     texts = read_texts(given.text, given.limit) if given.text else []
     examples = read_prompts(given.prompts, given.limit) if given.prompts else []

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import HyperParameters
 from ..generation.config import decoding_settings
 from ..generation.inference import continue_autoregressive
-from ..models.record import RULES, record_of
+from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
 from .metrics import denoising_trace, foresee_ends, plot_ends
 from .statistics import Continuations
@@ -243,7 +243,8 @@ def decoding(hp: HyperParameters, model: torch.nn.Module) -> dict[str, Any]:
     if own_block:
         chosen.pop("block_length", None)
     settings = decoding_settings(model, chosen)
-    if hp.diffusion_steps and all(chosen.get(rule) is None for rule in RULES):
+    rules = ("steps", "threshold", "factor", "entropy_bound")
+    if hp.diffusion_steps and all(chosen.get(rule) is None for rule in rules):
         block = own_block or settings.get("block_length") or settings["max_new_tokens"]
         steps = hp.diffusion_steps * -(-settings["max_new_tokens"] // block)
         settings = decoding_settings(model, {**chosen, "steps": steps})

@@ -169,7 +169,8 @@ def test_sweep_measures_every_way(tiny) -> None:
     model, tokenizer = tiny
     examples = list(tiny_dataset(6, split="test"))
     settings = {"max_new_tokens": 12, "block_length": 6}
-    base, *points = sweep(model, tokenizer, examples, settings, grid({"threshold": [0.3, 0.99]}))
+    common = {**settings, "factor": 1.0}  # of which a point's rule takes the place
+    base, *points = sweep(model, tokenizer, examples, common, grid({"threshold": [0.3, 0.99]}))
     assert base.settings is None and base.tokens_per_forward == 1
     for point, threshold in zip(points, (0.3, 0.99), strict=True):
         assert point.settings == {**settings, "threshold": threshold}
