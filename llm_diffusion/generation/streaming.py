@@ -157,8 +157,9 @@ class Watch(BaseStreamer):
             rows = (f'<text x="10" y="{24 + 22 * i}">{_spans(frame, line)}</text>' for i, line in enumerate(lines))
             delay = (number - steps) * seconds_per_step  # below 0: the loop has begun when the picture is opened
             groups.append(f'<g style="animation-delay:{delay:.2f}s">{"".join(rows)}</g>')
+        width, height = round(20 + 8.43 * columns), 20 + 22 * len(lines)
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{20 + 8.43 * columns:.0f}" height="{20 + 22 * len(lines)}"><style>'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"><style>'
             "text{font:14px monospace;white-space:pre;fill:#b9bec7}g:last-child{visibility:visible;animation-name:last}"
             f"g{{visibility:hidden;animation:frame {steps * seconds_per_step:.2f}s step-end infinite}}"
             + "".join(f".c{i}{{fill:{colour}}}" for i, (_, _, colour) in enumerate(SHADES))
