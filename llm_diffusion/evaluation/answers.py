@@ -24,9 +24,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
 from ..generation.generate import generate, generate_autoregressive
-from ..models.decoding_defaults import layered
 from ..models.patching import base_of
-from ..models.record import record_of
+from ..models.record import layered, record_of
 from ..reasoning.pairs import labelled_answer
 from ..reasoning.problems import Problem, is_right, read_problem
 

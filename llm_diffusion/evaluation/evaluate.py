@@ -29,10 +29,9 @@ from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
 from ..generation.config import DiffusionGenerationConfig, decoding_settings
 from ..models.checkpoints import is_adapter, resolve_path
-from ..models.decoding_defaults import layered
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
-from ..models.record import record_of
+from ..models.record import layered, record_of
 from ..objective.estimators import REPLICATES, check_estimator
 from ..reasoning.pairs import LLMJudge
 from ..reasoning.problems import load_records
