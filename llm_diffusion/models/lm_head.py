@@ -4,7 +4,7 @@
                                                and at once d nll / d hidden, by autograd through the head alone
 
 A row's NLL depends on its own hidden state alone, so its gradient is known, up to a factor, before the loss is: backward is one product a
-row. For the parameters of a head that is trained itself, the head is run again in backward.
+row. A head that is trained itself is run again in backward instead.
 
 `head` is the model's own forward with its backbone cut out, so that what an architecture does to its logits (scaling, soft capping, a
 bias) and what PEFT does to its head is done here too. Rows of a tied vocabulary that PEFT trains (`trainable_token_indices`) stand beside
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -93,19 +94,23 @@ def row_scores(head: Head, hidden: torch.Tensor, targets: torch.Tensor, piece: i
     pieces = [slice(start, start + size) for start in range(0, max(len(hidden), 1), size)]
     own = head.own_logits(hidden)
     given = (hidden,) if own is None else (hidden, own)
-    return dict(zip(NAMES, _RowScores.apply(head, targets, pieces, len(given), *given, *head.trained), strict=True))
+    if torch.is_grad_enabled() and head.trains:
+        parts = [checkpoint(_scores, head, targets[i], *(x[i] for x in given), use_reentrant=False) for i in pieces]
+        return {name: torch.cat([scores[name] for scores in parts]) for name in NAMES}
+    return dict(zip(NAMES, _RowScores.apply(head, targets, pieces, *given), strict=True))
+
+
+def _scores(head: Head, targets: torch.Tensor, *given: torch.Tensor) -> dict[str, torch.Tensor]:
+    return scores_of_logits(head(*given), targets)
 
 
 class _RowScores(torch.autograd.Function):
-    """Of what every row has of its own (`given`), the gradient is taken at once; of the head's parameters, in backward."""
-
     @staticmethod
     def forward(
-        ctx: Any, head: Head, targets: torch.Tensor, pieces: list[slice], n_given: int, *tensors: torch.Tensor
+        ctx: Any, head: Head, targets: torch.Tensor, pieces: list[slice], *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        given, first = tensors[:n_given], 4  # of the arguments
-        needed, trains = any(ctx.needs_input_grad[first:][:n_given]), any(ctx.needs_input_grad[first + n_given :])
-        scores, slopes = [], [torch.empty_like(x) for x in given] if needed else []
+        scores, needed = [], any(ctx.needs_input_grad)
+        slopes = [torch.empty_like(x) for x in given] if needed else []
         for piece in pieces:
             leaves = [x[piece].detach().requires_grad_(needed) for x in given]
             with torch.set_grad_enabled(needed):
@@ -116,34 +121,15 @@ class _RowScores(torch.autograd.Function):
             scores.append(found)
             for whole, part in zip(slopes, torch.autograd.grad(end, leaves, slope) if needed else (), strict=True):
                 whole[piece] = part
-        device = given[0].device.type
-        ctx.head, ctx.pieces, ctx.n_given, ctx.trains = head, pieces, n_given, trains
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(*slopes, *((targets, *given) if trains else ()))
+        ctx.save_for_backward(*slopes)
         nll, *others = (torch.cat(column) for column in zip(*scores, strict=True))
         ctx.mark_non_differentiable(*others)
         return nll, *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, weights: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        slopes = ctx.saved_tensors[: -1 - ctx.n_given] if ctx.trains else ctx.saved_tensors
-        by_given = [slope * weights[:, None].to(slope.dtype) for slope in slopes] or [None] * ctx.n_given
-        return None, None, None, None, *by_given, *(_by_parameters(ctx, weights) if ctx.trains else ())
-
-
-def _by_parameters(ctx: Any, weights: torch.Tensor) -> list[torch.Tensor]:
-    """Gradients of the head's parameters, summed in fp32 over the pieces: in 16 bits the small ones would be lost."""
-    targets, *given = ctx.saved_tensors[-1 - ctx.n_given :]
-    totals: list[torch.Tensor] = []
-    for piece in ctx.pieces:
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            logits = ctx.head(*(x[piece].detach() for x in given))
-        end, slope = get_gradient_edge(logits), _scores_and_slope(logits.detach(), targets[piece])[1]
-        del logits
-        found = torch.autograd.grad(end, ctx.head.trained, slope.mul_(weights[piece, None]), materialize_grads=True)
-        totals = [x.add_(y) for x, y in zip(totals, found, strict=True)] if totals else [x.float() for x in found]
-    return [total.to(parameter.dtype) for total, parameter in zip(totals, ctx.head.trained, strict=True)]
+    def backward(ctx: Any, given: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        return None, None, None, *(slope * given[:, None].to(slope.dtype) for slope in ctx.saved_tensors)
 
 
 def _scores_and_slope(logits: torch.Tensor, targets: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
@@ -167,7 +153,7 @@ class Head:
     Attributes:
         rows: (r, D) trained rows of the vocabulary whose logits `__call__` wants to be given; or None.
         width: of the vocabulary.
-        trained: the other parameters of the head that are trained.
+        trains: whether anything else of the head is trained.
     """
 
     def __init__(self, model: PreTrainedModel, output: Any) -> None:
@@ -175,7 +161,7 @@ class Head:
         head = model.get_output_embeddings()
         linear, self.rows, index = trained_rows(head)
         self.width = model.config.get_text_config().vocab_size
-        self.trained = [parameter for parameter in linear.parameters() if parameter.requires_grad]
+        self.trains = any(parameter.requires_grad for parameter in linear.parameters())
         self._output, self._backbone = output, _Given()
         self._head = head if index is None else _WithRows(linear, index)
         # The model with two of its children replaced, and everything else its own.
