@@ -12,8 +12,13 @@ cd "$(dirname "$0")"
 if [ "${1:-}" = setup ]; then
     exec ./setup.sh "${@:2}"
 fi
-./setup.sh
+case " $* " in
+    *[!a-z0-9-]smollm2*) ./setup.sh smollm2 ;; # the model's name, alone or in a preset's
+    *) ./setup.sh ;;
+esac
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+# glibc gives every large tensor back to the system and takes it anew, page by page, which costs training on a CPU most of its time.
+export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-17179869184}"
 
 if [ "${1:-}" = test ]; then
     .venv/bin/ruff check .

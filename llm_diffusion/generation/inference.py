@@ -10,7 +10,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import UserError
+from ..models import smollm2
+from ..models.checkpoints import best_device
 from ..models.loading import load_diffusion_model
+from ..models.packing import has_fast_bfloat16
 from ..models.patching import base_of
 from ..models.record import layered, record_of
 from .canvas import fill_masks
@@ -64,7 +67,14 @@ class DiffusionInference:
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> DiffusionInference:
-        """Loads a converted model, see `load_diffusion_model`; `settings` are over those of `decoding_settings`."""
+        """Loads a converted model, see `load_diffusion_model`; `settings` are over those of `decoding_settings`.
+
+        "smollm2" is the embedded drafter over its base, by default in bf16 where the processor multiplies that itself.
+        """
+        if name_or_path == smollm2.NAME:
+            name_or_path = str(smollm2.DRAFTER)
+            if dtype == "auto" and (device or best_device()) == "cpu" and has_fast_bfloat16():
+                dtype = torch.bfloat16
         model, tokenizer = load_diffusion_model(
             name_or_path, device=device, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
         )

@@ -12,18 +12,22 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, P
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import UserError
+from . import smollm2
 
 TINY_MODEL_PATH = Path(__file__).parents[1] / "data" / "tiny_base"
+EMBEDDED = {"tiny": TINY_MODEL_PATH, smollm2.NAME: smollm2.FOLDER}
 QUANTIZATIONS = ("nf4", "int8")
 
 # -- files
 
 
 def resolve_path(name_or_path: str | Path) -> str:
-    """ "tiny" -> the embedded base model. A path that does not exist is refused before the hub is queried for it."""
+    """ "tiny" or "smollm2" -> the folder of the base. A path that does not exist is refused before the hub is queried for it."""
     name_or_path = str(name_or_path)
-    if name_or_path == "tiny":
-        return str(TINY_MODEL_PATH)
+    if name_or_path in EMBEDDED:
+        if name_or_path == smollm2.NAME:
+            smollm2.unpack()
+        return str(EMBEDDED[name_or_path])
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     path = Path(name_or_path).expanduser()
     if looks_local and not path.exists():
@@ -81,8 +85,9 @@ def adapter_base(path: str) -> str:
     try:
         return resolve_path(base)
     except FileNotFoundError as error:
-        if Path(base).name == TINY_MODEL_PATH.name:  # the embedded base is elsewhere on every machine
-            return resolve_path("tiny")
+        for name, folder in EMBEDDED.items():
+            if Path(base).name == folder.name:  # it is elsewhere on every machine
+                return resolve_path(name)
         raise FileNotFoundError(
             f"`model`: the base {base!r} of the adapter {path!r} does not exist; put it back or train again."
         ) from error

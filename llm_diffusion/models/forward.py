@@ -39,6 +39,7 @@ class ForwardState:
         triangles: causal masks that the model keeps as buffers, by their names, as they were.
         scores_in_pieces: whether `score_targets` may be scored a few at a time.
         attention_set, prepared_for_training: whether `set_attention`, or PEFT's preparation of quantised weights, has run.
+        draft_schedule: of lossless decoding, where it was made, and how it drafts there.
     """
 
     original: Callable[..., Any] | None = None
@@ -48,6 +49,7 @@ class ForwardState:
     scores_in_pieces: bool = False
     attention_set: bool = False
     prepared_for_training: bool = False
+    draft_schedule: tuple[Any, Any] | None = None
 
 
 def forward_state(model: torch.nn.Module, patch: Patch | None = None) -> ForwardState:

@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from .. import UserError
 from ..objective.settings import check_value
 from .checkpoints import (
-    TINY_MODEL_PATH,
+    EMBEDDED,
     adapter_base,
     best_device,
     check_device,
@@ -38,7 +38,7 @@ from .checkpoints import (
     local_file,
     resolve_path,
 )
-from .conversion import convert_to_diffusion, fingerprint, grow
+from .conversion import MASK_TOKEN, convert_to_diffusion, fingerprint, grow
 from .forward import TIME_EMBEDDING
 from .layouts import Layout, find_layout
 from .lm_head import train_rows_alone
@@ -54,6 +54,7 @@ from .record import (
     update_record,
 )
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 
 
@@ -72,7 +73,7 @@ def load_diffusion_model(
     LLaDA, SMDM and DiffuGPT checkpoints come with their own mask token and read-out, see `layouts`.
 
     Args:
-        name_or_path: hub name, folder, or "tiny" for the embedded base.
+        name_or_path: hub name, folder, or one of the embedded bases, "tiny" and "smollm2".
         quantization: None, "nf4" or "int8" (bitsandbytes).
         dtype: "auto" is the checkpoint's type on a GPU and fp32 on a CPU.
         device: "cuda", "mps" or "cpu"; None picks the best.
@@ -93,9 +94,12 @@ def load_diffusion_model(
     gguf_file = gguf_file or record.gguf_file
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
     model, layout = _load_base(base_path, options, gguf)
-    own_tokenizer = adapter or not gguf or local_file(path, "tokenizer.json")
+    own_tokenizer = local_file(path, TOKENIZER_CONFIG) is not None
     remote = {"trust_remote_code": trust_remote_code}
-    tokenizer = from_hub(AutoTokenizer, path, **remote, **({} if own_tokenizer else gguf))
+    # An adapter may come without one, a GGUF file has one inside.
+    tokenizer = from_hub(
+        AutoTokenizer, path if own_tokenizer else base_path, **remote, **({} if own_tokenizer else gguf)
+    )
     if "device_map" not in options:
         model = model.to(device)
     if layout is not None:
@@ -103,6 +107,8 @@ def load_diffusion_model(
         if not adapter and conversion["right_shift_logits"] is None:
             conversion["right_shift_logits"] = layout.right_shift_logits
     if adapter:
+        if not own_tokenizer:
+            tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
         grow(model, record.mask_token_id)
@@ -132,8 +138,9 @@ def _load_base(path: str, options: dict[str, Any], gguf: dict[str, str]) -> tupl
     if gguf:
         return load_gguf(config, path, **options, **gguf), None
     model = from_hub(AutoModelForCausalLM, path, **options)
-    if path == str(TINY_MODEL_PATH):
-        model.config.name_or_path = "tiny"
+    for name, folder in EMBEDDED.items():
+        if path == str(folder):
+            model.config.name_or_path = name
     return model, None
 
 

@@ -77,6 +77,13 @@ class NoiseSettings:
     full_mask_share: float = setting(
         0.7, "Share of lossless drafts that are masked whole; the others as in diffusion.", min=0, max=1
     )
+    draft_decay: float = setting(
+        1.0,
+        "Weight of a lossless draft's token over that of the one before it: the first wrong one ends a draft, so with a share p of right "
+        "ones the k-th matters in proportion to p^k.",
+        above=0,
+        max=1,
+    )
     distillation_targets: str = setting(
         "causal",
         "Tokens that the teacher predicts: those whose right-hand context is hidden, or all masked ones.",
@@ -296,7 +303,10 @@ class ForwardProcess:
         first = pad(noisy.segment_ids[:, 1:] != noisy.segment_ids[:, :-1], (1, 0), value=True)
         noisy.masked = torch.where(full, noisy.maskable & ~(first & known), noisy.masked)
         noisy.probability = torch.where(full, torch.ones_like(noisy.probability), noisy.probability)
-        noisy.weights = torch.ones_like(noisy.weights)
+        # Its first token is the base's own, at place 0, and not scored.
+        column = column_index(noisy.segment_ids)
+        place = column - torch.where(first, column, 0).cummax(-1).values
+        noisy.weights = torch.full_like(noisy.weights, self.settings.draft_decay) ** (place - 1)
         # A draft sees nothing behind its first token, neither the next question.
         behind = ~noisy.maskable & (noisy.document_ids > 0) & behind_first(noisy.maskable, noisy.segment_ids)
         noisy.hidden = noisy.masked | behind

@@ -13,6 +13,8 @@ after an outcome that was not drafted for, a pass of its own drafts [t M M M], w
 A row whose draft was worse than its neighbours' keeps dead columns in the cache, which nothing attends to: the cache is cropped to the
 best row and never copied. Greedy output is the base's own, up to ties of its rounding; sampled output is distributed as the base's.
 
+How many outcomes are drafted for, and whether drafts pay at all, follows from what passes cost on this machine, see `schedule`.
+
 References: speculative decoding (arXiv 2211.17192), drafts in advance as in Medusa (arXiv 2401.10774).
 """
 
@@ -22,15 +24,17 @@ import torch
 from transformers import DynamicCache, GenerationConfig
 
 from .. import UserError
+from ..models.packing import packed
 from ..models.patching import base_of, in_eval_mode
 from ..models.record import record_of
 from ..models.sampling import DiffusionOutput, OnStep, Recorder, ban, behind, eos_ids, sample, warped
 from ..objective.attention_masks import additive, block_causal
 from ..objective.noise import MASK_STREAM, ORDER_STREAM, TOKEN_STREAM, row_keys, uniform
 from .adapters import AdapterSwitch
+from .schedule import DraftSchedule, schedule_of
 
-# Rows of a pass that cost little more than one row does: where drafting in advance stops paying. Of CUDA an estimate, from arithmetic
-# against bandwidth, not a measurement.
+# Rows of a pass that cost little more than one row does, by arithmetic against bandwidth: for sampling, whose tokens depend on when was
+# drafted and so must not depend on a clock.
 FREE_ROWS = {"cpu": 32, "cuda": 512}
 
 
@@ -43,7 +47,7 @@ def decode_lossless(
 ) -> DiffusionOutput:
     """Answers left-padded prompts (B, P) as the base would; sequences (B, P + max_new_tokens), `accepted` (B, cycles)."""
     # Walking a small model to set its mode costs as much as running it.
-    with in_eval_mode(model) if model.training else torch.no_grad():
+    with in_eval_mode(model) if model.training else torch.no_grad(), packed(model):
         return LosslessDecoder(model, input_ids, attention_mask, settings).run(on_step)
 
 
@@ -75,6 +79,10 @@ class LosslessDecoder:
         self.nfe = torch.zeros_like(self.length)
         self.accepted: list[torch.Tensor] = []
         self.counts = torch.zeros(self.block_length, device=input_ids.device)  # how often a draft ended where
+        self.schedule: DraftSchedule | None = None
+        self.ahead: torch.Tensor | None = (
+            None  # (B,) bool, whether the draft was made in advance; None: there is no draft
+        )
         self.cache = DynamicCache()
         # Drafts may reach further than the model can count; what is there is never accepted.
         self.last_place = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - 1
@@ -83,6 +91,8 @@ class LosslessDecoder:
         """Decodes all rows to their end."""
         recorder = Recorder(self.settings, on_step)
         with AdapterSwitch(self.model) as self.switch:
+            if self.settings.draft_outcomes is None and not self.settings.temperature:
+                self.schedule = schedule_of(self.model, self.block_length, self.switch)
             self._prefill()
             while self.rows.numel():
                 self._cycle()
@@ -91,8 +101,11 @@ class LosslessDecoder:
         output.accepted = torch.stack(self.accepted, -1)
         return output
 
-    def _outcomes(self) -> list[int]:
-        """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest or most frequent first."""
+    def _outcomes(self) -> list[int] | None:
+        """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest or most frequent first; None:
+        decode without a draft."""
+        if self.schedule is not None:
+            return self.schedule.choose(len(self.rows))
         wanted = self.settings.draft_outcomes
         if wanted is None:
             free = FREE_ROWS.get(self.canvas.device.type, FREE_ROWS["cpu"])
@@ -108,14 +121,15 @@ class LosslessDecoder:
     def _prefill(self) -> None:
         """The prompt, and the first drafts behind it."""
         ids, place = self.canvas[:, : self.prompt_length], (self.valid.cumsum(-1) - 1).clamp(min=0)
-        ends = [self.prompt_length] if self._outcomes() else []
+        outcomes = self._outcomes()
+        ends = [self.prompt_length] if outcomes else []
         logits = self._forward(ids, place, block_causal(self.valid.long(), 1), 1, ends)
         if ends:
             self.cache.crop(-self.block_length)
         self.token = self._pick(logits[:, :1], ORDER_STREAM, 0)[0][:, 0]
         self.accepted.append(torch.full_like(self.done, -1))
         stay = self._leave(torch.ones_like(self.rows, dtype=torch.bool))
-        if self.rows.numel():
+        if self.rows.numel() and outcomes is not None:
             self._draft(logits[stay][:, None, 1:], torch.full_like(self.rows, 0 if ends else -1))
 
     def _forward(
@@ -162,6 +176,7 @@ class LosslessDecoder:
     def _draft(self, drafts: torch.Tensor, chosen: torch.Tensor) -> None:
         """Takes the drafts (B, n, b - 1, V) of the outcome (B,) that came true, -1 = none; or makes them, knowing the token."""
         missing = chosen < 0
+        self.ahead = ~missing
         if not bool(missing.all()):
             logits = drafts[torch.arange(len(chosen), device=chosen.device), chosen.clamp(min=0)]
         if bool(missing.any()):
@@ -187,15 +202,19 @@ class LosslessDecoder:
         return sample(probs, self._noise(stream, logits.shape[1], first)), probs
 
     def _cycle(self) -> None:
-        """Verifies the draft, and drafts on from wherever it may end."""
-        b, outcomes = self.block_length, self._outcomes()
-        block = torch.cat([self.token[:, None], self.draft], -1)
-        rows = len(self.rows)
+        """Verifies the draft, and drafts on from wherever it may end; or adds the base's next token alone."""
+        outcomes, rows = self._outcomes(), len(self.rows)
+        if outcomes is None:
+            self.draft, self.ahead = self.canvas[self.rows, :0], None
+        elif self.ahead is None:
+            self._draft(self.canvas.new_empty(0), torch.full_like(self.rows, -1))
+        block, ends = torch.cat([self.token[:, None], self.draft], -1), [outcome + 1 for outcome in outcomes or ()]
+        b = block.shape[1]
         causal = torch.ones((b, b), dtype=torch.bool, device=block.device).tril()
         allowed = torch.cat([self.valid[:, None].expand(-1, b, -1), causal.expand(rows, -1, -1)], -1)
         place = self.length[:, None] + torch.arange(b, device=block.device)
-        logits = self._forward(block, place, allowed, b, [outcome + 1 for outcome in outcomes])
-        target, drafts = logits[:, :b], logits[:, b:].reshape(rows, len(outcomes), b - 1, logits.shape[-1])
+        logits = self._forward(block, place, allowed, b, ends)
+        target, drafts = logits[:, :b], logits[:, b:].view(rows, len(ends), self.block_length - 1, logits.shape[-1])
         if self.settings.temperature:
             noise = self._noise(MASK_STREAM, b - 1, 1), self._noise(ORDER_STREAM, b, 1)
             probs = warped(target, self.settings).softmax(-1)
@@ -205,16 +224,18 @@ class LosslessDecoder:
         self.accepted.append(torch.full_like(self.done, -1))
         unfinished = self._write(block, accepted + 1)
         most = int(accepted.max()) + 1
-        if dead := b + b * len(outcomes) - most:
+        if dead := b + self.block_length * len(ends) - most:
             self.cache.crop(-dead)
         kept = torch.arange(most, device=block.device) <= accepted[:, None]
         self.valid = torch.cat([self.valid, kept], -1)
         self.length, self.token = self.length + accepted + 1, token
         stay = self._leave(unfinished)
-        if not self.rows.numel():
+        if outcomes is None or not self.rows.numel():
             return
         accepted, drafts = accepted[stay], drafts[stay]
-        self.counts += torch.bincount(accepted, minlength=b)
+        self.counts += torch.bincount(accepted, minlength=self.block_length)
+        if self.schedule is not None:
+            self.schedule.learn(accepted.tolist(), self.ahead[stay].tolist())
         chosen = torch.full_like(accepted, -1)
         for number, outcome in enumerate(outcomes):
             chosen[accepted == outcome] = number

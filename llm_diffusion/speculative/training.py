@@ -14,7 +14,7 @@ from trl import SFTConfig
 
 from .. import UserError
 from ..models.patching import adapters_off, base_of, in_eval_mode
-from ..models.probing import BLOCK, CleanPrefix, probe_ids
+from ..models.probing import BLOCK, CleanPrefix, probe_ids, same_logits
 from ..models.record import DiffusionRecord
 from ..objective.attention_masks import additive, block_causal
 from .adapters import AdapterSwitch, check_adapters
@@ -162,7 +162,7 @@ def check_drafts(model: torch.nn.Module, mask_token_id: int, checkpointing: bool
             for parameter, value in zip(adapters, kept, strict=True):
                 parameter.copy_(value)
     others = torch.arange(want.shape[-1], device=want.device) != mask_token_id  # which is never predicted
-    if not (want - found)[..., others].abs().max() <= 0.01 * want[..., others].abs().max():
+    if not same_logits(found[..., others], want[..., others]):
         raise UserError(
             f"`attention`='lossless': the adapters of {name} act otherwise in decoding than in training; adapt linear layers that see "
             "every token, and no experts."

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_diffusion.objective.attention_masks import segments
-from llm_diffusion.objective.forward_process import behind_first, nothing_shown_behind
+from llm_diffusion.objective.forward_process import ForwardProcess, NoiseSettings, behind_first, nothing_shown_behind
+from llm_diffusion.objective.modes import Lossless
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 documents = st.lists(st.integers(1, 6), min_size=1, max_size=4)
@@ -43,3 +44,17 @@ def test_what_stands_before_and_behind_in_the_same_segment(lengths: list[int], m
     assert nothing_shown_behind(marked, ids)[0].tolist() == behind
     # A segment without a mark has nothing to stand behind.
     assert behind_first(marked, ids)[0].tolist() == before, index
+
+
+def test_weights_of_a_draft_fall_with_the_place_in_its_block():
+    batch = {"input_ids": torch.arange(5, 45)[None].repeat(3, 1), "attention_mask": torch.ones(3, 40, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"].masked_fill(torch.arange(40) < 9, -100)
+    process = ForwardProcess(Lossless(block_length=8), 63, NoiseSettings(full_mask_share=1.0, draft_decay=0.5))
+    found = process.corrupt(batch, seed=0, step=0, rows=torch.arange(3), n_rows=3)
+    for row in range(3):
+        at = found["targets"][row] != -100
+        tokens, weights = found["tokens"][row][at].tolist(), found["weights"][row][at].tolist()
+        places = {token % 8 for token in tokens}
+        assert len(places) == 7  # the block's first token is never drafted
+        (first,) = set(range(8)) - places
+        assert weights == [0.5 ** ((token - first) % 8 - 1) for token in tokens]

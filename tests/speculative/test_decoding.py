@@ -19,9 +19,11 @@ from transformers import (
 
 from llm_diffusion.generation.canvas import fill_masks
 from llm_diffusion.generation.generate import _settings, generate, generate_autoregressive
+from llm_diffusion.models.forward import forward_state
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.speculative.adapters import AdapterSwitch
 from llm_diffusion.speculative.decoding import LosslessDecoder
+from llm_diffusion.speculative.schedule import ROWS, DraftSchedule, PassCosts
 from llm_diffusion.speculative.training import check_drafts
 
 EOS, PAD, MASK = 2, 0, 63
@@ -298,3 +300,29 @@ def test_drafts_in_progress_are_streamed(random_llama) -> None:
     assert left == sorted(left, reverse=True) and left[-1] == 0
     for draft in streamer.drafts:  # what is written stays; finished blocks are no drafts any more
         assert torch.equal(draft[draft != MASK], output[:, -draft.shape[1] :][draft != MASK])
+
+
+@pytest.mark.parametrize("costs", [PassCosts((1, 80), (1.0, 1.0)), PassCosts((1, 80), (1.0, 80.0))])
+def test_the_text_is_the_base_s_whatever_passes_cost(random_llama, costs):
+    model = drafter(random_llama(vocab_size=64), 4, 0.05)
+    ids, mask = prompts()
+    common = {"max_new_tokens": 20, "eos_token_id": EOS, "pad_token_id": PAD}
+    base = model.get_base_model()
+    key = base.device, base.dtype, torch.get_num_threads(), 4
+    forward_state(base).draft_schedule = key, DraftSchedule(4, costs)
+    found = generate(model, ids, mask, return_dict_in_generate=True, **common)
+    assert torch.equal(
+        found.sequences, generate_autoregressive(model, ids, attention_mask=mask, do_sample=False, **common)
+    )
+    if costs(80) > 1:
+        assert int(found.accepted.max()) <= 2  # no draft was tried; the last token comes with the one before it
+
+
+def test_costs_are_measured_once_and_grow_with_the_rows(random_llama):
+    model = drafter(random_llama(vocab_size=64), 4, 0.05)
+    generate(model, prompts()[0][:1], max_new_tokens=4)
+    first = forward_state(model).draft_schedule
+    generate(model, prompts()[0][:1], max_new_tokens=4)
+    assert forward_state(model).draft_schedule is first
+    costs = first[1].costs
+    assert costs.rows == ROWS and list(costs.seconds) == sorted(costs.seconds) and costs.seconds[0] > 0

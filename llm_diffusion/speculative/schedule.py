@@ -1,0 +1,143 @@
+"""How much to draft ahead, from what a pass costs on this machine and how far drafts were right so far.
+
+With b tokens a block, a pass over b (1 + k) rows verifies one draft and makes the next for k places where it may end; when it ends elsewhere,
+a pass over b rows drafts again. A pass of one row decodes without any draft.
+
+    rows of a pass      seconds, measured      tokens it yields
+    1                   C(1)                   1
+    b (1 + k)           C(b (1 + k)) + miss C(b)      what drafts yielded so far, made ahead or knowing the token before them
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from transformers import DynamicCache
+
+from ..models.forward import forward_state
+from ..models.patching import base_of
+from .adapters import AdapterSwitch
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 4, 8, 16, 24, 32, 48, 72)  # of the passes that are timed
+CONTEXT, REPEATS = 64, 3
+REST = 64  # tokens decoded without drafts before the next one is tried
+MEMORY = 256  # outcomes after which older ones count half
+PRIOR = 4.0  # outcomes that the first guess counts for
+
+
+@dataclass
+class PassCosts:
+    """Seconds of a pass over some rows, between and beyond the measured ones along a line."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, rows: int) -> float:
+        at = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        (low, high), (first, last) = self.rows[at - 1 : at + 1], self.seconds[at - 1 : at + 1]
+        return first + (last - first) * (rows - low) / (high - low)
+
+
+@torch.no_grad()
+def measure_costs(model: torch.nn.Module, switch: AdapterSwitch) -> PassCosts:
+    """Times passes behind a short prefix, with the adapters on but for a single row; takes about as long as thirty of them."""
+    base, cache, seconds = base_of(model), DynamicCache(), []
+
+    def run(rows: int, **options: object) -> float:
+        ids = torch.ones((1, rows), dtype=torch.long, device=base.device)
+        start = time.perf_counter()
+        place = torch.zeros_like(ids)  # models with learned positions may have few
+        logits = base(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True, **options).logits
+        logits[0, -1, 0].item()  # waits for a GPU
+        return time.perf_counter() - start
+
+    switch.first = None
+    run(CONTEXT, logits_to_keep=1)
+    for rows in ROWS:
+        switch.first, times = None if rows == 1 else 0, []
+        for _ in range(REPEATS):
+            times.append(run(rows, logits_to_keep=rows))
+            cache.crop(-rows)
+        seconds.append(min(times))
+    return PassCosts(ROWS, tuple(accumulate(seconds, max)))  # more rows never cost less: what looks so is noise
+
+
+def schedule_of(model: torch.nn.Module, block_length: int, switch: AdapterSwitch) -> DraftSchedule:
+    """The schedule of a model, made when it first decodes on this device, in this type and with as many threads."""
+    state, base = forward_state(model), base_of(model)
+    key = base.device, base.dtype, torch.get_num_threads(), block_length
+    if state.draft_schedule is None or state.draft_schedule[0] != key:
+        state.draft_schedule = key, DraftSchedule(block_length, measure_costs(model, switch))
+    return state.draft_schedule[1]
+
+
+@dataclass
+class DraftSchedule:
+    """Chooses what the next cycle does; kept with the model, so that it learns over calls.
+
+    Args:
+        block_length: b.
+        costs: of passes on this machine.
+    """
+
+    block_length: int
+    costs: PassCosts
+    ends: list[float] = field(default_factory=list)  # how often drafts ended behind 0, …, b - 1 tokens
+    tokens: dict[bool, float] = field(default_factory=dict)  # yielded by drafts made ahead (True) and by others,
+    drafts: dict[bool, float] = field(default_factory=dict)  # and how many these were
+    resting: int = 0  # tokens left to decode without drafts
+    told: bool = False
+
+    def __post_init__(self) -> None:
+        b = self.block_length
+        self.ends = self.ends or [PRIOR / b] * b
+        self.drafts = self.drafts or {True: PRIOR, False: PRIOR}
+        self.tokens = self.tokens or {ahead: PRIOR * (b + 1) / 2 for ahead in self.drafts}
+
+    def choose(self, texts: int) -> list[int] | None:
+        """For how many accepted tokens the next drafts are made ahead, the likeliest first; None: decode one token without a draft."""
+        if self.resting > 0:
+            self.resting -= 1
+            return None
+        likely = sorted(range(self.block_length), key=lambda place: -self.ends[place])
+        rates = [self.rate(likely[:n], texts) for n in range(self.block_length + 1)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        if rates[best] >= 1 / self.costs(texts):
+            return likely[:best]
+        self.resting = REST
+        if not self.told:
+            self.told = True
+            logger.info(
+                "drafts yield %.2f tokens, too few for what passes cost here: decoding without them, and trying again every %d tokens",
+                self.tokens[False] / self.drafts[False],
+                REST,
+            )
+        return None
+
+    def rate(self, places: list[int], texts: int) -> float:
+        """Tokens a second of each of `texts`, when drafts are made ahead for these places."""
+        b, hit = self.block_length, sum(self.ends[place] for place in places) / sum(self.ends)
+        ahead, behind = (self.tokens[kind] / self.drafts[kind] for kind in (True, False))
+        again = 1 - hit**texts if places else 1.0  # one text that misses takes a pass
+        seconds = self.costs(texts * b * (1 + len(places))) + again * self.costs(texts * b)
+        return (hit * ahead + (1 - hit) * behind) / seconds
+
+    def learn(self, accepted: list[int], ahead: list[bool]) -> None:
+        """Of every text how many drafted tokens were right, and whether the draft was made ahead."""
+        for right, kind in zip(accepted, ahead, strict=True):
+            self.ends[right] += 1
+            self.tokens[kind] += right + 1
+            self.drafts[kind] += 1
+        if sum(self.ends) > MEMORY:
+            self.ends = [count / 2 for count in self.ends]
+        for kind in self.drafts:
+            if self.drafts[kind] > MEMORY:
+                self.tokens[kind] /= 2
+                self.drafts[kind] /= 2

@@ -1,0 +1,49 @@
+"""What is drafted ahead, against a simulation of cycles, and decoding without drafts where they do not pay."""
+
+import random
+
+import pytest
+
+from llm_diffusion.speculative.schedule import REST, DraftSchedule, PassCosts
+
+FLAT = PassCosts((1, 80), (1.0, 1.0))
+STEEP = PassCosts((1, 80), (1.0, 80.0))
+
+
+def test_costs_between_and_beyond_what_was_measured():
+    costs = PassCosts((1, 8, 16), (1.0, 2.0, 4.0))
+    assert [costs(rows) for rows in (1, 8, 12, 16, 32)] == [1.0, 2.0, 3.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_rate_is_that_of_simulated_cycles(texts):
+    costs, rng = PassCosts((1, 8, 80), (1.0, 1.2, 3.0)), random.Random(0)
+    schedule = DraftSchedule(4, costs, ends=[4.0, 1.0, 2.0, 3.0])
+    schedule.tokens, schedule.drafts = {True: 25.0, False: 32.0}, {True: 10.0, False: 10.0}
+    places, cycles, tokens, seconds = [0, 3], 40_000, 0.0, 0.0
+    for _ in range(cycles):
+        ended = rng.choices(range(4), schedule.ends, k=texts)
+        seconds += costs(texts * 4 * 3) + (costs(texts * 4) if any(place not in places for place in ended) else 0)
+        tokens += sum(2.5 if place in places else 3.2 for place in ended) / texts
+    assert schedule.rate(places, texts) == pytest.approx(tokens / seconds, rel=0.01)
+
+
+def test_free_passes_are_drafted_ahead_for_every_place_and_dear_ones_not_at_all():
+    assert sorted(DraftSchedule(4, FLAT).choose(1)) == [0, 1, 2, 3]
+    schedule = DraftSchedule(4, STEEP)
+    assert [schedule.choose(1) for _ in range(REST + 1)] == [None] * (REST + 1)
+    assert schedule.resting == 0
+
+
+def test_it_learns_that_drafts_are_never_right_and_tries_again():
+    schedule = DraftSchedule(8, PassCosts((1, 2, 80), (1.0, 1.5, 1.5)))
+    cycles = 0
+    while schedule.choose(1) is not None and cycles < 200:
+        schedule.learn([0], [True])
+        schedule.learn([0], [False])
+        cycles += 1
+    assert cycles < 50  # one token for more than one pass does not pay
+    for _ in range(REST):
+        assert schedule.choose(1) is None
+    schedule.learn([7] * 60, [True] * 30 + [False] * 30)
+    assert schedule.choose(1)
