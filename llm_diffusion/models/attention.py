@@ -16,13 +16,14 @@ under gradient checkpointing, because the recomputation runs outside of it. Slid
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
+from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from .. import UserError
@@ -177,43 +178,27 @@ def patch_sdpa(patch: Patch, model: PreTrainedModel) -> None:
 def _bidirectional_forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     # Gradient checkpointing runs this again: the recomputation is bidirectional too.
     state = self.diffusion_forward
-    if state.causal_ratio is None:
-        return state.original(*args, **kwargs)
-    with BidirectionalSDPA():
+    with nullcontext() if state.causal_ratio is None else BidirectionalSDPA():
         return state.original(*args, **kwargs)
 
 
 class _Spy(TorchFunctionMode):
-    """Calls `found` at every `scaled_dot_product_attention`."""
+    """Notes the innermost of the `running` modules at every `scaled_dot_product_attention`."""
 
-    def __init__(self, found: Callable[[], None]) -> None:
+    def __init__(self, running: ModuleTracker) -> None:
         super().__init__()
-        self.found = found
+        self.running, self.found = running, set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         if func is scaled_dot_product_attention:
-            self.found()
+            self.found.add(max(self.running.parents, key=len))
         return func(*args, **(kwargs or {}))
 
 
 def _callers_of_sdpa(model: PreTrainedModel) -> list[torch.nn.Module]:
-    running: list[torch.nn.Module] = []
-    callers: dict[torch.nn.Module, None] = {}
-
-    def finished(*_: Any) -> None:
-        running.pop()
-
-    hooks = [
-        torch.nn.modules.module.register_module_forward_pre_hook(lambda module, _: running.append(module)),
-        torch.nn.modules.module.register_module_forward_hook(finished),
-    ]
-    try:
-        with _Spy(lambda: callers.setdefault(running[-1])):
-            attention_pattern(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return list(callers)
+    with ModuleTracker() as running, _Spy(running) as spy:
+        attention_pattern(model)
+    return [model.get_submodule(name.partition(".")[2]) for name in spy.found]  # the first part is the model's class
 
 
 # -- which mechanism works

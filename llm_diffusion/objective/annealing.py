@@ -114,14 +114,10 @@ class Annealing:
             seed: of the stochastic masks.
             longest: length of the longest text there may be, which growing blocks end at.
         """
-        ratio = self.causal_ratio(step)
+        ratio, over = self.causal_ratio(step), step >= self.total_steps
         if self.grows_blocks:
-            return (
-                additive(block_causal(document_ids, self.block_length(step, longest)))
-                if step < self.total_steps
-                else None
-            )
-        if self.settings.annealing == "soft" or step >= self.total_steps:
+            return None if over else additive(block_causal(document_ids, self.block_length(step, longest)))
+        if over or self.settings.annealing == "soft":
             return annealed(document_ids, ratio) if ratio else None
         return additive(stochastic(document_ids, ratio, seed, step))
 

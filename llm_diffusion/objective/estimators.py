@@ -85,12 +85,12 @@ def draw(
     if not len(segment_ids):
         return torch.zeros(replicates, 0, dtype=torch.bool), torch.zeros(replicates, 0, dtype=torch.float64)
     position, keys = torch.arange(len(segment_ids)), torch.tensor(key)
-    sizes = (segment_ids[:, None] == segment_ids).sum(-1)
+    whole = torch.ones(n_samples, len(segment_ids), dtype=torch.bool)
     if estimator in ("any_order", "left_to_right"):
-        order = torch.arange(n_samples)[:, None]
-        noise = uniform(seed, keys, order, position, ORDER_STREAM)
-        rank = _ranks(noise if estimator == "any_order" else position[None] / len(segment_ids), segment_ids)[:, None]
-        steps = int(sizes.max())
+        noise = uniform(seed, keys, torch.arange(n_samples)[:, None], position, ORDER_STREAM)
+        noise = noise if estimator == "any_order" else (position / len(segment_ids)).expand_as(noise)
+        rank, sizes = ranks(noise, whole, segment_ids.expand_as(noise))
+        rank, steps = rank[:, None], int(sizes.max())
         step = torch.arange(steps)[:, None]
         return (rank >= step).flatten(0, 1), steps * (rank == step).flatten(0, 1).double()
     sample, size = torch.arange(n_samples)[:, None], n_samples // replicates
@@ -105,15 +105,10 @@ def draw(
     if estimator in ("uniform", "stratified"):
         masked = noise < level
         return masked, masked / level
+    rank, sizes = ranks(noise, whole, segment_ids.expand_as(noise))
     count = (level * sizes).ceil()
-    masked = _ranks(noise, segment_ids) < count
+    masked = rank < count
     return masked, masked * sizes / count
-
-
-def _ranks(noise: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
-    """Place of every token among those of its segment_ids, sorted by noise in [0, 1): (D, n), (n,) -> (D, n)."""
-    order = (segment_ids + noise.double()).argsort(-1).argsort(-1)
-    return order - (segment_ids < segment_ids[:, None]).sum(-1)
 
 
 def share_masked(masked: torch.Tensor, segment_ids: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

@@ -83,12 +83,11 @@ class Bidirectional:
             inputs["attention_mask"] = additive(bidirectional(document_ids))
             inputs["position_ids"] = positions(document_ids).clamp(min=0)
         targets = self.align(rows.input_ids.masked_fill(~rows.masked, IGNORE_INDEX), IGNORE_INDEX)
+        # A hidden state of padding predicts nothing.
         return {
             "inputs": inputs,
             "noise_levels": rows.probability,
-            "targets": targets.masked_fill(
-                document_ids == 0, IGNORE_INDEX
-            ),  # a hidden state of padding predicts nothing
+            "targets": targets.masked_fill(document_ids == 0, IGNORE_INDEX),
             "weights": self.align(rows.weights, 0.0),
             "extra_weights": self.align(rows.extra_weights, 0.0),
             "levels": self.align(rows.probability, 0.0),

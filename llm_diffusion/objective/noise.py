@@ -141,9 +141,8 @@ def ranks(noise: torch.Tensor, maskable: torch.Tensor, segment_ids: torch.Tensor
     parts = segment_ids.gather(-1, order)
     first = torch.nn.functional.pad(parts[:, 1:] != parts[:, :-1], (1, 0), value=True)
     rank = torch.zeros_like(segment_ids).scatter(-1, order, index - torch.where(first, index, 0).cummax(-1).values)
-    return rank, torch.zeros_like(segment_ids).scatter_add(-1, segment_ids, maskable.long()).gather(
-        -1, segment_ids
-    ).clamp(min=1)
+    sizes = torch.zeros_like(segment_ids).scatter_add(-1, segment_ids, maskable.long())
+    return rank, sizes.gather(-1, segment_ids).clamp(min=1)
 
 
 def draw_exact_mask(
