@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from ..analysis import PAGED, ModelMemory, TrainingSetup
+from ..data.tokens import Tokenising
 from ..models.patching import base_of
 from ..models.record import model_card, record_of, save_custom_generate, save_generation_config, save_record
-from .preparation import has_converted_weights
+from .preparation import dataset_field, has_converted_weights
 
 UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is written
 
@@ -39,6 +40,28 @@ class DiffusionTrainerMixin:
     """Goes before a trainer of TRL in the bases of a class."""
 
     _saving = False
+
+    def _tokenised(self, gate: Callable, dataset: Any, tokenizer: Any, args: Any, name: str, **how: Any) -> Any:
+        """A dataset through `tokenised` or `tokenised_pairs`, once a machine; `how`: of `Tokenising`."""
+        self._tallies = getattr(self, "_tallies", [])
+        field, rules = dataset_field(name), Tokenising.of(tokenizer, args, **how)
+        with args.main_process_first(desc=f"preparing {field}"):
+            return gate(dataset, rules, field, self._tallies, args.dataset_num_proc)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As there; says what streams have lost by then, which of other datasets is known before the first step."""
+        result = super().train(*args, **kwargs)
+        self._report_streams()
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        self._report_streams()
+        return output
+
+    def _report_streams(self) -> None:
+        for tally in getattr(self, "_tallies", []):
+            tally.report()
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
