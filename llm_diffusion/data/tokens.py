@@ -57,16 +57,15 @@ class Tokenising:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, args: Any, **options: Any) -> Tokenising:
-        """From the arguments of a trainer."""
-        return cls(
-            tokenizer,
-            text_field=getattr(args, "dataset_text_field", "text"),
-            max_length=args.max_length,
-            keep_end=args.truncation_mode == "keep_end",
-            completion_only=getattr(args, "completion_only_loss", None),
-            assistant_only=getattr(args, "assistant_only_loss", False),
-            **options,
-        )
+        """From the arguments of a trainer; `options` win."""
+        given = {
+            "text_field": getattr(args, "dataset_text_field", "text"),
+            "max_length": args.max_length,
+            "keep_end": args.truncation_mode == "keep_end",
+            "completion_only": getattr(args, "completion_only_loss", None),
+            "assistant_only": getattr(args, "assistant_only_loss", False),
+        }
+        return cls(tokenizer, **{**given, **options})
 
 
 # -- one row
@@ -275,6 +274,10 @@ def tokenised(
     columns = _columns(dataset := read_dataset(dataset, name))
     if "seq_lengths" in columns:
         return dataset
+    if how.formatting_func is not None and how.completion_only:
+        raise UserError(
+            "`formatting_func` makes one text of a row, without an answer for `completion_only_loss`; leave one out."
+        )
     form = form_of(columns, how.text_field)
     if form is None and how.formatting_func is None:
         raise UserError(f"`{name}` has the columns {columns}; one of {SHAPES} is needed.")

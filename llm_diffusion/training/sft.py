@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import UserError
 from ..data.tokens import tokenised
@@ -47,7 +45,7 @@ from .preparation import (
     read_datasets,
 )
 from .scoring import Scores, by_level, metric_values, score, score_drafts
-from .trainer import DiffusionTrainerMixin, numbered_rows, out_of_memory
+from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +93,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         peft_config = prepare_model(model, processing_class, peft_config, args)
         self.diffusion_collator = make_collator(processing_class, model, args)
         self._mode = self.diffusion_collator.record.mode
-        if formatting_func is not None and args.completion_only_loss:
-            raise UserError(
-                "`formatting_func` makes one text of a row, in which `completion_only_loss` finds no answer; leave one of them out."
-            )
         # What `_prepare_dataset` needs, which TRL calls before it returns.
         self._formatting, self._ends_of = formatting_func, base_of(model)
         train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
@@ -117,7 +111,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self.data_collator = self.diffusion_collator
         if self._mode.drafts:
             ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
-        self._read_special_tokens()
         set_end_tokens(model, processing_class)
         self._start = {"conversion_steps": 0, "training_tokens": 0}  # before this run
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
@@ -126,32 +119,24 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         train_rows_alone(self.model)
         add_row_scores(self.model)
 
-    def _read_special_tokens(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """TRL may have changed the tokenizer (`eos_token`, `chat_template_path`)."""
-        tokenizer = tokenizer or self.processing_class
-        self.diffusion_collator.eos_token_id = tuple(end_token_ids(self._ends_of, tokenizer))
-        self.diffusion_collator.pad_token_id = tokenizer.pad_token_id
-
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         """Every set that is trained on or evaluated passes here; TRL itself packs and shuffles what comes out of the gate."""
-        self._read_special_tokens(processing_class)
         collator, kinds = self.diffusion_collator, (processing_class, args, dataset_name)
+        collator.eos_token_id = end_token_ids(self._ends_of, processing_class)  # TRL may have changed the template
         how = {"ends": collator.end_token_ids, "chat_template": self.chat_template, "formatting_func": self._formatting}
-        # Canvases before packing, or rows would outgrow what they were packed to.
-        dataset = self._tokenised(tokenised, dataset, *kinds, finish=collator.canvas if packing else None, **how)
-        if packing and args.packing_strategy == "bfd_split" and IGNORE_INDEX in next(iter(dataset))["labels"]:
+        splits = packing and args.packing_strategy == "bfd_split"
+        if packing:  # canvases before packing, or rows would outgrow what they were packed to
+            how |= {"finish": collator.canvas} | ({"max_length": None} if splits else {})
+        dataset = self._tokenised(tokenised, dataset, *kinds, **how)
+        if splits and IGNORE_INDEX in next(iter(dataset))["labels"]:
             raise UserError(
-                "`packing_strategy`: 'bfd_split' would tear answers from their prompts; use 'bfd', which cuts them."
+                "`packing_strategy`: 'bfd_split' tears answers from their prompts; use 'bfd', which cuts them."
             )
         whole = copy.copy(args)
         whole.max_length = args.max_length if packing else None  # cut already
         return super()._prepare_dataset(dataset, processing_class, whole, packing, None, dataset_name)
-
-    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
-        """TRL's check of masks that nobody would read, which it makes for its own collator alone."""
-        super()._reject_skip_prepare_without_labels(datasets, DataCollatorForLanguageModeling(pad_token_id=0))
 
     @property
     def _conversion_step(self) -> int:
@@ -211,17 +196,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         if self.args.normalization == "length":
             return (batch["attention_mask"] > 0).sum()
         return self._corrupt(batch, "train")["masked"].sum()
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As there; running out of memory says what helps."""
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
-                raise
-            raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
 
     def compute_loss(
         self,

@@ -21,7 +21,12 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
 OTHER_CALL = {"type": "function", "function": {"name": "look", "arguments": {"y": "z"}}}
 OTHER_TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "title": "t"}}}
 USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
-OTHER = [USER, {"role": "assistant", "content": "", "tool_calls": [OTHER_CALL]}, {"role": "tool", "content": "4"}, ANSWER]
+OTHER = [
+    USER,
+    {"role": "assistant", "content": "", "tool_calls": [OTHER_CALL]},
+    {"role": "tool", "content": "4"},
+    ANSWER,
+]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,9 @@ def in_form(turns, form, parts, tools):
     parts=st.booleans(),
     with_tools=st.booleans(),
 )
-def test_every_form_and_source_trains_the_same_tokens(tools, tmp_path_factory, turns, form, source, name, parts, with_tools):
+def test_every_form_and_source_trains_the_same_tokens(
+    tools, tmp_path_factory, turns, form, source, name, parts, with_tools
+):
     offered = [[TOOL], [OTHER_TOOL]] if with_tools else [None, None]
     rows = [in_form(chat, form, parts, tool) for chat, tool in zip((turns, OTHER), offered, strict=True)]
     folder = tmp_path_factory.getbasetemp()
@@ -108,7 +115,9 @@ def test_what_is_left_out_is_counted_in_one_line(tools, tmp_path, source, caplog
         tally.report()
     assert len(found) == 4 and all(len(row["input_ids"]) <= 40 for row in found)
     (line,) = [record.getMessage() for record in caplog.records if "of 8 rows" in record.getMessage()]
-    assert line.startswith("train_dataset: 4 of 8 rows: nothing left to train on after `max_length`=40; 1 of 8 rows: cut to")
+    assert line.startswith(
+        "train_dataset: 4 of 8 rows: nothing left to train on after `max_length`=40; 1 of 8 rows: cut to"
+    )
     assert line.endswith("columns not read: kind")
 
 
@@ -227,7 +236,10 @@ def test_what_is_no_dataset_is_refused(tools, data):
 
 
 def test_a_template_that_refuses_a_row_names_it(tools):
-    strict = with_template(tools, "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tools.chat_template)
+    strict = with_template(
+        tools,
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tools.chat_template,
+    )
     rows = [{"messages": [USER, ANSWER]}, {"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}]
     with pytest.raises(UserError, match="`messages` of row 1 is refused by the chat template .no system"):
         tokenised(rows, how(strict), "train_dataset")
@@ -336,7 +348,9 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_counted(tools, tmp_pa
 
     rows = [{"prompt": [USER], "chosen": answer(a), "rejected": answer("9")} for a in "567"]
     rows.append({"prompt": [USER], "chosen": [ANSWER], "rejected": answer("9")})
-    rows.append({"prompt": [{"role": "user", "content": "1 2 3 4 5 6 7 8 9 1"}], "chosen": [ANSWER], "rejected": answer("")})
+    rows.append(
+        {"prompt": [{"role": "user", "content": "1 2 3 4 5 6 7 8 9 1"}], "chosen": [ANSWER], "rejected": answer("")}
+    )
     tallies = []
     n = len(tools.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)) + 6
     found = list(tokenised_pairs(as_source(rows, source, tmp_path), how(tools, max_length=n), "train_dataset", tallies))
@@ -355,7 +369,10 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_counted(tools, tmp_pa
         ({"prompt": "a", "chosen": "b", "rejected": ""}, "`rejected` of row 0 is empty"),
         ({"prompt": "a", "chosen": None, "rejected": "b"}, "`chosen` of row 0 is empty"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "of row 0 are the same"),
-        ({"prompt": "a", "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "5"}]}, "`prompt` of row 0 is of another"),
+        (
+            {"prompt": "a", "chosen": [ANSWER], "rejected": [{**ANSWER, "content": "5"}]},
+            "`prompt` of row 0 is of another",
+        ),
         ({"chosen": "a", "rejected": [ANSWER]}, "`rejected` of row 0 is of another kind"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "images": ["x.png"]}, "`images` of row 0"),
         ({"chosen": "b"}, r"lacks \['rejected'\]"),

@@ -181,7 +181,14 @@ def test_an_end_token_of_its_own_ends_the_answer() -> None:
     says_end[[0, 1, 2], [2, 6, 6]] = 0.0  # end at 1, a word at 2 and at 6
     noisy = {"tokens": torch.arange(7)[None], "masked": keep, "weights": torch.ones(1, 7)}
     part = with_own_tokens(
-        {"input_ids": ids, "labels": labels}, noisy, says_end, keep, torch.tensor([True]), (0, 0, torch.arange(1)), 1, (2, 3)
+        {"input_ids": ids, "labels": labels},
+        noisy,
+        says_end,
+        keep,
+        torch.tensor([True]),
+        (0, 0, torch.arange(1)),
+        1,
+        (2, 3),
     )
     assert part["input_ids"].tolist() == [[7, 2, 2, 2, 7, 5, 6]]
 
