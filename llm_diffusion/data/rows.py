@@ -120,7 +120,7 @@ def _read_turn(turn: dict[str, Any], column: str, place: Place) -> dict[str, Any
         raise place.error(column, f"has a turn of the role {turn['role']!r}", f"the roles are {', '.join(ROLES)}")
     calls = [_read_call(call) for call in turn.pop("tool_calls", None) or []]
     content = _read_content(turn.get("content"), column, place)
-    if content is None and not calls:
+    if content is None and not calls and role != "tool":  # a tool may give nothing back
         raise place.error(column, f"has a turn of the role {role!r} without content", "a text is needed")
     return turn | {"role": role, "content": content or ""} | ({"tool_calls": calls} if calls else {})
 

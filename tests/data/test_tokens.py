@@ -281,6 +281,12 @@ def test_calls_as_json_and_tools_as_json_are_what_they_say(tools):
     assert one == other and '"arguments": {"x": 1}' in tools.decode(one["input_ids"])
 
 
+def test_a_tool_may_give_nothing_back(tools):
+    rows = [{"messages": [USER, {"role": "tool", "content": content}, ANSWER]} for content in (None, "")]
+    one, other = (next(iter(tokenised([row], how(tools), "train_dataset"))) for row in rows)
+    assert one == other
+
+
 def test_the_template_reads_the_keywords_of_the_row(tools):
     rows = [{"messages": [USER, ANSWER], "chat_template_kwargs": {"opening": "x"}}, {"messages": [USER, ANSWER]}]
     one, other = tokenised(Dataset.from_list(rows), how(tools), "train_dataset")
