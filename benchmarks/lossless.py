@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from trl import SFTConfig, SFTTrainer
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
-from llm_diffusion.data.datasets import as_prompt_completion
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.evaluation.answers import encode_prompts, evaluate_answers
 from llm_diffusion.generation.generate import generate
@@ -128,7 +127,7 @@ def train(rounds: int) -> list[Table]:
         sft = SFTTrainer(
             model,
             SFTConfig(folder, **common),
-            train_dataset=as_prompt_completion(rows),
+            train_dataset=rows,
             processing_class=tokenizer,
             peft_config=lora(),
         )

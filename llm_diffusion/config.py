@@ -251,7 +251,7 @@ def _read_nested(hp: HyperParameters) -> None:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-    from .models.conversion import TOKEN_IDS
+    from .models.special_tokens import TOKEN_IDS
 
     quantization = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
     for name, hints in (

@@ -34,14 +34,14 @@ from .evaluation.report import decoding, show_autoregressive, show_ends, show_jo
 from .generation.own_text import write_answers, write_prompts
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
-from .models.conversion import convert_to_diffusion, use_tokens
+from .models.conversion import convert_to_diffusion
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
+from .models.special_tokens import use_tokens
 from .objective.settings import user_settings
 from .reasoning.pairs import preference_pairs
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
-from .training.preparation import check_pairs
 from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -240,9 +240,7 @@ def load_data(hp: HyperParameters) -> Data:
     else:  # the data's answers beside wrong ones made from them
         found = preference_pairs(data.train, seed=hp.seed), preference_pairs(data.test, seed=hp.seed)
     logger.info(f"preferences: {len(found[0]):,} pairs to train on, {len(found[1]):,} held out")
-    # Checked now: the trainer is built when the phases before are done.
-    train, test = (check_pairs(pairs, "preference") for pairs in found)
-    data.pairs = train, first_rows(test, EVAL_ROWS)
+    data.pairs = found[0], first_rows(found[1], EVAL_ROWS)
     return data
 
 

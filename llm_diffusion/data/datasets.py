@@ -1,16 +1,24 @@
-"""Datasets by name, folder or file, in the shapes that TRL's trainers take: a train and a test split, or one clear error.
+"""Datasets by name, folder or file: a train and a test split, or one clear error that names the row of the file.
 
-Tokenising, chat templates, truncation and label masks are left to TRL.
+Rows are read here once, to find what is wrong before anything long begins; the trainers tokenise them (`tokens`).
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .. import UserError
+from .rows import SHAPES, Place, form_of, prompt_and_answer, read_pair, read_row, split_row
 from .tiny import tiny_dataset
+from .tokens import check_pair_columns
+
+logger = logging.getLogger(__name__)
 
 DEBUG_EXAMPLES = 100
 # For tokenizers without a chat template of their own (Phi-2, GPT-2); ends an answer with the end token.
@@ -40,12 +48,8 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
     splits = load_any(name)
     if "train" not in splits:
         raise UserError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
-    if "text" in splits["train"].column_names:
-        splits = splits.filter(_has_text)
     _check_columns(splits["train"], name)
-    if "messages" in splits["train"].column_names:
-        _check_turns(splits["train"][0]["messages"], 0)
-    return _held_out(splits, name, test_size, seed, limit)
+    return _held_out(_checked(splits, name, "dataset", _is_example), name, test_size, seed, limit)
 
 
 def load_preference_splits(
@@ -60,14 +64,35 @@ def load_preference_splits(
         splits = load_any(name)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(str(error).replace("`dataset`", "`preference_dataset`")) from error
-    train = splits.get("train")
-    if train is None or len(train) == 0 or not {"chosen", "rejected"} <= set(train.column_names):
-        found = "no split `train`" if train is None else f"{len(train)} rows of the columns {train.column_names}"
-        wanted = (
-            "pairs with `chosen` and `rejected`, and a `prompt` of their own or as their common beginning, are needed"
-        )
-        raise UserError(f"`preference_dataset`: {name!r} has {found}; {wanted}.")
-    return _held_out(splits, name, test_size, seed, limit)
+    if len(splits.get("train", ())) == 0:
+        raise UserError(f"`preference_dataset`: {name!r} has no row in a split `train`.")
+    check_pair_columns(splits["train"].column_names, "preference_dataset")
+    return _held_out(_checked(splits, name, "preference_dataset", _is_pair), name, test_size, seed, limit)
+
+
+def _checked(splits: DatasetDict, name: str, field: str, is_usable: Callable[..., bool]) -> DatasetDict:
+    """The splits without rows that hold nothing; the others can be read. Before any is shuffled: rows have their numbers of the file."""
+    used = {split: splits[split] for split in ("train", "test", "validation") if split in splits}
+    for split, rows in used.items():
+        used[split] = rows.filter(is_usable, with_indices=True, fn_kwargs={"field": field})
+        if (left := len(used[split])) < len(rows):
+            logger.warning("%s, split %s: %d of %d rows: no text", name, split, len(rows) - left, len(rows))
+    if len(used["train"]) == 0:
+        raise UserError(f"`{field}`: {name!r} is empty.")
+    return DatasetDict(used)
+
+
+def _is_example(example: dict[str, Any], row: int, field: str) -> bool:
+    """Whether a row holds something. UserError: it cannot be read."""
+    form, place = form_of(example), Place(field, row)
+    read = read_row(example, form, place)
+    if "text" in read or "input_ids" in read:
+        return bool(read.get("text", "-").strip())
+    return bool(split_row(read, form, place))
+
+
+def _is_pair(example: dict[str, Any], row: int, field: str) -> bool:
+    return bool(read_pair(example, Place(field, row)))
 
 
 def _held_out(
@@ -97,30 +122,24 @@ def load_examples(name: str, limit: int | None = None) -> list[dict]:
     splits = load_any(name)
     rows = splits.get("test") or splits.get("validation") or next(iter(splits.values()))
     _check_columns(rows, name)
-    examples = [row for row in _first(rows, limit) if _has_text(row)]
+    usable = (row for number, row in enumerate(rows) if _can_be_asked(row, Place("dataset", number)))
+    examples = list(itertools.islice(usable, limit))
     if not examples:
         raise UserError(f"`dataset`: {name!r} is empty.")
     return examples
 
 
-def _check_turns(turns: list[dict], row: int) -> None:
-    for turn in turns:
-        if not {"role", "content"} <= set(turn):
-            raise UserError(f"`dataset`: row {row} has a turn with {sorted(turn)}; `role` and `content` are needed.")
-
-
-def _has_text(row: dict) -> bool:
-    """False for blank lines and empty texts."""
-    return "text" not in row or bool((row["text"] or "").strip())
+def _can_be_asked(example: dict[str, Any], place: Place) -> bool:
+    """Whether a row is no blank text. UserError: there is no prompt with an answer in it."""
+    prompt, answer, _ = prompt_and_answer(example, place)
+    return not isinstance(prompt, str) or bool((prompt + str(answer)).strip())
 
 
 def _check_columns(dataset: Dataset, name: str) -> None:
     if len(dataset) == 0:
         raise UserError(f"`dataset`: {name!r} is empty.")
-    found = set(dataset.column_names)
-    if not found & {"messages", "text", "input_ids"} and not {"prompt", "completion"} <= found:
-        wanted = "`messages`, `prompt` with `completion`, `text` or `input_ids` (`llm-diffusion prepare-data`)"
-        raise UserError(f"`dataset`: {name!r} has the columns {dataset.column_names}; one of {wanted} is needed.")
+    if form_of(dataset.column_names) is None:
+        raise UserError(f"`dataset`: {name!r} has the columns {dataset.column_names}; one of {SHAPES} is needed.")
 
 
 def load_any(name: str, configuration: str | None = None) -> DatasetDict:
@@ -163,25 +182,3 @@ def _load(name: str, *args: str, **options: object) -> DatasetDict:
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
-
-
-def as_prompt_completion(dataset: Dataset) -> Dataset:
-    """`messages` -> `prompt` (all turns but the last) and `completion` (the last): the prompt stays clean in training.
-
-    Raises:
-        ValueError: a conversation does not end with a non-blank assistant turn.
-    """
-    if "messages" not in dataset.column_names:
-        return dataset
-
-    def split(example: dict, row: int) -> dict:
-        turns = example["messages"] or [{"role": "no turn", "content": ""}]
-        _check_turns(turns, row)
-        *prompt, last = turns
-        if last["role"] != "assistant" or not (last["content"] or "").strip() or not prompt:
-            wanted = f"a prompt followed by a non-empty assistant turn, its last role is {last['role']!r}"
-            raise UserError(f"`dataset`: row {row} must be {wanted}.")
-        return {"prompt": prompt, "completion": [last]}
-
-    described = {"desc": "Splitting prompts from answers"} if isinstance(dataset, Dataset) else {}  # streams take none
-    return dataset.map(split, with_indices=True, remove_columns="messages", **described)

@@ -23,9 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
+from ..data.rows import CONVERSATIONS, Place, form_of, prompt_and_answer, read_row
 from ..generation.generate import generate, generate_autoregressive
 from ..models.patching import base_of
 from ..models.record import layered, record_of
+from ..models.special_tokens import end_token_ids, prompt_ids
+from ..objective.modes import IGNORE_INDEX
 from ..reasoning.pairs import labelled_answer
 from ..reasoning.problems import Problem, is_right, read_problem
 
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 BATCH_SIZE = 50
 LATENCY_PROMPTS = 4
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
-TRAINABLE = ({"messages"}, {"text"}, {"prompt", "completion"})
+SIDES = ("messages", "prompt", "completion")  # what reading a row may change
 
 
 # -- a model over many items
@@ -68,16 +71,10 @@ def over_processes(work: Callable[[list], list], items: Sequence, split: bool = 
 # -- prompts
 
 
-def prompt_and_reference(example: dict) -> tuple[str | list[dict], str]:
-    """The prompt (messages or text) and the reference answer of an example of any trainable shape."""
-    if "messages" in example:
-        return example["messages"][:-1], example["messages"][-1]["content"]
-    if isinstance(example.get("prompt"), list):
-        return example["prompt"], example["completion"][-1]["content"]
-    if "prompt" in example:
-        return example["prompt"], example["completion"]
-    half = len(example["text"]) // 2
-    return example["text"][:half], example["text"][half:]
+def prompt_and_reference(example: dict, row: int | None = None) -> tuple[str | list[dict], str]:
+    """The prompt (messages or text) and the reference answer of an example of any trainable shape; `row`: its number, for errors."""
+    prompt, answer, _ = prompt_and_answer(example, Place("examples", row))
+    return prompt, answer if isinstance(answer, str) else answer[-1]["content"]
 
 
 def question_of(example: dict) -> str:
@@ -91,24 +88,38 @@ def as_problem(record: dict) -> Problem:
     if set(record) >= {"text"} and "options" not in record:
         prompt, reference = prompt_and_reference(record)
         return Problem(({"role": "user", "content": prompt},), reference, "plain", reference, kind="all")
-    return read_problem(record)
+    return read_problem(as_example(record) if _is_trainable(record) else record)
 
 
-def as_example(record: dict) -> dict:
-    """A trainable shape of a record; those that have one stay as they are."""
-    trainable = any(columns <= set(record) for columns in TRAINABLE) and "options" not in record
-    return record if trainable else as_problem(record).example()
+def _is_trainable(record: dict) -> bool:
+    form = form_of(name for name, value in record.items() if value is not None)
+    return form not in (None, "input_ids") and "options" not in record
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]]) -> dict[str, torch.Tensor]:
-    """Left-padded batch of prompts; conversations through the chat template."""
-    ids = [
-        tokenizer(prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        for prompt in prompts
-    ]
-    return tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
+def as_example(record: dict, row: int | None = None) -> dict:
+    """A trainable shape of a record; those that have one stay as they are, but for conversations in ShareGPT's keys or in parts."""
+    if not _is_trainable(record):
+        return as_problem(record).example()
+    form = form_of(name for name, value in record.items() if value is not None)
+    read = read_row(record, form, Place("examples", row))
+    changed = {name: value for name, value in read.items() if name in SIDES and value != record.get(name)}
+    return record | changed if changed else record
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict] | dict]
+) -> dict[str, torch.Tensor]:
+    """Left-padded batch of prompts: text, conversations, or examples, which bring the tools that their template reads."""
+    return tokenizer.pad(
+        {"input_ids": [_prompt_ids(tokenizer, prompt) for prompt in prompts]}, padding_side="left", return_tensors="pt"
+    )
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict] | dict) -> list[int]:
+    template: dict[str, Any] = {}
+    if isinstance(prompt, dict):
+        prompt, _, template = prompt_and_answer(prompt, Place("examples"))
+    return prompt_ids(tokenizer, prompt, **template)
 
 
 # -- answers
@@ -153,31 +164,13 @@ def evaluate_answers(
         split: between all processes, each of which must call this and gets the whole report.
     """
 
-    def answered(batch: list[dict]) -> Iterable[tuple]:
-        """Of every answer its text, its tokens, whether it ended, its tokens per forward, and what verifications yielded."""
-        inputs = encode_prompts(tokenizer, [prompt_and_reference(e)[0] for e in batch]).to(base_of(model).device)
-        rates, accepted = [1.0] * len(batch), [[]] * len(batch)  # one token a forward
-        if autoregressive:
-            limit = settings.get("max_new_tokens", 128)
-            ids = generate_autoregressive(model, **inputs, max_new_tokens=limit, do_sample=False)
-        else:
-            output = generate(model, **inputs, **{**settings, "return_dict_in_generate": True})
-            ids, rates = output.sequences, output.tokens_per_forward.tolist()
-            if output.accepted is not None:
-                accepted = [row[row > 0].tolist() for row in output.accepted]
-        written = ids[:, inputs["input_ids"].shape[1] :]
-        ends = (written == tokenizer.eos_token_id).long()
-        tokens = (ends.cumsum(-1) - ends == 0).sum(-1).tolist()
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        return zip(texts, tokens, ends.any(-1).tolist(), rates, accepted, strict=True)
-
     def all_answered(mine: list[dict]) -> list[tuple]:
-        return [row for batch in in_batches(mine, BATCH_SIZE) for row in answered(batch)]
+        return _answered(model, tokenizer, mine, autoregressive, settings)
 
     started = time.perf_counter()
     rows = over_processes(all_answered, examples, split)
     seconds = time.perf_counter() - started
-    texts, tokens, ended, rates, accepted = zip(*rows, strict=True)
+    texts, ids, ended, rates, accepted = zip(*rows, strict=True)
     right = defaultdict(list)
     for example, text in zip(examples, texts, strict=True):
         right[example.get("kind", "all")].append(text.strip() == prompt_and_reference(example)[1].strip())
@@ -188,28 +181,58 @@ def evaluate_answers(
         ended=list(ended),
         accepted=dict(sorted(Counter(itertools.chain(*accepted)).items())),
         seconds=seconds,
-        tokens=list(tokens),
+        tokens=[len(answer) for answer in ids],
     )
+
+
+def _answered(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[dict],
+    autoregressive: bool,
+    settings: dict[str, Any],
+) -> list[tuple]:
+    """Of every answer its text, its tokens through the end, whether it ended, its tokens per forward, what verifications yielded."""
+    ends, rows = end_token_ids(model, tokenizer), []
+    stops = {"eos_token_id": ends} if ends else {}
+    for batch in in_batches(examples, BATCH_SIZE):
+        inputs = encode_prompts(tokenizer, batch).to(base_of(model).device)
+        rates, accepted = [1.0] * len(batch), [[]] * len(batch)  # one token a forward
+        if autoregressive:
+            limit = settings.get("max_new_tokens", 128)
+            ids = generate_autoregressive(model, **inputs, max_new_tokens=limit, do_sample=False, **stops)
+        else:
+            output = generate(model, **inputs, **{**stops, **settings, "return_dict_in_generate": True})
+            ids, rates = output.sequences, output.tokens_per_forward.tolist()
+            if output.accepted is not None:
+                accepted = [row[row > 0].tolist() for row in output.accepted]
+        written = ids[:, inputs["input_ids"].shape[1] :]
+        is_end = torch.isin(written, written.new_tensor(ends)).long()
+        lengths = (is_end.cumsum(-1) - is_end == 0).sum(-1).tolist()
+        through = [row[:length] for row, length in zip(written.tolist(), lengths, strict=True)]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        rows += zip(texts, through, is_end.any(-1).tolist(), rates, accepted, strict=True)
+    return rows
 
 
 def answered_by_base(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_new_tokens: int = 128
 ) -> Dataset:
-    """Chats, or prompts with completions, whose last answers are the AR base's own: what a drafter has to foresee."""
-    if not {"messages", "completion"} & set(dataset.column_names):
+    """Prompts of chats, or of prompts with completions, with the AR base's own answers: what a drafter has to foresee.
+
+    Returns:
+        rows of `input_ids` and `labels`: the very tokens that the base wrote, which a template might render otherwise.
+    """
+    if form_of(dataset.column_names) not in (*CONVERSATIONS, "completion"):
         columns = dataset.column_names
         raise UserError(f"`answers_from_base` needs chats or prompts with completions, got the columns {columns}.")
     rows, whole = list(dataset), []
-    report = evaluate_answers(model, tokenizer, rows, autoregressive=True, max_new_tokens=max_new_tokens)
-    for row, answer, ended in zip(rows, report.answers, report.ended, strict=True):
-        turn = {"role": "assistant", "content": answer}
-        if "messages" in row:
-            row["messages"] = [*row["messages"][:-1], turn]
-        else:
-            row["completion"] = [turn] if isinstance(row["completion"], list) else answer
-        if ended and answer.strip():  # an answer that was cut off would train a false end
-            whole.append(row)
-    unfinished = f"{len(rows) - len(whole)} of {len(rows)} answers are not over after {max_new_tokens} tokens"
+    answers = _answered(model, tokenizer, rows, True, {"max_new_tokens": max_new_tokens})
+    for row, (text, ids, ended, *_) in zip(rows, answers, strict=True):
+        if ended and text.strip():  # an answer that was cut off would train a false end
+            prompt = _prompt_ids(tokenizer, row)
+            whole.append({"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids})
+    unfinished = f"{len(rows) - len(whole)} of {len(rows)} answers are empty or not over after {max_new_tokens} tokens"
     if not whole:
         raise UserError(f"`answers_from_base`: {unfinished}; raise `generation.max_new_tokens`.")
     if len(whole) < len(rows):
@@ -327,7 +350,7 @@ def sweep(
         report = evaluate_answers(model, tokenizer, examples, **given)
         memory, times = torch.cuda.max_memory_allocated() if cuda else None, []
         for example in examples[:LATENCY_PROMPTS]:
-            batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
+            batch = encode_prompts(tokenizer, [example]).to(base_of(model).device)
             clock = _Clock(tokenizer.mask_token_id)
             if chosen is None:
                 generate_autoregressive(model, **batch, max_new_tokens=longest, do_sample=False, streamer=clock)

@@ -99,8 +99,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not (self.texts or self.examples or self.tasks):
             raise UserError("nothing to measure: give tasks, texts, or prompts with references.")
-        records, self.examples = self.examples, [as_example(record) for record in self.examples]
-        self.references = [prompt_and_reference(example)[1] for example in self.examples]
+        records, self.examples = self.examples, [as_example(record, row) for row, record in enumerate(self.examples)]
+        self.references = [prompt_and_reference(example, row)[1] for row, example in enumerate(self.examples)]
         check_references(self.references)  # before hours of answering
         self.problems = [as_problem(record) for record in records]
         self.harness = load_harness() if self.tasks else None

@@ -31,6 +31,7 @@ from ..generation.generate import generate, generate_autoregressive
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import record_of
+from ..models.special_tokens import end_token_ids, text_ids
 from .answers import over_processes, place
 from .likelihood import Row, autoregressive_rows, bound_rows, is_diffusion, window_length, windows
 from .tasks import LOCAL_TASKS, local_tasks, names_of
@@ -108,7 +109,7 @@ class DiffusionLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:  # a chat template may have written the BOS
             add_special_tokens = not (self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        return text_ids(self.tokenizer, string, add_special_tokens)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         turn = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
@@ -167,9 +168,11 @@ class DiffusionLM(TemplateLM):
     def _decode(self, prompts: list[Sequence[int]], settings: dict[str, Any]) -> list[list[int]]:
         batch = self.tokenizer.pad({"input_ids": list(map(list, prompts))}, padding_side="left", return_tensors="pt")
         inputs = {name: batch[name].to(base_of(self.model).device) for name in ("input_ids", "attention_mask")}
+        ends = end_token_ids(self.model, self.tokenizer)
+        settings = ({"eos_token_id": ends} if ends else {}) | settings
         if self.autoregressive:
             sampled = settings.get("temperature", 0.0) > 0
-            names = ("max_new_tokens", *(("temperature", "top_p", "top_k") if sampled else ()))
+            names = ("max_new_tokens", "eos_token_id", *(("temperature", "top_p", "top_k") if sampled else ()))
             chosen = {name: settings[name] for name in names if name in settings}
             ids = generate_autoregressive(self.model, **inputs, do_sample=sampled, **chosen)
         else:

@@ -27,6 +27,7 @@ from .. import UserError
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of, in_eval_mode
 from ..models.record import DiffusionRecord, record_of
+from ..models.special_tokens import prompt_ids, text_ids
 from ..objective.estimators import REPLICATES, check_estimator, draw, share_masked
 from ..objective.losses import token_nll
 from ..objective.modes import IGNORE_INDEX, align_with_readout
@@ -51,7 +52,7 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     """Texts, of which all but the first token is scored: it is context, as no causal model scores it."""
     if not texts:
         raise UserError("`texts` are empty: there is nothing to measure.")
-    rows = [Row(tuple(tokenizer(text)["input_ids"]), 1, number) for number, text in enumerate(texts)]
+    rows = [Row(tuple(text_ids(tokenizer, text)), 1, number) for number, text in enumerate(texts)]
     for row in rows:
         if len(row.ids) < 2:
             text = texts[row.text][:40]
@@ -62,11 +63,11 @@ def text_rows(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
 def pair_row(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], completion: str, number: int = 0) -> Row:
     """A prompt (text or messages) and the completion that is scored; blanks between the two belong to the completion."""
     if isinstance(prompt, str):
-        context = tokenizer(prompt.rstrip())["input_ids"]
-        ids = tokenizer(prompt + completion)["input_ids"]
+        context = prompt_ids(tokenizer, prompt.rstrip())
+        ids = text_ids(tokenizer, prompt + completion)
     else:
-        context = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-        ids = context + tokenizer(completion, add_special_tokens=False)["input_ids"]
+        context = prompt_ids(tokenizer, prompt)
+        ids = context + text_ids(tokenizer, completion, add_special_tokens=False)
     first = max(len(context), 1)  # without a prompt the first token is context
     if len(ids) <= first:
         raise UserError(f"`completion`: {completion!r} adds no token to its prompt, so there is nothing to score.")

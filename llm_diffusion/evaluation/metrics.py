@@ -21,6 +21,7 @@ from ..generation.generate import generate
 from ..generation.lengths import end_ids, end_probabilities, quantile_lengths
 from ..models.patching import base_of, in_eval_mode
 from ..models.sampling import BANNED
+from ..models.special_tokens import answer_end_id, end_token_ids
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
 from .answers import (
@@ -112,9 +113,11 @@ def reference_rows(tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict],
     """References behind their prompts, with the end token of the answer; rows that are too long keep their ends."""
     rows = []
     for number, example in enumerate(examples):
-        row = pair_row(tokenizer, *prompt_and_reference(example), number)
-        ids = (*row.ids, tokenizer.eos_token_id)[-max_length:]
-        rows.append(Row(ids, max(1, len(ids) - (len(row.ids) + 1 - row.first)), number))
+        prompt, reference = prompt_and_reference(example)
+        row, end = pair_row(tokenizer, prompt, reference, number), answer_end_id(tokenizer, prompt)
+        whole = row.ids if end is None else (*row.ids, end)
+        ids = whole[-max_length:]
+        rows.append(Row(ids, max(1, len(ids) - (len(whole) - row.first)), number))
     return rows
 
 
@@ -147,7 +150,7 @@ def denoising_trace(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, example: dict, settings: dict
 ) -> list[list[tuple[str, str]]]:
     """One answer after every step: words with their state, "mask", "new" (committed in this step) or "old"."""
-    batch = encode_prompts(tokenizer, [prompt_and_reference(example)[0]]).to(base_of(model).device)
+    batch = encode_prompts(tokenizer, [example]).to(base_of(model).device)
     start, mask = batch["input_ids"].shape[1], tokenizer.mask_token_id
     output = generate(model, **batch, **{**settings, "output_history": True, "return_dict_in_generate": True})
     steps, before = [], [mask] * (output.sequences.shape[1] - start)
@@ -222,12 +225,12 @@ def foresee_ends(
     lengths = torch.tensor([len(answers[i]) + 1 for i in kept])
     written = torch.tensor([answers[i] + [mask_id] * (canvas - len(answers[i])) for i in kept])
     noise = uniform(seed, torch.tensor(kept)[:, None], torch.arange(canvas))
-    settings = DiffusionGenerationConfig(eos_token_id=tokenizer.eos_token_id, mask_token_id=mask_id)
+    settings = DiffusionGenerationConfig(eos_token_id=end_token_ids(model, tokenizer), mask_token_id=mask_id)
     with in_eval_mode(model):
         for share in revealed:
             canvases, found = written.masked_fill(noise >= share, mask_id), []
             for rows in in_batches(range(len(kept)), BATCH_SIZE):
-                batch = encode_prompts(tokenizer, [pairs[kept[row]][0] for row in rows])
+                batch = encode_prompts(tokenizer, [examples[kept[row]] for row in rows])
                 ids = torch.cat([batch["input_ids"], canvases[rows]], -1).to(device)
                 mask = torch.nn.functional.pad(batch["attention_mask"], (0, canvas), value=1).to(device)
                 ends = end_ids(model, settings, device)

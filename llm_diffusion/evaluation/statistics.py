@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation.inference import DiffusionInference, continue_autoregressive
 from ..models.loading import autoregressive_base, load_autoregressive
+from ..models.special_tokens import prompt_ids
 from ..reasoning.problems import Problem, f1, is_right, read_problem
 from ..reasoning.worked_answers import equations, judge
 from .answers import evaluate_answers
@@ -251,7 +252,7 @@ def nll_per_token(
     """Nats a token that a causal model needs for the answers, prompts given; infinite if all answers are empty."""
     total, count = 0.0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        start = tokenizer(prompt)["input_ids"]
+        start = prompt_ids(tokenizer, prompt)
         ids = torch.tensor([start + tokenizer(answer, add_special_tokens=False)["input_ids"]], device=model.device)
         logits = model(input_ids=ids).logits[0, len(start) - 1 : -1].float()
         total += torch.nn.functional.cross_entropy(logits, ids[0, len(start) :], reduction="sum").item()

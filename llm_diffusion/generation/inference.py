@@ -10,12 +10,14 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import UserError
+from ..data.rows import Place, read_turns
 from ..models import smollm2
 from ..models.checkpoints import best_device
 from ..models.loading import load_diffusion_model
 from ..models.packing import has_fast_bfloat16
 from ..models.patching import base_of
 from ..models.record import layered, record_of
+from ..models.special_tokens import end_token_ids, prompt_ids, text_ids
 from .canvas import fill_masks
 from .config import DiffusionGenerationConfig, check_room, decoding_settings
 from .generate import generate
@@ -29,7 +31,7 @@ class DiffusionInference:
     Args:
         model: a converted model.
         mask_token_id: its mask token.
-        end_token_id: token that ends a row; None: rows end when no mask is left.
+        end_token_id: token that ends a row, or several; None: rows end when no mask is left.
         steps: denoising steps; None: none are set.
         tokenizer: needed by `generate`, `chat` and `infill`; `from_pretrained` brings it.
         settings: further ones of `UnmaskingSettings`; those of a call win over them.
@@ -44,7 +46,7 @@ class DiffusionInference:
         self,
         model: torch.nn.Module,
         mask_token_id: int,
-        end_token_id: int | None,
+        end_token_id: int | list[int] | None,
         steps: int | None = 10,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
@@ -82,7 +84,8 @@ class DiffusionInference:
             logger.warning("%r is converted but not trained yet: its answers mean nothing", name_or_path)
         chosen = decoding_settings(model, settings if steps is None else {**settings, "steps": steps})
         steps, _ = chosen.pop("steps", None), chosen.pop("mask_token_id")
-        return cls(model, tokenizer.mask_token_id, tokenizer.eos_token_id, steps, tokenizer, **chosen)
+        ends = end_token_ids(model, tokenizer) or None
+        return cls(model, tokenizer.mask_token_id, ends, steps, tokenizer, **chosen)
 
     @property
     def device(self) -> torch.device:
@@ -106,14 +109,21 @@ class DiffusionInference:
     def generate(self, prompts: list[str] | str, **settings: Any) -> list[str]:
         """Continues plain texts; returns the answers alone."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        return self._answer([self._tokenizer()(prompt)["input_ids"] for prompt in prompts], settings)
+        return self._answer([prompt_ids(self._tokenizer(), prompt) for prompt in prompts], settings)
 
-    def chat(self, messages: list[dict] | list[list[dict]], **settings: Any) -> str | list[str]:
-        """Answers one conversation (a list of messages) or several."""
+    def chat(
+        self,
+        messages: list[dict] | list[list[dict]],
+        tools: list[dict] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> str | list[str]:
+        """Answers one conversation (a list of messages) or several; `tools` and `chat_template_kwargs` are for the chat template."""
         several = bool(messages) and isinstance(messages[0], list)
+        template = (chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
         encoded = [
-            self._tokenizer().apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-            for conversation in (messages if several else [messages])
+            prompt_ids(self._tokenizer(), read_turns(turns, "messages", Place("chat", row)), **template)
+            for row, turns in enumerate(messages if several else [messages])
         ]
         answers = self._answer(encoded, settings)
         return answers if several else answers[0]
@@ -124,18 +134,19 @@ class DiffusionInference:
         infill("12<|mask|>45=57")    infill(["def add(a, b):", "return c"])
         """
         tokenizer = self._tokenizer()
+        ends = end_token_ids(self.model, tokenizer) or None
         # Text follows the gap: it cannot end there, and is seen from the start.
-        chosen = layered({**self.settings, "eos_token_id": None, "suppress_tokens": [tokenizer.eos_token_id]}, settings)
+        chosen = layered({**self.settings, "eos_token_id": None, "suppress_tokens": ends}, settings)
         config = DiffusionGenerationConfig(**{**chosen, **BOTH_SIDES})
         if not isinstance(text, str):
-            pieces = [tokenizer(piece, add_special_tokens=not i)["input_ids"] for i, piece in enumerate(text)]
+            pieces = [text_ids(tokenizer, piece, add_special_tokens=not i) for i, piece in enumerate(text)]
             gaps = fill_gaps(self.model, pieces, config, max_gap_length)
             ids = pieces[0] + [token for gap, piece in zip(gaps, pieces[1:], strict=True) for token in gap + piece]
             return tokenizer.decode(ids, skip_special_tokens=True)
-        encoded = tokenizer([text], return_tensors="pt").to(self.device)
-        if not (encoded["input_ids"] == self.settings["mask_token_id"]).any():
+        ids = torch.tensor([text_ids(tokenizer, text)], device=self.device)
+        if not (ids == self.settings["mask_token_id"]).any():
             raise UserError(f"`text`: no {tokenizer.mask_token} in it, so there is nothing to fill.")
-        filled = fill_masks(self.model, encoded["input_ids"], encoded["attention_mask"], config)
+        filled = fill_masks(self.model, ids, torch.ones_like(ids), config)
         return tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
@@ -163,7 +174,8 @@ def continue_autoregressive(
     check_autoregressive(settings)
     if not all(prompts):
         raise UserError(f"`prompts`: an empty one has nothing to continue; start with {tokenizer.eos_token!r} for one.")
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    settings = {"eos_token_id": end_token_ids(model, tokenizer) or None, **settings}
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(base_of(model).device)
     width = batch["input_ids"].shape[1]
     settings = {"max_new_tokens": 128, **settings}

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.patching import base_of
+from ..models.special_tokens import end_token_ids
 from ..objective.modes import IGNORE_INDEX
 from .generate import generate_autoregressive
 
@@ -49,7 +50,7 @@ def write_prompts(
     Raises:
         UserError: no chat template, or a model that does not write that many different prompts.
     """
-    before, behind = user_turn(tokenizer)
+    ends, (before, behind) = set(end_token_ids(model, tokenizer)), user_turn(tokenizer)
     start = tokenizer(before, add_special_tokens=False, return_tensors="pt").input_ids.to(base_of(model).device)
     found: dict[str, list[int]] = {}
     rounds = 10 + 4 * n // BATCH_SIZE
@@ -62,7 +63,7 @@ def write_prompts(
                 )[:, start.shape[1] :]
             for ids in written.tolist():
                 text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                if tokenizer.eos_token_id in ids[SHORTEST_PROMPT:] and text and len(found) < n:
+                if not ends.isdisjoint(ids[SHORTEST_PROMPT:]) and text and len(found) < n:
                     found.setdefault(
                         text.casefold(), tokenizer(before + text + behind, add_special_tokens=False).input_ids
                     )
@@ -132,5 +133,6 @@ def _answers(
 ) -> list[list[int]]:
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(base_of(model).device)
     ids = generate_autoregressive(model, **inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    answers, end = ids[:, inputs["input_ids"].shape[1] :].tolist(), tokenizer.eos_token_id
-    return [row[: row.index(end) + 1] if end in row else row for row in answers]
+    answers, ends = ids[:, inputs["input_ids"].shape[1] :].tolist(), end_token_ids(model, tokenizer)
+    firsts = [next((i for i, token in enumerate(row, start=1) if token in ends), len(row)) for row in answers]
+    return [row[:first] for row, first in zip(answers, firsts, strict=True)]

@@ -28,11 +28,16 @@ from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lif
 from .patching import Patch, base_of
 from .probing import check_clean_prefix, recurrent_layers
 from .record import ConversionSettings, DiffusionRecord, record_of
+from .special_tokens import (
+    PAD_TOKEN,
+    add_special_token,
+    check_mask_token,
+    name_mask_token,
+    set_end_tokens,
+    set_mask_token,
+)
 
 logger = logging.getLogger(__name__)
-
-MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"
-TOKEN_IDS = ("eos", "pad")
 
 
 def convert_to_diffusion(
@@ -73,6 +78,7 @@ def convert_to_diffusion(
     )
     record = record_of(base)
     if record.converted:
+        name_mask_token(tokenizer, record.mask_token_id)
         _check_against(record, tokenizer, {**vars(options), "noise_schedule": noise_schedule})
         set_attention(base, record)
     else:
@@ -90,6 +96,10 @@ def convert_to_diffusion(
     base.config.diffusion = record.to_dict()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        logger.warning("the tokenizer has neither a padding nor an end token; it gets %r for padding", PAD_TOKEN)
+        add_special_token(base, tokenizer, "pad", PAD_TOKEN)
+    set_end_tokens(base, tokenizer)
     base.generate = types.MethodType(_generate, base)  # a bound method follows `copy.deepcopy`, a closure would not
     return model
 
@@ -179,92 +189,3 @@ def fingerprint(model: PreTrainedModel) -> list[float]:
     if weights:
         values.append(weights[-1][:: len(weights[-1]) // 8][:8])
     return [round(value, 6) for value in torch.cat([v.detach().float().cpu() for v in values]).tolist()]
-
-
-# -- special tokens
-
-
-def set_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None = None) -> int:
-    """Gives tokenizer and model their mask token; returns its id.
-
-    Args:
-        mask_token_id: None: the tokenizer's own, or a new one in the first free row of the embedding. A token of the vocabulary
-            becomes the mask and keeps its row. The number behind the last token makes a new one.
-
-    Raises:
-        ValueError: no such token, or it is the end, start or padding token.
-    """
-    if mask_token_id is None and tokenizer.mask_token is not None:
-        grow(model, tokenizer.mask_token_id)
-        return tokenizer.mask_token_id
-    if mask_token_id is None or mask_token_id == len(tokenizer):
-        return _add(model, tokenizer, "mask", MASK_TOKEN)
-    check_mask_token(tokenizer, mask_token_id)
-    token = tokenizer.convert_ids_to_tokens(mask_token_id)
-    if tokenizer.mask_token_id != mask_token_id:
-        tokenizer.mask_token = token
-        if tokenizer.decode([mask_token_id]) == token:
-            # Reloaded tokenizers look for special tokens before they cut words.
-            logger.warning("the mask token %r may stand in ordinary text, where it is read as a mask", token)
-    grow(model, mask_token_id)
-    return mask_token_id
-
-
-def check_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int | None) -> None:
-    """Raises ValueError for an id that is no token, or the end, start or padding token; None is right."""
-    if mask_token_id is None or mask_token_id == len(tokenizer):
-        return
-    token = _existing(tokenizer, mask_token_id, "mask_token_id")
-    if mask_token_id in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
-        raise UserError(
-            f"`mask_token_id`: {mask_token_id} is {token!r}, which ends, starts or pads texts; choose another token."
-        )
-
-
-def use_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]) -> None:
-    """Makes the tokens with these ids the end ("eos") and the padding token ("pad") of tokenizer and model.
-
-    A padding token may be new: its id is then the number behind the last token, as 50257 in GPT-2.
-
-    Raises:
-        ValueError: no such token, or it is the mask.
-    """
-    for name, token_id in ids.items():
-        if token_id == getattr(tokenizer, f"{name}_token_id"):
-            continue
-        if token_id == tokenizer.mask_token_id:
-            raise UserError(f"`token_ids.{name}`: {token_id} is the mask token {tokenizer.mask_token!r}.")
-        if name == "pad" and token_id == len(tokenizer):
-            _add(model, tokenizer, "pad", PAD_TOKEN)
-        else:
-            setattr(tokenizer, f"{name}_token", _existing(tokenizer, token_id, f"token_ids.{name}"))
-    for name in ids:
-        setattr(model.config, f"{name}_token_id", ids[name])
-        setattr(model.generation_config, f"{name}_token_id", ids[name])
-
-
-def grow(model: PreTrainedModel, token_id: int) -> None:
-    """A row of the embedding for the token. Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one."""
-    if token_id >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
-
-
-def _add(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> int:
-    """A new special token, whose row is the mean of all others."""
-    known = len(tokenizer)
-    tokenizer.add_special_tokens({f"{name}_token": token})
-    token_id = getattr(tokenizer, f"{name}_token_id")
-    grow(model, token_id)
-    weight = model.get_input_embeddings().weight
-    with torch.no_grad():
-        weight[token_id] = weight[:known].float().mean(0).to(weight.dtype)
-    return token_id
-
-
-def _existing(tokenizer: PreTrainedTokenizerBase, token_id: int, key: str) -> str:
-    token = tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < len(tokenizer) else None
-    if token is None:
-        raise UserError(
-            f"`{key}`: {token_id} is no token; the tokenizer has the ids 0 to {len(tokenizer) - 1}, and {len(tokenizer)} would be a new one."
-        )
-    return token

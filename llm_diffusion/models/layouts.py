@@ -33,7 +33,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .. import UserError
 from .checkpoints import from_hub, local_file
-from .conversion import MASK_TOKEN
+from .special_tokens import MASK_TOKEN
 
 # Of a Llama's layer: its name, LLaDA's, SMDM's.
 _LAYER = (

@@ -38,7 +38,7 @@ from .checkpoints import (
     local_file,
     resolve_path,
 )
-from .conversion import MASK_TOKEN, convert_to_diffusion, fingerprint, grow
+from .conversion import convert_to_diffusion, fingerprint
 from .forward import TIME_EMBEDDING
 from .layouts import Layout, find_layout
 from .lm_head import train_rows_alone
@@ -53,6 +53,7 @@ from .record import (
     record_of,
     update_record,
 )
+from .special_tokens import MASK_TOKEN, grow
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")

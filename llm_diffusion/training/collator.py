@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     Args:
         record: of the model.
-        pad_token_id, eos_token_id: ids; without `eos_token_id` rows are left as they are.
+        pad_token_id: what rows are padded with; it is hidden.
+        eos_token_id: the token that ends a text, or several, the usual one first; without it rows are left as they are.
         settings: any object with the attributes of `NoiseSettings`, a `DiffusionSFTConfig` for one.
         vocab_size: ids below it are what replacements are drawn from.
         max_positions: tokens that the model can count; tails end there.
@@ -58,7 +59,7 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     record: DiffusionRecord
     pad_token_id: int
-    eos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None
     settings: Any = field(default_factory=NoiseSettings)
     vocab_size: int | None = None
     max_positions: int | None = None
@@ -69,7 +70,8 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     @property
     def process(self) -> ForwardProcess:
         """The forward process of this model."""
-        ends = () if self.eos_token_id is None else (self.eos_token_id, self.tail_token_id)
+        tail = self.record.tail_token_id
+        ends = self.end_token_ids + (() if tail is None or not self.end_token_ids else (tail,))
         return ForwardProcess(
             mode=self.record.mode,
             mask_token_id=self.record.mask_token_id,
@@ -82,8 +84,9 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         )
 
     @property
-    def tail_token_id(self) -> int | None:
-        return self.eos_token_id if self.record.tail_token_id is None else self.record.tail_token_id
+    def end_token_ids(self) -> tuple[int, ...]:
+        ends = self.eos_token_id
+        return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
     def corrupt(self, batch: dict[str, torch.Tensor], **keys: Any) -> dict[str, Any]:
         """Draws noise and lays out the model's inputs and targets, see `ForwardProcess.corrupt`."""
@@ -119,16 +122,19 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
         """A text that ends with an answer, as the canvas that the class's docstring draws; any other as it is."""
         trained = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
         # The template may add a token or two (a newline) after the EOS of the last turn.
-        ends = [i for i in trained if i >= trained[-1] - 2 and labels[i] == self.eos_token_id]
+        ends = [i for i in trained if i >= trained[-1] - 2 and labels[i] in self.end_token_ids]
         mode, whole_text = self.record.mode, labels[0] != IGNORE_INDEX
         if not ends or (whole_text and not self.settings.text_tails):
             return ids, labels
-        ids, labels = ids[: ends[-1] + 1], labels[: ends[-1] + 1]
+        # Decoding stops at the first of several (`<|end|>\n<|endoftext|>`), unless they are a tail already.
+        end = ends[-1] if labels[ends[0] - 1] in self.end_token_ids else ends[0]
+        ids, labels = ids[: end + 1], labels[: end + 1]
         first = max((i for i, label in enumerate(labels) if label == IGNORE_INDEX), default=-1) + 1
         choice, draw = zlib.crc32(repr(ids).encode()), zlib.crc32(repr(ids[::-1]).encode())
         end = mode.canvas_end(len(ids), first, self.settings, choice, draw)
         room = end - len(ids) if self.max_positions is None else self.max_positions - len(ids)
-        tail = [self.tail_token_id] * max(min(end - len(ids), room), 0)
+        behind = ids[-1] if self.record.tail_token_id is None else self.record.tail_token_id
+        tail = [behind] * max(min(end - len(ids), room), 0)
         return (ids + tail)[:end], (labels + tail)[:end]
 
 

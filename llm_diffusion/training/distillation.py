@@ -10,7 +10,7 @@ References: knowledge distillation (arXiv 1503.02531), on-policy distillation (G
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,7 +162,7 @@ def with_own_tokens(
     chosen: torch.Tensor,
     keys: tuple[int, int, torch.Tensor],
     mask_token_id: int,
-    eos_token_id: int | None,
+    end_token_ids: Sequence[int],
 ) -> dict[str, Any]:
     """The rows, with what the student predicts in place of their masked tokens, sampled from its own distribution.
 
@@ -185,9 +185,9 @@ def with_own_tokens(
     drawn = (logits.softmax(-1).cumsum(-1) < noise[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
     ids = part["input_ids"].clone()
     ids[rows[sampled], tokens[sampled]] = drawn
-    if eos_token_id is not None:
+    if end_token_ids:
         ended, trained = torch.zeros_like(ids), part["labels"] != IGNORE_INDEX
-        ended[rows[sampled], tokens[sampled]] = (drawn == eos_token_id).long()
+        ended[rows[sampled], tokens[sampled]] = torch.isin(drawn, drawn.new_tensor(end_token_ids)).long()
         earlier = torch.where(trained, 0, ended.cumsum(-1)).cummax(-1).values  # of answers before this one
-        ids = ids.masked_fill(trained & (ended.cumsum(-1) - ended > earlier), eos_token_id)
+        ids = ids.masked_fill(trained & (ended.cumsum(-1) - ended > earlier), end_token_ids[0])
     return {**part, "input_ids": ids}

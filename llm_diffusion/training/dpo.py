@@ -12,19 +12,18 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from datasets import Dataset
 from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from .. import UserError
+from ..data.tokens import tokenised_pairs
 from ..models.conversion import convert_to_diffusion
 from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
@@ -33,18 +32,16 @@ from ..models.record import DiffusionRecord, record_of
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig
 from .preparation import (
-    check_columns,
-    check_pairs,
     converted,
     make_preference_collator,
+    model_is_loaded,
     no_router_loss,
     prepare_adapter,
     prepare_quantised,
+    read_datasets,
 )
 from .scoring import DiffusionScore, compute_diffusion_score, score_draw
 from .trainer import DiffusionTrainerMixin, numbered_rows
-
-logger = logging.getLogger(__name__)
 
 
 class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
@@ -100,8 +97,7 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
                 "`model`: a drafter's words are verified by its base, whose preferences it cannot change; train a 'bidirectional' or "
                 "'block' model."
             )
-        if train_dataset is not None:
-            check_columns(train_dataset, "train")  # TRL looks at the first row before it prepares any
+        train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
         prepare_quantised(model, args)
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record)
@@ -110,19 +106,20 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         ref_model = reference_of(model, ref_model, adapted, processing_class, args)
         for scored in filter(None, (model, ref_model)):  # now: TRL may score the reference before it returns
             add_row_scores(scored)
-        self.diffusion_collator = make_preference_collator(processing_class, record, args)
+        self.diffusion_collator = make_preference_collator(processing_class, model, args)
         self._copies_adapters = isinstance(model, PeftModel) and ref_model is None
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            data_collator=self.diffusion_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        with model_is_loaded(args):
+            super().__init__(
+                model=model,
+                ref_model=ref_model,
+                args=args,
+                data_collator=self.diffusion_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
         self._complete_reference()
         train_rows_alone(self.model)
 
@@ -133,21 +130,9 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         self._copies_adapters = False
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        dataset = check_pairs(dataset, dataset_name)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        if isinstance(prepared, Dataset) and len(prepared) < len(dataset):
-            logger.warning(
-                "%d of %d pairs of the %s data have prompts that fill `max_length`=%s and are dropped",
-                len(dataset) - len(prepared),
-                len(dataset),
-                dataset_name,
-                args.max_length,
-            )
-            if len(prepared) == 0:
-                raise UserError(
-                    f"`{dataset_name}_dataset`: every prompt fills `max_length`={args.max_length}, no answer is left; raise it."
-                )
-        return prepared
+        """Every set that is trained on or evaluated passes here, in place of TRL's own preparation."""
+        ends = self.diffusion_collator.layout.end_token_ids
+        return self._tokenised(tokenised_pairs, dataset, processing_class, args, dataset_name, ends=ends)
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         self._complete_reference()

@@ -6,22 +6,25 @@ import copy
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 
 from .. import UserError
-from ..data.datasets import as_prompt_completion
+from ..data.tokens import read_dataset
 from ..models.attention import check_block_attention
+from ..models.checkpoints import from_hub, resolve_path
 from ..models.conversion import convert_to_diffusion, fingerprint
 from ..models.forward import TIME_EMBEDDING, forward_state
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, read_record, record_of, update_record
+from ..models.special_tokens import end_token_ids, turn_end_id
 from ..objective.forward_process import NoiseSettings
 from ..speculative.training import check_drafter
 from .collator import DataCollatorForDiffusionPreference, DataCollatorForMaskedDiffusion
@@ -37,16 +40,49 @@ def converted(
     args: Any,
     quantization_config: BitsAndBytesConfig | None,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    """The model and its tokenizer, loaded if it is given by name, and converted as `args` want it."""
+    """The model and its tokenizer, loaded where they are not given, and converted as `args` want it."""
     conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
+    remote = {"trust_remote_code": bool(getattr(args, "trust_remote_code", False))}
     if isinstance(model, str):
-        options = {**(args.model_init_kwargs or {}), "quantization_config": quantization_config}
+        options = remote | (args.model_init_kwargs or {}) | {"quantization_config": quantization_config}
         model, tokenizer = load_diffusion_model(model, **conversion, **options)
-        processing_class, args.model_init_kwargs = processing_class or tokenizer, None
+        processing_class = processing_class or tokenizer
     if processing_class is None:
-        raise UserError("`processing_class`: pass the tokenizer of the model.")
+        name = base_of(model).config.name_or_path
+        if not name:
+            raise UserError("`processing_class`: pass the tokenizer of the model.")
+        processing_class = from_hub(AutoTokenizer, resolve_path(name), **remote)
+    for name in ("eos_token", "pad_token"):  # TRL sets the first, and the second for its own collator alone
+        token = getattr(args, name, None)
+        if token is not None and token not in processing_class.get_vocab():
+            raise UserError(f"`{name}`: {token!r} is no token of the tokenizer; choose one of its vocabulary.")
+        if token is not None:
+            setattr(processing_class, name, token)
     convert_to_diffusion(model, processing_class, **conversion)
     return model, processing_class
+
+
+@contextmanager
+def model_is_loaded(args: Any) -> Iterator[None]:
+    """While TRL constructs itself around a model that is there; it would say that `model_init_kwargs` are ignored."""
+    args.model_init_kwargs, given = None, args.model_init_kwargs
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
+
+
+def dataset_field(name: str) -> str:
+    """How a user calls a trainer's dataset: TRL names it "train", "eval", or by its key among several."""
+    return f"{name}_dataset" if name in ("train", "eval") else f"eval_dataset[{name!r}]"
+
+
+def read_datasets(train: Any, evaluation: Any) -> tuple[Any, Any]:
+    """What trainers are given as data, as TRL can look at it: lists become datasets; refused if there is nothing to read."""
+    train = None if train is None else read_dataset(train, "train_dataset")
+    if isinstance(evaluation, dict):
+        return train, {name: read_dataset(part, dataset_field(name)) for name, part in evaluation.items()}
+    return train, None if evaluation is None else read_dataset(evaluation, "eval_dataset")
 
 
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: DiffusionRecord) -> PeftConfig:
@@ -132,7 +168,7 @@ def make_collator(
     return DataCollatorForMaskedDiffusion(
         record,
         pad_token_id=processing_class.pad_token_id,
-        eos_token_id=processing_class.eos_token_id,
+        eos_token_id=end_token_ids(model, processing_class),
         settings=args,
         vocab_size=max(len(processing_class), record.mask_token_id + 1),
         max_positions=getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None),
@@ -152,7 +188,7 @@ def check_canvas(processing_class: PreTrainedTokenizerBase, record: DiffusionRec
         )
     if args.packing:
         raise UserError("`packing`: canvases are sized row by row; leave it off, or leave out what sizes them.")
-    if processing_class.eos_token_id is None:
+    if turn_end_id(processing_class) is None and processing_class.eos_token_id is None:
         raise UserError("`processing_class`: the tokenizer has no end token, so no text can end; set `eos_token`.")
     if args.tail == "pad":
         pad = processing_class.pad_token_id
@@ -213,105 +249,16 @@ def check_annealing(model: torch.nn.Module, record: DiffusionRecord, args: Diffu
 
 
 def make_preference_collator(
-    processing_class: PreTrainedTokenizerBase, record: DiffusionRecord, args: DiffusionDPOConfig
+    processing_class: PreTrainedTokenizerBase, model: torch.nn.Module, args: DiffusionDPOConfig
 ) -> DataCollatorForDiffusionPreference:
     layout = DataCollatorForMaskedDiffusion(
-        record,
+        record_of(model),
         pad_token_id=processing_class.pad_token_id,
-        eos_token_id=processing_class.eos_token_id,
+        eos_token_id=end_token_ids(model, processing_class),
         settings=NoiseSettings(eos_tail=0, random_canvas=0.0),
         pad_to_multiple_of=args.pad_to_multiple_of,
     )
     return DataCollatorForDiffusionPreference(layout, max_length=args.max_length)
-
-
-def clean_prompts(dataset: Any, split: bool) -> Any:
-    """`messages` -> prompt and completion, for one dataset or a dict of them."""
-    if isinstance(dataset, dict):
-        return {name: clean_prompts(part, split) for name, part in dataset.items()}
-    if dataset is None or "messages" not in (dataset.column_names or []):
-        return dataset
-    # TRL takes any `prompt` column for prompt and completion; chats are told by `messages` alone.
-    dataset = dataset.remove_columns([name for name in ("prompt", "completion") if name in dataset.column_names])
-    return as_prompt_completion(dataset) if split else dataset
-
-
-def with_canvases(dataset: Any, collator: DataCollatorForMaskedDiffusion, num_proc: int | None) -> Any:
-    """Tokenised texts as canvases, so that they can be packed."""
-
-    def canvas(example: dict[str, Any]) -> dict[str, list[int]]:
-        ids, labels = collator.canvas(list(example["input_ids"]), list(example["labels"]))
-        return {"input_ids": ids, "labels": labels}
-
-    options = (
-        {"num_proc": num_proc, "desc": "Making canvases"} if isinstance(dataset, Dataset) else {}
-    )  # streams take none
-    return dataset.map(canvas, **options)
-
-
-def report_dropped(given: Any, kept: Any, args: DiffusionSFTConfig) -> None:
-    if isinstance(given, Dataset) and isinstance(kept, Dataset) and 0 < len(kept) < len(given):
-        logger.warning(
-            "%d of %d rows have nothing left to train on after truncation to `max_length`=%s and are dropped",
-            len(given) - len(kept),
-            len(given),
-            args.max_length,
-        )
-
-
-def check_rows_left(dataset: Any, args: DiffusionSFTConfig) -> None:
-    """Refuses data that truncation has left nothing of. ValueError."""
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise UserError(
-            f"`train_dataset`: no row has a token left to train on: after truncation to `max_length`={args.max_length} every "
-            "label is -100; raise it, shorten the prompts, or look at the labels."
-        )
-
-
-def check_columns(dataset: Any, name: str) -> None:
-    """Refuses data without rows, or without the two answers of a pair.
-
-    Raises:
-        ValueError: no row, or a missing column.
-    """
-    if (first := next(iter(dataset), None)) is None:
-        raise UserError(f"`{name}_dataset` is empty.")
-    if missing := [side for side in ("chosen", "rejected") if side not in first]:
-        raise UserError(
-            f"`{name}_dataset` lacks {missing}, its columns are {sorted(first)}; a pair has `chosen` and `rejected`, and a `prompt` "
-            "of its own or as their common beginning."
-        )
-
-
-def check_pairs(dataset: Any, name: str) -> Any:
-    """The data, refused where it holds no preference; a stream is checked as it flows.
-
-    Raises:
-        ValueError: see `check_columns`; an empty answer, or two equal ones.
-    """
-    check_columns(dataset, name)
-    return dataset.filter(_is_pair, with_indices=True, fn_kwargs={"name": name})
-
-
-def _is_pair(example: dict[str, Any], row: int, name: str) -> bool:
-    for side in ("chosen", "rejected"):
-        text, acts = _last_words(example[side])
-        if not acts and not (text if isinstance(text, str) else repr(text)).strip():
-            raise UserError(f"`{name}_dataset`: `{side}` of row {row} is empty; an answer is needed to compare.")
-    if example["chosen"] == example["rejected"]:
-        raise UserError(
-            f"`{name}_dataset`: `chosen` and `rejected` of row {row} are the same; leave the pair out, it prefers nothing."
-        )
-    return True
-
-
-def _last_words(side: Any) -> tuple[str, bool]:
-    """The text of an answer, or of a conversation's last turn; and whether it does something else than speak."""
-    if isinstance(side, str):
-        return side, False
-    if not side:
-        return "", False
-    return side[-1].get("content") or "", bool(side[-1].get("tool_calls"))
 
 
 def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:

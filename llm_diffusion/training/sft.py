@@ -11,22 +11,24 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
 
+from .. import UserError
+from ..data.tokens import tokenised
 from ..models.conversion import set_final_causal_ratio
 from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
 from ..models.patching import base_of
 from ..models.record import record_of, update_record
+from ..models.special_tokens import end_token_ids, set_end_tokens
 from ..objective.annealing import Annealing
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
@@ -35,17 +37,15 @@ from .config import DiffusionSFTConfig
 from .distillation import distilled, teacher_scores, with_own_tokens
 from .preparation import (
     by_length,
-    check_rows_left,
-    clean_prompts,
     converted,
     counts_before,
     make_collator,
+    model_is_loaded,
     prepare_model,
-    report_dropped,
-    with_canvases,
+    read_datasets,
 )
 from .scoring import Scores, by_level, metric_values, score, score_drafts
-from .trainer import DiffusionTrainerMixin, numbered_rows, out_of_memory
+from .trainer import DiffusionTrainerMixin, numbered_rows
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
         **kwargs: Any,
     ) -> None:
         args = args or DiffusionSFTConfig("diffusion-sft")
@@ -92,27 +93,25 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         peft_config = prepare_model(model, processing_class, peft_config, args)
         self.diffusion_collator = make_collator(processing_class, model, args)
         self._mode = self.diffusion_collator.record.mode
-        split = args.completion_only_loss is not False and not args.assistant_only_loss
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=clean_prompts(train_dataset, split),
-            eval_dataset=clean_prompts(eval_dataset, split),
-            processing_class=processing_class,
-            peft_config=peft_config,
-            # TRL packs for its own collator only; ours takes its place below.
-            data_collator=None if args.packing else self.diffusion_collator,
-            **kwargs,
-        )
+        # What `_prepare_dataset` needs, which TRL calls before it returns.
+        self._formatting, self._ends_of = formatting_func, base_of(model)
+        train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
+        with model_is_loaded(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                # TRL packs for its own collator only; ours takes its place below.
+                data_collator=None if args.packing else self.diffusion_collator,
+                **kwargs,
+            )
         self.data_collator = self.diffusion_collator
         if self._mode.drafts:
             ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
-        if not args.packing:
-            report_dropped(train_dataset, self.train_dataset, args)
-        check_rows_left(self.train_dataset, args)
-        # TRL may have changed the tokenizer (`eos_token`, `chat_template_path`).
-        self.diffusion_collator.eos_token_id = processing_class.eos_token_id
-        self.diffusion_collator.pad_token_id = processing_class.pad_token_id
+        set_end_tokens(model, processing_class)
         self._start = {"conversion_steps": 0, "training_tokens": 0}  # before this run
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._tokens_seen = torch.zeros((), dtype=torch.long)
@@ -123,14 +122,21 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        if packing:
-            # Twice through TRL, which leaves tokenised rows as they are: canvases are longer or shorter than their texts.
-            whole = copy.copy(args)
-            whole.max_length, whole.shuffle_dataset = None, False
-            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-            self.diffusion_collator.eos_token_id = processing_class.eos_token_id
-            dataset = with_canvases(dataset, self.diffusion_collator, args.dataset_num_proc)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        """Every set that is trained on or evaluated passes here; TRL itself packs and shuffles what comes out of the gate."""
+        collator, kinds = self.diffusion_collator, (processing_class, args, dataset_name)
+        collator.eos_token_id = end_token_ids(self._ends_of, processing_class)  # TRL may have changed the template
+        how = {"ends": collator.end_token_ids, "chat_template": self.chat_template, "formatting_func": self._formatting}
+        splits = packing and args.packing_strategy == "bfd_split"
+        if packing:  # canvases before packing, or rows would outgrow what they were packed to
+            how |= {"finish": collator.canvas} | ({"max_length": None} if splits else {})
+        dataset = self._tokenised(tokenised, dataset, *kinds, **how)
+        if splits and IGNORE_INDEX in next(iter(dataset))["labels"]:
+            raise UserError(
+                "`packing_strategy`: 'bfd_split' tears answers from their prompts; use 'bfd', which cuts them."
+            )
+        whole = copy.copy(args)
+        whole.max_length = args.max_length if packing else None  # cut already
+        return super()._prepare_dataset(dataset, processing_class, whole, packing, None, dataset_name)
 
     @property
     def _conversion_step(self) -> int:
@@ -190,17 +196,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         if self.args.normalization == "length":
             return (batch["attention_mask"] > 0).sum()
         return self._corrupt(batch, "train")["masked"].sum()
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As there; running out of memory says what helps."""
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
-                raise
-            raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
 
     def compute_loss(
         self,
@@ -304,7 +299,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         finally:
             model.train(training)
         keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
-        special = collator.record.mask_token_id, collator.eos_token_id
+        special = collator.record.mask_token_id, collator.end_token_ids
         return with_own_tokens(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
 
     def _corrupt(

@@ -28,13 +28,14 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from .. import UserError
+from ..data.tokens import Tokenising, tokenised
 from ..models.attention import in_attention
 from ..models.forward import TIME_EMBEDDING
 from ..models.patching import base_of
+from ..models.special_tokens import end_token_ids
 from ..objective.settings import user_settings
 from .config import DiffusionDPOConfig, DiffusionSFTConfig
 from .dpo import DiffusionDPOTrainer
-from .preparation import clean_prompts
 from .sft import DiffusionSFTTrainer
 
 TRAINS = ("attention", "adapters", "everything")
@@ -175,11 +176,10 @@ class _Run:
             kind = DiffusionDPOTrainer
         elif isinstance(args, DiffusionSFTConfig):
             kind = DiffusionSFTTrainer
-        else:  # chats are split so that prompts are not trained on, unless every token is
-            kind, split = SFTTrainer, args.completion_only_loss is not False
-            train, test = clean_prompts(train, split), clean_prompts(test, split)
-            if not {"prompt", "messages"} & set(train.column_names):
-                args.completion_only_loss = None  # plain text has no prompt, and TRL refuses the setting
+        else:  # the rows are those of our own trainers, so that prompts are not trained on unless every token is
+            kind, how = SFTTrainer, Tokenising.of(self.tokenizer, args, ends=end_token_ids(self.model, self.tokenizer))
+            train, test = tokenised(train, how, "train_dataset"), tokenised(test, how, "eval_dataset")
+            args.completion_only_loss = None  # the labels are there
         peft_config = None if stage.trains == "everything" else self.peft_config
         given = {"train_dataset": train, "eval_dataset": test, "processing_class": self.tokenizer}
         with user_settings(f"stage `{stage.name}`", ValueError):

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..analysis import PAGED, ModelMemory, TrainingSetup
+from ..data.tokens import Tokenising
 from ..models.patching import base_of
 from ..models.record import model_card, record_of, save_custom_generate, save_generation_config, save_record
-from .preparation import has_converted_weights
+from .preparation import dataset_field, has_converted_weights
 
 UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is written
 
@@ -40,11 +43,42 @@ class DiffusionTrainerMixin:
 
     _saving = False
 
+    def _tokenised(self, gate: Callable, dataset: Any, tokenizer: Any, args: Any, name: str, **how: Any) -> Any:
+        """A dataset through `tokenised` or `tokenised_pairs`, once a machine; `how`: of `Tokenising`."""
+        self._tallies = getattr(self, "_tallies", [])
+        field, rules = dataset_field(name), Tokenising.of(tokenizer, args, **how)
+        with args.main_process_first(desc=f"preparing {field}"):
+            return gate(dataset, rules, field, self._tallies, args.dataset_num_proc)
+
+    def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
+        """TRL's check of masks that nobody would read, which it makes for its own collator alone."""
+        super()._reject_skip_prepare_without_labels(datasets, DataCollatorForLanguageModeling(pad_token_id=0))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As there; says what streams have lost by then, which of other datasets is known before the first step."""
+        result = super().train(*args, **kwargs)
+        self._report_streams()
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        self._report_streams()
+        return output
+
+    def _report_streams(self) -> None:
+        for tally in getattr(self, "_tallies", []):
+            tally.report()
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As there; a non-finite loss stops the run before it reaches the weights."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """As there; a non-finite loss stops the run before it reaches the weights, and running out of memory says what helps."""
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
+                raise
+            raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
         if not torch.isfinite(loss):  # in place of transformers' filter, which hides it: one wait, as there
             raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
         return loss

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_diffusion import UserError
-from llm_diffusion.data.datasets import as_prompt_completion, load_examples, load_preference_splits, load_splits
+from llm_diffusion.data.datasets import load_examples, load_preference_splits, load_splits
 from llm_diffusion.data.tiny import tiny_dataset
 
 TEXTS = [f"line {i}" for i in range(20)]
@@ -119,7 +119,11 @@ def test_tiny_is_generated():
     assert load_splits("tiny", test_size=18, seed=5, limit=30)[0].to_list() != train.to_list()
 
 
-@pytest.mark.parametrize("row", [{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a", "completion": "b"}])
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize("row", [{"messages": CHAT}, {"conversations": SHARED}, {"prompt": "a", "completion": "b"}])
 def test_other_trainable_columns_pass(tmp_path, row):
     train, test = load_splits(str(as_jsonl(tmp_path, [row] * 4)), test_size=1, seed=0)
     assert set(train.column_names) == set(row)
@@ -186,44 +190,7 @@ def test_a_missing_file_is_named_and_the_hub_not_asked(name):
         load_splits(name, test_size=0.2, seed=0)
 
 
-# -- conversations
-
-USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-
-
-def conversations(*messages):
-    return Dataset.from_list([{"messages": list(turns), "kind": "x"} for turns in messages])
-
-
-def test_the_last_turn_is_the_completion():
-    turns = [{"role": "system", "content": "s"}, USER, ANSWER, USER, {"role": "assistant", "content": "last"}]
-    dataset = as_prompt_completion(conversations([USER, ANSWER], turns))
-    assert set(dataset.column_names) == {"prompt", "completion", "kind"}
-    assert dataset[0] == {"prompt": [USER], "completion": [ANSWER], "kind": "x"}
-    assert dataset[1]["prompt"] == turns[:-1]
-    assert dataset[1]["completion"] == turns[-1:]
-
-
-@pytest.mark.parametrize("row", [{"text": "a"}, {"prompt": "a", "completion": "b"}])
-def test_other_shapes_pass_through(row):
-    dataset = Dataset.from_list([row])
-    assert as_prompt_completion(dataset) is dataset
-
-
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [USER, {"role": "assistant", "content": ""}],
-        [USER, {"role": "assistant", "content": " \n"}],
-        [USER],
-        [USER, ANSWER, USER],
-        [ANSWER],
-    ],
-    ids=["empty", "blank", "no answer", "question last", "no prompt"],
-)
-def test_conversations_without_an_answer_name_the_row(turns):
-    with pytest.raises(ValueError, match="`dataset`: row 1 "):
-        as_prompt_completion(conversations([USER, ANSWER], turns))
+# -- rows
 
 
 def test_a_folder_with_a_test_file_keeps_its_test_rows_apart(tmp_path):
@@ -237,13 +204,6 @@ def test_blank_lines_are_no_examples(tmp_path):
     (tmp_path / "a.txt").write_text("a\n\nb\n \n")
     train, test = load_splits(str(tmp_path / "a.txt"), test_size=1, seed=0)
     assert sorted([*train["text"], *test["text"]]) == ["a", "b"]
-
-
-@pytest.mark.parametrize("turns", [[], [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}]])
-def test_a_conversation_without_an_answer_is_named(turns):
-    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    with pytest.raises(ValueError, match="row 1"):
-        as_prompt_completion(Dataset.from_list([{"messages": good}, {"messages": turns}]))
 
 
 def test_pairs_are_split_and_other_columns_refused(tmp_path):

@@ -118,8 +118,11 @@ def test_answers_of_the_base_take_the_place_of_the_datas(tiny):
     chats = Dataset.from_list([with_reference(example, "wrong") for example in examples(3)])
     answered = answered_by_base(model, tokenizer, chats, max_new_tokens=40)
     want = evaluate_answers(model, tokenizer, list(chats), autoregressive=True, max_new_tokens=40).answers
-    assert [row["messages"][-1]["content"] for row in answered] == want
-    assert [row["messages"][:-1] for row in answered] == [row["messages"][:-1] for row in chats]
+    for row, chat, text in zip(answered, chats, want, strict=True):
+        prompt = tokenizer.apply_chat_template(chat["messages"][:-1], add_generation_prompt=True, return_dict=False)
+        written = row["input_ids"][len(prompt) :]
+        assert row["input_ids"][: len(prompt)] == prompt and row["labels"] == [-100] * len(prompt) + written
+        assert tokenizer.decode(written) == text + "<|im_end|>"
     with pytest.raises(ValueError, match="answers_from_base"):  # a cut would be a false end
         answered_by_base(model, tokenizer, chats, max_new_tokens=3)
     with pytest.raises(ValueError, match="answers_from_base"):

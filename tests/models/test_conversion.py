@@ -21,7 +21,7 @@ from transformers import (
 
 import llm_diffusion as ld
 from llm_diffusion import convert_to_diffusion, load_diffusion_model, probe_attention
-from llm_diffusion.models.conversion import MASK_TOKEN, set_mask_token, use_tokens
+from llm_diffusion.models.special_tokens import MASK_TOKEN, set_mask_token, use_tokens
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
 

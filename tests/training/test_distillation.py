@@ -165,7 +165,7 @@ def test_own_words_follow_the_students_distribution() -> None:
     noisy = {"tokens": torch.tensor([[1, 0]]).expand(n, -1), "masked": masked, "weights": torch.ones(n, 2)}
     keep, chosen = torch.tensor([[True, False]]).expand(n, -1), torch.ones(n, dtype=torch.bool)
     rows = {"input_ids": ids, "labels": ids}
-    part = with_own_tokens(rows, noisy, logits, keep, chosen, (0, 0, torch.arange(n)), 4, None)
+    part = with_own_tokens(rows, noisy, logits, keep, chosen, (0, 0, torch.arange(n)), 4, ())
     assert (part["input_ids"][:, 0] == 4).all()
     share = torch.bincount(part["input_ids"][:, 1], minlength=5) / n
     torch.testing.assert_close(share[:4], logits[0, :4].softmax(-1), atol=0.03, rtol=0)
@@ -181,7 +181,14 @@ def test_an_end_token_of_its_own_ends_the_answer() -> None:
     says_end[[0, 1, 2], [2, 6, 6]] = 0.0  # end at 1, a word at 2 and at 6
     noisy = {"tokens": torch.arange(7)[None], "masked": keep, "weights": torch.ones(1, 7)}
     part = with_own_tokens(
-        {"input_ids": ids, "labels": labels}, noisy, says_end, keep, torch.tensor([True]), (0, 0, torch.arange(1)), 1, 2
+        {"input_ids": ids, "labels": labels},
+        noisy,
+        says_end,
+        keep,
+        torch.tensor([True]),
+        (0, 0, torch.arange(1)),
+        1,
+        (2, 3),
     )
     assert part["input_ids"].tolist() == [[7, 2, 2, 2, 7, 5, 6]]
 

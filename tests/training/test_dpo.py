@@ -419,7 +419,7 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
 
 def test_prompts_that_fill_the_length_are_refused(tmp_path, tokenizer):
     model, own = converted(tokenizer)
-    with pytest.raises(ValueError, match="every prompt fills `max_length`=4"):
+    with pytest.raises(ValueError, match="8 of 8 rows: no answer left after `max_length`=4"):
         make(tmp_path, model, own, max_length=4)
 
 
