@@ -78,6 +78,8 @@ class BlockDecoder(CanvasDecoder):
         keep = torch.arange(max(fresh - 1, 0), fresh + b, device=allowed.device)
         logits = self._forward(rows, cached, start + b, allowed, keep)
         self.cache.crop(-b)
+        if not self.cache.get_seq_length():  # of an empty cache transformers selects no rows when some leave
+            self.cache = DynamicCache()
         if fresh:
             self.last_logits, logits = logits[:, 0], logits[:, 1:]
         if self.record.right_shift_logits:

@@ -66,6 +66,15 @@ def test_cached_equals_full_forwards(clean, shift, implementation, settings):
     assert torch.equal(cached.nfe, full.nfe + 1)  # the prefill
 
 
+@pytest.mark.parametrize("shift", [True, False])
+def test_some_rows_end_in_the_first_block_and_no_prompt_fills_one(shift):
+    model, batch = block_model(8, shift=shift), left_padded([3, 1, 5, 2, 4, 7])
+    first = generate(model, **batch, max_new_tokens=20, eos_token_id=None)[:, 7]
+    options = {"max_new_tokens": 20, "eos_token_id": first[:3].tolist(), "pad_token_id": 0}
+    cached, full = (generate(model, **batch, **options, use_cache=use) for use in (None, False))
+    assert torch.equal(cached, full) and cached.shape[1] > 15  # the other rows went on
+
+
 @pytest.mark.parametrize(("clean", "shift"), MODES)
 @pytest.mark.parametrize(
     "settings",
