@@ -27,7 +27,7 @@ from ..data.tokens import tokenised_pairs
 from ..models.conversion import convert_to_diffusion
 from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
-from ..models.patching import base_of, trained_as_before
+from ..models.patching import Patch, base_of, trained_as_before
 from ..models.record import DiffusionRecord, record_of
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig
@@ -150,10 +150,16 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """The micro-batches of one optimiser step, told their pairs' places in the global batch."""
+        """The micro-batches of one optimiser step, told their pairs' places in the global batch and what they weigh in it."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self.args.precompute_ref_log_probs:
             numbered_rows(batches, self.accelerator, texts=2)
+        # TRL takes means over a micro-batch, and the mean of these: a short one, or one of few tokens, would weigh too much.
+        counts = [[len(mask) // 2, mask[: len(mask) // 2, 1:].sum()] for mask in (b["completion_mask"] for b in batches)]
+        counts = torch.tensor(counts, dtype=torch.float, device=device).reshape(-1, 2)
+        whole = self.accelerator.gather(counts.sum(0, keepdim=True)).sum(0)
+        for batch, share in zip(batches, counts * len(batches) * self.accelerator.num_processes / whole, strict=True):
+            batch["pair_share"], batch["token_share"] = share
         return batches, items
 
     def _draws(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -183,12 +189,12 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     def _trl_loss(
         self, policy: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """TRL's loss of given scores, with its metrics."""
-        stored, self.precompute_ref_logps = self.precompute_ref_logps, True  # the reference has been scored
-        try:
+        """TRL's loss of given scores, with its metrics; every term weighs what its pairs, or tokens, are of the whole step's."""
+        shares = [inputs.get("token_share" if kind == "sft" else "pair_share", 1) for kind in self.loss_types]
+        with Patch() as patch:
+            patch.set(self, "precompute_ref_logps", True)  # the reference has been scored
+            patch.set(self, "loss_weights", [w * share for w, share in zip(self.loss_weights, shares, strict=True)])
             return super()._compute_loss(lambda **_: policy, {**inputs, **reference}, False)
-        finally:
-            self.precompute_ref_logps = stored
 
     def _compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False
