@@ -94,7 +94,9 @@ def main() -> None:
                 forwards[way].append(float(output.tokens_per_forward[0]))
                 accepted[way] += [n for n in output.accepted[0].tolist() if n > 0]
     first = next(iter(ways))
-    print(f"{len(questions)} questions, at most {longest} tokens, {base_of(model).dtype}, {torch.get_num_threads()} threads\n")
+    print(
+        f"{len(questions)} questions, at most {longest} tokens, {base_of(model).dtype}, {torch.get_num_threads()} threads\n"
+    )
     print("| | tokens/s | to AR | same text | tokens per forward | accepted length |")
     print("|---|--:|--:|--:|--:|--:|")
     for way in ways:

@@ -155,7 +155,9 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         if not self.args.precompute_ref_log_probs:
             numbered_rows(batches, self.accelerator, texts=2)
         # TRL takes means over a micro-batch, and the mean of these: a short one, or one of few tokens, would weigh too much.
-        counts = [[len(mask) // 2, mask[: len(mask) // 2, 1:].sum()] for mask in (b["completion_mask"] for b in batches)]
+        counts = [
+            [len(mask) // 2, mask[: len(mask) // 2, 1:].sum()] for mask in (b["completion_mask"] for b in batches)
+        ]
         counts = torch.tensor(counts, dtype=torch.float, device=device).reshape(-1, 2)
         whole = self.accelerator.gather(counts.sum(0, keepdim=True)).sum(0)
         for batch, share in zip(batches, counts * len(batches) * self.accelerator.num_processes / whole, strict=True):
