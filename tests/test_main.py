@@ -200,9 +200,9 @@ BAD_INPUT = {
     "encoder": (lambda p: {"model": encoder_only(p)}, "`model`"),
     "adapter without base": (lambda p: {"model": orphan_adapter(p)}, "`model`"),
     "dataset not on the hub": (lambda p: {"dataset": "nobody/nothing"}, "`dataset`"),
-    "turns without roles": (
+    "a question without an answer": (
         lambda p: {"dataset": write(p / "a.jsonl", '{"messages": [{"from": "human", "value": "hi"}]}\n' * 3)},
-        "`role`",
+        "`messages` of row 0",
     ),
     "answers cut off": (lambda p: {"max_length": 4}, "`max_length`"),
     "output under a file": (lambda p: {"output_dir": write(p / "file", "") + "/out"}, "`output_dir`"),

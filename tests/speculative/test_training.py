@@ -75,7 +75,7 @@ def test_what_is_drafted_and_what_is_asked(tmp_path, tokenizer) -> None:
         for row, labels in enumerate(batch["labels"]):
             ids = batch["input_ids"][row]
             answer = (labels != IGNORE_INDEX).nonzero().flatten()
-            end = next(int(i) for i in answer if ids[i] == collator.eos_token_id)
+            end = next(int(i) for i in answer if int(ids[i]) in collator.end_token_ids)
             asked = set(noisy["tokens"][row, :n][noisy["targets"][row, :n] != IGNORE_INDEX].tolist())
             assert max(asked, default=0) <= end
             place = noisy["inputs"]["position_ids"][row, :n].tolist()
@@ -136,7 +136,7 @@ def test_growing_drafts_start_with_something_to_draft(tmp_path, tokenizer) -> No
 def test_the_next_question_is_not_seen(tmp_path, tokenizer) -> None:
     """In decoding only masks stand behind a draft, also in the middle of a conversation."""
     collator = drafter(tmp_path, tokenizer, block_length=8, full_mask_share=1.0).diffusion_collator
-    end = collator.eos_token_id
+    end = collator.end_token_ids[0]
     ids = [5, 6, 7, 11, 12, 13, end, 21, 22, 23, 24, 25, 31, 32, 33, 34, 35, end]
     labels = [-100] * 3 + ids[3:7] + [-100] * 5 + ids[12:]
     batch = collator([{"input_ids": ids, "labels": labels}])

