@@ -251,7 +251,8 @@ def own_data(hp: HyperParameters, model: Module, tokenizer: Tokenizer, output: P
     prompts = write_prompts(model, tokenizer, n, seed=hp.seed)
     limit, cache = hp.generation.get("max_new_tokens", 128), output.with_name(f"{output.name}-own-answers.jsonl")
     rows = write_answers(model, tokenizer, prompts, max_new_tokens=limit, cache=cache)
-    return Data(*rows.train_test_split(test_size=hp.test_size, seed=hp.seed).values())
+    held_out = min(int(hp.test_size), n - 1) if hp.test_size >= 1 else hp.test_size
+    return Data(*rows.train_test_split(test_size=held_out, seed=hp.seed).values())
 
 
 def first_rows(dataset: Dataset, n: int) -> Dataset:

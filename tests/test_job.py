@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from llm_diffusion import DiffusionDPOConfig, UserError, load_diffusion_model, probe_attention
 from llm_diffusion.config import build, stages_of
-from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, start_wandb
+from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, own_data, start_wandb
 from llm_diffusion.main import cli
 
 
@@ -38,6 +38,17 @@ def test_preferences_have_a_learning_rate_of_their_own(tmp_path):
     assert (sft.learning_rate, sft.eos_tail) == (1e-2, 4)
     assert (dpo.learning_rate, dpo.per_device_train_batch_size, dpo.attention) == (1e-6, 3, "block")
     assert isinstance(dpo, DiffusionDPOConfig)
+
+
+def test_data_that_the_model_writes_itself_is_held_out_from_and_kept(tmp_path):
+    model, tokenizer = load_diffusion_model("tiny", attention="lossless")
+    hp = build(
+        {"model": "tiny", "dataset": "self", "max_examples": 6, "test_size": 2, "generation": {"max_new_tokens": 8}}
+    )
+    data = own_data(hp, model, tokenizer, tmp_path / "out")
+    assert (len(data.train), len(data.test)) == (4, 2)
+    assert len((tmp_path / "out-own-answers.jsonl").read_text().splitlines()) == 6
+    assert list(own_data(hp, model, tokenizer, tmp_path / "out").train) == list(data.train)
 
 
 def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):
