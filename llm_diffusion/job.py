@@ -28,10 +28,10 @@ from trl import SFTConfig
 from . import UserError
 from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
 from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
-from .evaluation.answers import AnswerReport, answered_by_base, evaluate_answers
+from .evaluation.answers import AnswerReport, evaluate_answers
 from .evaluation.metrics import AnswersCallback
 from .evaluation.report import decoding, show_autoregressive, show_ends, show_job
-from .generation.own_text import write_answers, write_prompts
+from .generation.self_generated import answered_by_base, generate_answers, generate_prompts
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
@@ -50,7 +50,7 @@ NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_
 # Settings of the main job that are the trainers' by the same name.
 SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
-SELF, OWN_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
+SELF, SELF_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
 
 
 def run(hp: HyperParameters, resume: bool = False) -> None:
@@ -71,7 +71,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     # 3. The model, and what it answers before it is trained.
     model, tokenizer = load_start(hp, options)
     if data is None:
-        data = own_data(hp, model, tokenizer, output)
+        data = self_generated_data(hp, model, tokenizer, output)
     examples = readable(data.test, hp.eval_examples, tokenizer) if hp.pipeline == "diffusion" else []
     reports = {}
     if examples:
@@ -79,8 +79,8 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
         reports[start] = measure(hp, model, tokenizer, examples, autoregressive=start == "AR base")
     if hp.answers_from_base:
         logger.info(f"AR base: answering the {len(data.train):,} training prompts; its answers are trained on")
-        limit = hp.generation.get("max_new_tokens", 128)
-        data.train = answered_by_base(model, tokenizer, data.train, max_new_tokens=limit)
+        limit, cache = answer_limit(hp), generated_beside(output)
+        data.train = answered_by_base(model, tokenizer, data.train, max_new_tokens=limit, cache=cache)
 
     # 4. Training, stage after stage over the same weights.
     # What is saved has weights of its own, and adapters remember the file of their base.
@@ -129,6 +129,10 @@ def check_start(hp: HyperParameters, device: str, output: Path, resume: bool) ->
         torch.set_num_threads(hp.num_threads)
     check_device(device)
     check_writable(output, "output_dir")
+    if hp.dataset == SELF and any(stage["name"] == DPO for stage in stages_of(hp)):
+        raise UserError(
+            "`dataset`: 'self' has no preferences; train on them in a run of its own, from what this one saves."
+        )
     file = output / SETTINGS
     if resume and file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
         raise UserError(
@@ -244,15 +248,22 @@ def load_data(hp: HyperParameters) -> Data:
     return data
 
 
-def own_data(hp: HyperParameters, model: Module, tokenizer: Tokenizer, output: Path) -> Data:
-    """Prompts that the model writes itself, and its own answers; kept beside the output folder for the next run."""
-    n = DEBUG_EXAMPLES if hp.debug else hp.max_examples or OWN_PROMPTS
-    logger.info(f"data: the model writes {n:,} prompts, and answers them")
-    prompts = write_prompts(model, tokenizer, n, seed=hp.seed)
-    limit, cache = hp.generation.get("max_new_tokens", 128), output.with_name(f"{output.name}-own-answers.jsonl")
-    rows = write_answers(model, tokenizer, prompts, max_new_tokens=limit, cache=cache)
+def self_generated_data(hp: HyperParameters, model: Module, tokenizer: Tokenizer, output: Path) -> Data:
+    """Prompts that the model writes itself and its own answers, kept beside the output folder for the next run."""
+    n, cache = DEBUG_EXAMPLES if hp.debug else hp.max_examples or SELF_PROMPTS, generated_beside(output)
+    logger.info(f"data: the model writes {n:,} prompts and answers them; kept in {cache}")
+    prompts = generate_prompts(model, tokenizer, n, seed=hp.seed, cache=cache)
+    rows = generate_answers(model, tokenizer, prompts, max_new_tokens=answer_limit(hp), cache=cache)
     held_out = min(int(hp.test_size), n - 1) if hp.test_size >= 1 else hp.test_size
     return Data(*rows.train_test_split(test_size=held_out, seed=hp.seed).values())
+
+
+def generated_beside(output: Path) -> Path:
+    return output.with_name(f"{output.name}-self-generated.jsonl")
+
+
+def answer_limit(hp: HyperParameters) -> int:
+    return hp.generation.get("max_new_tokens", 128)
 
 
 def first_rows(dataset: Dataset, n: int) -> Dataset:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from llm_diffusion import DiffusionDPOConfig, UserError, load_diffusion_model, probe_attention
 from llm_diffusion.config import build, stages_of
-from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, own_data, start_wandb
+from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, self_generated_data, start_wandb
 from llm_diffusion.main import cli
 
 
@@ -45,10 +45,15 @@ def test_data_that_the_model_writes_itself_is_held_out_from_and_kept(tmp_path):
     hp = build(
         {"model": "tiny", "dataset": "self", "max_examples": 6, "test_size": 2, "generation": {"max_new_tokens": 8}}
     )
-    data = own_data(hp, model, tokenizer, tmp_path / "out")
+    data = self_generated_data(hp, model, tokenizer, tmp_path / "out")
     assert (len(data.train), len(data.test)) == (4, 2)
-    assert len((tmp_path / "out-own-answers.jsonl").read_text().splitlines()) == 6
-    assert list(own_data(hp, model, tokenizer, tmp_path / "out").train) == list(data.train)
+    assert len((tmp_path / "out-self-generated.jsonl").read_text().splitlines()) == 1 + 6  # a round of prompts
+    assert list(self_generated_data(hp, model, tokenizer, tmp_path / "out").train) == list(data.train)
+
+
+def test_a_model_writes_no_preferences(tmp_path):
+    with pytest.raises(UserError, match="`dataset`: 'self'"):
+        check_start(build({"model": "tiny", "dataset": "self", "phases": ["sft", "dpo"]}), "cpu", tmp_path, False)
 
 
 def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 3. cut to `max_length`, and leave out rows in which nothing is left
 4. count: one line a dataset says what was left out, an error if that is everything, a warning if no text has an end
 
-Map-style datasets and streams go the same way; what a stream loses is known when it has flowed, see `Tally`.
+Map-style datasets and streams go the same way; what a stream loses is known when it has flowed, see `RowCounts`.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def tokenised_pair(example: dict[str, Any], form: str, how: Tokenising, place: P
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """What a dataset lost, by the numbers of its rows, which a stream may pass more than once."""
 
     name: str
@@ -263,13 +263,13 @@ def read_dataset(dataset: Any, name: str) -> Any:
 
 
 def tokenised(
-    dataset: Any, how: Tokenising, name: str, tallies: list[Tally] | None = None, num_proc: int | None = None
+    dataset: Any, how: Tokenising, name: str, reports: list[RowCounts] | None = None, num_proc: int | None = None
 ) -> Any:
     """Rows as `input_ids` and `labels`; packed ones and what has gone through here stay as they are.
 
     Args:
         name: of the dataset, as errors say it.
-        tallies: what a stream will lose is put here, to be reported when it has flowed.
+        reports: what a stream will lose is put here, to be reported when it has flowed.
     """
     columns = _columns(dataset := read_dataset(dataset, name))
     if "seq_lengths" in columns:
@@ -284,13 +284,13 @@ def tokenised(
     read = {form, "tools", "chat_template_kwargs", *(("prompt", "completion") if form == "completion" else ())}
     if form == "input_ids":
         read |= {"labels", "completion_mask", "assistant_masks", "attention_mask", "token_type_ids"}
-    tally = Tally(name, how, [column for column in columns if column not in read])
+    row_counts = RowCounts(name, how, [column for column in columns if column not in read])
     row_of = partial(_numbered, tokenised_row, form, how, name)
-    return _through(dataset, row_of, tally, "labels", (tallies, num_proc))
+    return _through(dataset, row_of, row_counts, "labels", (reports, num_proc))
 
 
 def tokenised_pairs(
-    dataset: Any, how: Tokenising, name: str, tallies: list[Tally] | None = None, num_proc: int | None = None
+    dataset: Any, how: Tokenising, name: str, reports: list[RowCounts] | None = None, num_proc: int | None = None
 ) -> Any:
     """Pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`, as `tokenised`."""
     columns = _columns(dataset := read_dataset(dataset, name))
@@ -298,9 +298,9 @@ def tokenised_pairs(
         return dataset
     check_pair_columns(columns, name)
     read = {"prompt", "chosen", "rejected", "tools", "chat_template_kwargs"}
-    tally = Tally(name, how, [column for column in columns if column not in read])
+    row_counts = RowCounts(name, how, [column for column in columns if column not in read])
     row_of = partial(_numbered, tokenised_pair, "pair", how, name)
-    return _through(dataset, row_of, tally, "chosen_ids", (tallies, num_proc))
+    return _through(dataset, row_of, row_counts, "chosen_ids", (reports, num_proc))
 
 
 def check_pair_columns(columns: Iterable[str], name: str) -> None:
@@ -320,24 +320,28 @@ def _numbered(work: Callable, form: str, how: Tokenising, name: str, example: di
 
 
 def _through(
-    dataset: Any, row_of: Callable, tally: Tally, scored: str, options: tuple[list[Tally] | None, int | None]
+    dataset: Any,
+    row_of: Callable,
+    row_counts: RowCounts,
+    scored: str,
+    options: tuple[list[RowCounts] | None, int | None],
 ) -> Any:
     """The dataset through `row_of`, without the rows that have nothing to learn from; counted and checked."""
-    tallies, num_proc = options
+    reports, num_proc = options
     columns, counts = _columns(dataset), ["reason", "cut", "merged"]
     if isinstance(dataset, Dataset):
-        found = {"num_proc": num_proc, "desc": f"Tokenizing {tally.name}"}
+        found = {"num_proc": num_proc, "desc": f"Tokenizing {row_counts.name}"}
         dataset = dataset.map(row_of, with_indices=True, remove_columns=columns, **found)
         for row, lost in enumerate(zip(*(dataset[name] for name in counts), strict=True)):
-            tally.add(row, *lost)
-        if tally.left_out:
-            dataset = dataset.select([row for row in range(tally.rows) if row not in tally.left_out])
+            row_counts.add(row, *lost)
+        if row_counts.left_out:
+            dataset = dataset.select([row for row in range(row_counts.rows) if row not in row_counts.left_out])
         first = dataset
     else:
 
         def counted(example: dict[str, Any], row: int) -> dict[str, Any]:
             found = row_of(example, row)
-            tally.add(row, *(found[name] for name in counts))
+            row_counts.add(row, *(found[name] for name in counts))
             return found
 
         dataset = dataset.map(counted, with_indices=True, remove_columns=columns)
@@ -348,12 +352,12 @@ def _through(
                 break
         dataset = dataset.filter(_is_kept)
     if len(first) == 0:
-        raise UserError(f"`{tally.name}`: {tally}; no row is left; raise `max_length`, or look at the rows.")
-    _warn_of_no_end(first, scored, tally)
+        raise UserError(f"`{row_counts.name}`: {row_counts}; no row is left; raise `max_length`, or look at the rows.")
+    _warn_of_no_end(first, scored, row_counts)
     if isinstance(dataset, Dataset):
-        tally.report()
-    elif tallies is not None:
-        tallies.append(tally)
+        row_counts.report()
+    elif reports is not None:
+        reports.append(row_counts)
     return dataset.remove_columns(counts)
 
 
@@ -361,18 +365,18 @@ def _is_kept(row: dict[str, Any]) -> bool:
     return not row["reason"]
 
 
-def _warn_of_no_end(rows: Iterable[dict[str, Any]], scored: str, tally: Tally) -> None:
+def _warn_of_no_end(rows: Iterable[dict[str, Any]], scored: str, row_counts: RowCounts) -> None:
     """A model that is never shown an end writes on for ever."""
-    ends, seen = set(tally.how.ends), 0
+    ends, seen = set(row_counts.how.ends), 0
     for row in itertools.islice(rows, PEEK):
         seen += 1
         if not ends.isdisjoint(row[scored]):
             return
-    known = [tally.how.tokenizer.convert_ids_to_tokens(end) for end in tally.how.ends]
+    known = [row_counts.how.tokenizer.convert_ids_to_tokens(end) for end in row_counts.how.ends]
     logger.warning(
         "%s: none of %d rows has an end token (%s) to learn from, so answers will not end; set `eos_token` to the token that ends them, "
         "use a chat template that ends turns with one, or raise `max_length`",
-        tally.name,
+        row_counts.name,
         seen,
         ", ".join(map(str, known)) or "the tokenizer has none",
     )

@@ -18,17 +18,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
-from ..data.rows import CONVERSATIONS, Place, form_of, prompt_and_answer, read_row
+from ..data.rows import Place, form_of, prompt_and_answer, read_row
 from ..generation.generate import generate, generate_autoregressive
 from ..models.patching import base_of
 from ..models.record import layered, record_of
 from ..models.special_tokens import end_token_ids, prompt_ids
-from ..objective.modes import IGNORE_INDEX
 from ..reasoning.pairs import labelled_answer
 from ..reasoning.problems import Problem, is_right, read_problem
 
@@ -170,7 +168,7 @@ def evaluate_answers(
     started = time.perf_counter()
     rows = over_processes(all_answered, examples, split)
     seconds = time.perf_counter() - started
-    texts, ids, ended, rates, accepted = zip(*rows, strict=True)
+    texts, tokens, ended, rates, accepted = zip(*rows, strict=True)
     right = defaultdict(list)
     for example, text in zip(examples, texts, strict=True):
         right[example.get("kind", "all")].append(text.strip() == prompt_and_reference(example)[1].strip())
@@ -181,7 +179,7 @@ def evaluate_answers(
         ended=list(ended),
         accepted=dict(sorted(Counter(itertools.chain(*accepted)).items())),
         seconds=seconds,
-        tokens=[len(answer) for answer in ids],
+        tokens=list(tokens),
     )
 
 
@@ -192,7 +190,7 @@ def _answered(
     autoregressive: bool,
     settings: dict[str, Any],
 ) -> list[tuple]:
-    """Of every answer its text, its tokens through the end, whether it ended, its tokens per forward, what verifications yielded."""
+    """Of every answer its text, how many tokens it has through its end, whether it ended, its tokens per forward, what verifications yielded."""
     ends, rows = end_token_ids(model, tokenizer), []
     stops = {"eos_token_id": ends} if ends else {}
     for batch in in_batches(examples, BATCH_SIZE):
@@ -209,35 +207,9 @@ def _answered(
         written = ids[:, inputs["input_ids"].shape[1] :]
         is_end = torch.isin(written, written.new_tensor(ends)).long()
         lengths = (is_end.cumsum(-1) - is_end == 0).sum(-1).tolist()
-        through = [row[:length] for row, length in zip(written.tolist(), lengths, strict=True)]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        rows += zip(texts, through, is_end.any(-1).tolist(), rates, accepted, strict=True)
+        rows += zip(texts, lengths, is_end.any(-1).tolist(), rates, accepted, strict=True)
     return rows
-
-
-def answered_by_base(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, dataset: Dataset, max_new_tokens: int = 128
-) -> Dataset:
-    """Prompts of chats, or of prompts with completions, with the AR base's own answers: what a drafter has to foresee.
-
-    Returns:
-        rows of `input_ids` and `labels`: the very tokens that the base wrote, which a template might render otherwise.
-    """
-    if form_of(dataset.column_names) not in (*CONVERSATIONS, "completion"):
-        columns = dataset.column_names
-        raise UserError(f"`answers_from_base` needs chats or prompts with completions, got the columns {columns}.")
-    rows, whole = list(dataset), []
-    answers = _answered(model, tokenizer, rows, True, {"max_new_tokens": max_new_tokens})
-    for row, (text, ids, ended, *_) in zip(rows, answers, strict=True):
-        if ended and text.strip():  # an answer that was cut off would train a false end
-            prompt = _prompt_ids(tokenizer, row)
-            whole.append({"input_ids": prompt + ids, "labels": [IGNORE_INDEX] * len(prompt) + ids})
-    unfinished = f"{len(rows) - len(whole)} of {len(rows)} answers are empty or not over after {max_new_tokens} tokens"
-    if not whole:
-        raise UserError(f"`answers_from_base`: {unfinished}; raise `generation.max_new_tokens`.")
-    if len(whole) < len(rows):
-        logger.warning(f"{unfinished} and are dropped")
-    return Dataset.from_list(whole)
 
 
 def sample_answers(

@@ -28,10 +28,11 @@ from .. import UserError
 from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
 from ..generation.config import DiffusionGenerationConfig, decoding_settings
-from ..models.checkpoints import is_adapter, resolve_path
+from ..models.checkpoints import best_device, is_adapter, resolve_path
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import layered, record_of
+from ..models.smollm2 import answering
 from ..objective.estimators import REPLICATES, check_estimator
 from ..reasoning.pairs import LLMJudge
 from ..reasoning.problems import load_records
@@ -283,7 +284,8 @@ def read_prompts(name: str, limit: int | None) -> list[dict]:
 
 def _load(name: str, chosen: dict[str, Any], trust_remote_code: bool) -> tuple[Loaded, dict[str, Any]]:
     """A model and its decoding."""
-    model, tokenizer = load_diffusion_model(name, trust_remote_code=trust_remote_code)
+    name, dtype = answering(name, "auto", best_device())
+    model, tokenizer = load_diffusion_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     decoding = decoding_settings(model, chosen)
     if "max_new_tokens" not in chosen:

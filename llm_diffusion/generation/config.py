@@ -82,7 +82,9 @@ class UnmaskingSettings:
         None, "Whether the base verifies drafts; None: where `attention` is lossless.", choices=(True, False)
     )
     draft_outcomes: int | None = setting(
-        None, "Of lossless decoding: ends of a draft that the next is made for in advance; None: by device.", min=0
+        None,
+        "Of lossless decoding: ends of a draft that the next is made for in advance; None: what is fastest on this machine.",
+        min=0,
     )
     mask_token_id: int | None = setting(None, "None: that of `config.diffusion`.", min=0)
     output_history: bool = setting(False, "Keep the canvas after every pass.", choices=(True, False))

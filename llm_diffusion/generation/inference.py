@@ -11,12 +11,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..data.rows import Place, read_turns
-from ..models import smollm2
 from ..models.checkpoints import best_device
 from ..models.loading import load_diffusion_model
-from ..models.packing import has_fast_bfloat16
 from ..models.patching import base_of
 from ..models.record import layered, record_of
+from ..models.smollm2 import answering
 from ..models.special_tokens import end_token_ids, prompt_ids, text_ids
 from .canvas import fill_masks
 from .config import DiffusionGenerationConfig, check_room, decoding_settings
@@ -73,10 +72,7 @@ class DiffusionInference:
 
         "smollm2" is the embedded drafter over its base, by default in bf16 where the processor multiplies that itself.
         """
-        if name_or_path == smollm2.NAME:
-            name_or_path = str(smollm2.DRAFTER)
-            if dtype == "auto" and (device or best_device()) == "cpu" and has_fast_bfloat16():
-                dtype = torch.bfloat16
+        name_or_path, dtype = answering(name_or_path, dtype, device or best_device())
         model, tokenizer = load_diffusion_model(
             name_or_path, device=device, quantization=quantization, dtype=dtype, trust_remote_code=trust_remote_code
         )

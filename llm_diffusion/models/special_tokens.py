@@ -182,6 +182,15 @@ def use_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: 
     set_end_tokens(model, tokenizer)
 
 
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pads with the end token where the tokenizer has no padding token, or with a new one where it has neither."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        logger.warning("the tokenizer has neither a padding nor an end token; it gets %r for padding", PAD_TOKEN)
+        add_special_token(model, tokenizer, "pad", PAD_TOKEN)
+
+
 def grow(model: PreTrainedModel, token_id: int) -> None:
     """A row of the embedding for the token. Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one."""
     if token_id >= model.get_input_embeddings().weight.shape[0]:

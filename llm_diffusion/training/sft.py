@@ -111,6 +111,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self.data_collator = self.diffusion_collator
         if self._mode.drafts:
             ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
+        # TRL may have changed the tokenizer (`eos_token`, `chat_template_path`).
+        self.diffusion_collator.pad_token_id = processing_class.pad_token_id
         set_end_tokens(model, processing_class)
         self._start = {"conversion_steps": 0, "training_tokens": 0}  # before this run
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}

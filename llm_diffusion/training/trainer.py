@@ -45,10 +45,10 @@ class DiffusionTrainerMixin:
 
     def _tokenised(self, gate: Callable, dataset: Any, tokenizer: Any, args: Any, name: str, **how: Any) -> Any:
         """A dataset through `tokenised` or `tokenised_pairs`, once a machine; `how`: of `Tokenising`."""
-        self._tallies = getattr(self, "_tallies", [])
+        self._reports = getattr(self, "_reports", [])
         field, rules = dataset_field(name), Tokenising.of(tokenizer, args, **how)
         with args.main_process_first(desc=f"preparing {field}"):
-            return gate(dataset, rules, field, self._tallies, args.dataset_num_proc)
+            return gate(dataset, rules, field, self._reports, args.dataset_num_proc)
 
     def _reject_skip_prepare_without_labels(self, datasets: dict[str, Any], data_collator: Any) -> None:
         """TRL's check of masks that nobody would read, which it makes for its own collator alone."""
@@ -66,8 +66,8 @@ class DiffusionTrainerMixin:
         return output
 
     def _report_streams(self) -> None:
-        for tally in getattr(self, "_tallies", []):
-            tally.report()
+        for lost_rows in getattr(self, "_reports", []):
+            lost_rows.report()
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None

