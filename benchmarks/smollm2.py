@@ -1,7 +1,7 @@
-"""SmolLM2's own answers, four ways, beside each other in one run: are they the same, and how fast?
+"""SmolLM2's own answers, four ways, beside each other in one run: are they the same, and how fast? And what a pass costs.
 
-    python benchmarks/smollm2.py                               GSM8K-like questions of its own, and chat prompts that it wrote
-    python benchmarks/smollm2.py --questions FILE --limit 20   questions of a JSONL file ("question", or "turns")
+    python benchmarks/smollm2.py                               the questions below
+    python benchmarks/smollm2.py --questions FILE --limit 20   those of a JSONL file ("question", or the first of "turns")
 
 Batch 1. Rounds alternate between the ways, so that both sides of a ratio meet the same machine. A text that differs is shown with the gap
 between the base's two best logits where it first does: a tie where this is no more than the rounding of the type.
@@ -10,17 +10,22 @@ between the base's two best logits where it first does: a tie where this is no m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
+from transformers import DynamicCache
 
 from llm_diffusion.generation.generate import generate, generate_autoregressive
 from llm_diffusion.generation.inference import DiffusionInference
+from llm_diffusion.models.packing import packed
 from llm_diffusion.models.patching import adapters_off, base_of
+from llm_diffusion.speculative.adapters import AdapterSwitch
 
 QUESTIONS = (
     "A shop sells 12 pens a day at 3 dollars each. How many dollars does it earn in a week?",
@@ -46,6 +51,28 @@ def first_gap(model: torch.nn.Module, want: torch.Tensor, found: torch.Tensor) -
     return float(top[0] - top[1])
 
 
+def print_pass_costs(model: torch.nn.Module) -> None:
+    """Milliseconds of a pass behind 150 tokens, the median of seven: the base and the drafter, on plain and on packed weights in turn."""
+    base, rows, times = base_of(model), (1, 8, 16, 32), defaultdict(list)
+    cache = DynamicCache()
+    with torch.no_grad(), AdapterSwitch(model) as switch:
+        base(input_ids=torch.ones((1, 150), dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for _ in range(8):
+            for weights, context in (("plain", nullcontext()), ("packed", packed(model))):
+                with context:
+                    for n, adapters in itertools.product(rows, ("base", "drafter")):
+                        switch.first = 0 if adapters == "drafter" else None
+                        began = time.perf_counter()
+                        ids = torch.ones((1, n), dtype=torch.long)
+                        base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=n)
+                        times[adapters, weights, n].append(1000 * (time.perf_counter() - began))
+                        cache.crop(-n)
+    print(f"\n| milliseconds of a pass over | {' | '.join(f'{n} rows' for n in rows)} |\n|---|{'--:|' * len(rows)}")
+    for adapters, weights in itertools.product(("base", "drafter"), ("plain", "packed")):
+        cells = (f"{median(times[adapters, weights, n][1:]):.0f}" for n in rows)  # the first round warms up
+        print(f"| {adapters}, {weights} weights | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="the drafter; a folder, or the embedded one")
@@ -69,7 +96,7 @@ def main() -> None:
             model, **batch, **greedy, prompt_lookup_num_tokens=5
         ),
         "lossless, two passes a cycle": lossless(draft_outcomes=0),
-        "lossless, by the clock": lossless(),
+        "lossless, default": lossless(),
     }
     seconds, tokens, same, forwards, accepted, gaps = (defaultdict(list) for _ in range(6))
     questions = read_questions(args.questions, args.limit + args.skip)[args.skip :]
@@ -107,6 +134,7 @@ def main() -> None:
         )
     for way, values in gaps.items():
         print(f"\n{way}: gaps of the base's two best logits where texts part: {[round(gap, 3) for gap in values]}")
+    print_pass_costs(model)
 
 
 if __name__ == "__main__":
