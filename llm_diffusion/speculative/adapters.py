@@ -3,6 +3,8 @@
 Drafting (adapter on) and verifying (adapter off) alternate at every forward pass of lossless decoding, or share one. Walking the
 modules, as PEFT's `disable_adapter` does, costs more than the forward pass of a small model. While a switch is open, LoRA layers run a
 forward of ours, which knows plain LoRA only and refuses the rest.
+
+On a CPU a pass that only drafts may run on a copy of the weights, adapters merged, in int8: what it gets wrong costs a token, no truth.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from .. import UserError
+from ..models.packing import can_quantise, int8_linear
 from ..models.patching import Patch, base_of
 from ..models.record import record_of
 
@@ -30,12 +34,16 @@ class AdapterSwitch(AbstractContextManager):
     Attributes:
         first: rows (positions of a pass) from this one on have the adapters on; None: no row has.
 
+    Args:
+        in_int8: whether passes with the adapters on for all rows run in int8, on a CPU.
+
     Raises:
         UserError: see `check_adapters`.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, in_int8: bool = False) -> None:
         self.first: int | None = None
+        self._in_int8 = in_int8
         base, self._patch, self._batch = base_of(model), Patch(), 1
         if "adapter_switch" in vars(base):
             raise RuntimeError("lossless decoding is running on this model already; one call at a time.")
@@ -51,6 +59,11 @@ class AdapterSwitch(AbstractContextManager):
                 self._patch.set(module, "forward", self._forward_of(module))
             elif isinstance(module, AuxiliaryTrainingWrapper | TrainableTokensLayer):
                 self._patch.set(module, "_disable_adapters", True)
+        # Under a mask row of its own the head is wrapped; what the row adds is banned from drafts in any case.
+        for head in base.get_output_embeddings().modules():
+            if in_int8 and type(head) is torch.nn.Linear and can_quantise(head.weight):
+                copy = int8_linear(head, [head.weight], partial(torch.Tensor.detach, head.weight), head.bias)
+                self._patch.set(head, "forward", partial(self._forward, head.forward, [], copy))
         self._hook = embedding.register_forward_hook(self._embed)
 
     def _forward_of(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
@@ -59,9 +72,32 @@ class AdapterSwitch(AbstractContextManager):
             for name in layer.active_adapters
             if name in layer.lora_A
         ]
-        return partial(self._forward, layer.get_base_layer(), branches)
+        return partial(self._forward, layer.get_base_layer(), branches, self._merged_in_int8(layer, branches))
 
-    def _forward(self, base: torch.nn.Module, branches: list[tuple], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _merged_in_int8(self, layer: LoraLayer, branches: list[tuple]) -> Callable[..., torch.Tensor] | None:
+        base, transposed = layer.get_base_layer(), isinstance(layer.get_base_layer(), Conv1D)
+        plain = type(base) in (torch.nn.Linear, Conv1D) and all(bias is None for *_, bias, _ in branches)
+        if not (self._in_int8 and plain and can_quantise(base.weight)):
+            return None
+
+        def merged() -> torch.Tensor:
+            weight = (base.weight.T if transposed else base.weight).float()
+            return sum((scaling * (up.float() @ down.float()) for down, up, _, scaling in branches), weight)
+
+        sources = [base.weight, *(matrix for down, up, *_ in branches for matrix in (down, up))]
+        return int8_linear(layer, sources, merged, base.bias)
+
+    def _forward(
+        self,
+        base: Callable[..., torch.Tensor],
+        branches: list[tuple],
+        drafting: Callable[..., torch.Tensor] | None,
+        x: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.first == 0 and drafting is not None:
+            return drafting(x)
         output = base(x, *args, **kwargs)
         if self.first is None:
             return output

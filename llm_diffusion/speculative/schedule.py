@@ -1,11 +1,13 @@
-"""How much to draft ahead, from what a pass costs on this machine and how far drafts were right so far.
+"""How much to draft and to verify, from what a pass costs on this machine and how far drafts were right so far.
 
-With b tokens a block, a pass over b (1 + k) rows verifies one draft and makes the next for k places where it may end; when it ends elsewhere,
-a pass over b rows drafts again. A pass of one row decodes without any draft.
+With b tokens a block, there are three ways to go on:
 
-    rows of a pass      seconds, measured      tokens it yields
-    1                   C(1)                   1
-    b (1 + k)           C(b (1 + k)) + miss C(b)      what drafts yielded so far, made ahead or knowing the token before them
+    passes of a cycle                                            seconds, measured               tokens it yields
+    one row, without a draft                                     V(1)                            1
+    a draft; then its first n - 1 tokens, behind the one known   D(b) + V(n)                     what such drafts yielded so far
+    a draft and the next ones for k places where it may end      B(b (1 + k)) + miss D(b)        what drafts yielded, made ahead or not
+
+A drafted token is verified as long as the chance that it is right, as the drafter sees it, is worth more than a row more costs.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 from transformers import DynamicCache
@@ -25,7 +28,7 @@ from .adapters import AdapterSwitch
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 4, 8, 16, 24, 32, 48, 72)  # of the passes that are timed
+VERIFY, DRAFT, BOTH = (1, 4, 8, 24), (8, 24), (16, 32, 72)  # rows of the passes that are timed
 CONTEXT, REPEATS = 64, 3
 REST = 64  # tokens decoded without drafts before the next one is tried
 MEMORY = 256  # outcomes after which older ones count half
@@ -33,22 +36,31 @@ PRIOR = 4.0  # outcomes that the first guess counts for
 
 
 @dataclass
-class PassCosts:
+class Curve:
     """Seconds of a pass over some rows, between and beyond the measured ones along a line."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def __call__(self, rows: int) -> float:
+    def __call__(self, rows: float) -> float:
         at = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         (low, high), (first, last) = self.rows[at - 1 : at + 1], self.seconds[at - 1 : at + 1]
         return first + (last - first) * (rows - low) / (high - low)
 
 
+@dataclass
+class PassCosts:
+    """Of passes with the adapters off, on, and on for a part of the rows."""
+
+    verify: Curve
+    draft: Curve
+    both: Curve
+
+
 @torch.no_grad()
 def measure_costs(model: torch.nn.Module, switch: AdapterSwitch) -> PassCosts:
-    """Times passes behind a short prefix, with the adapters on but for a single row; takes about as long as thirty of them."""
-    base, cache, seconds = base_of(model), DynamicCache(), []
+    """Times passes behind a short prefix; takes about as long as thirty of them."""
+    base, cache = base_of(model), DynamicCache()
 
     def run(rows: int, **options: object) -> float:
         ids = torch.ones((1, rows), dtype=torch.long, device=base.device)
@@ -58,15 +70,20 @@ def measure_costs(model: torch.nn.Module, switch: AdapterSwitch) -> PassCosts:
         logits[0, -1, 0].item()  # waits for a GPU
         return time.perf_counter() - start
 
-    switch.first = None
-    run(CONTEXT, logits_to_keep=1)
-    for rows in ROWS:
-        switch.first, times = None if rows == 1 else 0, []
+    def best(rows: int, first: int | None) -> float:
+        switch.first, times = first, []
         for _ in range(REPEATS):
             times.append(run(rows, logits_to_keep=rows))
             cache.crop(-rows)
-        seconds.append(min(times))
-    return PassCosts(ROWS, tuple(accumulate(seconds, max)))  # more rows never cost less: what looks so is noise
+        return min(times)
+
+    def curve(sizes: tuple[int, ...], first: Callable[[int], int | None]) -> Curve:
+        # More rows never cost less: what looks so is noise.
+        return Curve(sizes, tuple(accumulate((best(n, first(n)) for n in sizes), max)))
+
+    switch.first = None
+    run(CONTEXT, logits_to_keep=1)
+    return PassCosts(curve(VERIFY, lambda n: None), curve(DRAFT, lambda n: 0), curve(BOTH, lambda n: n // 2))
 
 
 def schedule_of(model: torch.nn.Module, block_length: int, switch: AdapterSwitch) -> DraftSchedule:
@@ -94,9 +111,11 @@ class DraftSchedule:
     drafts: dict[bool, float] = field(default_factory=dict)  # and how many these were
     resting: int = 0  # tokens left to decode without drafts
     told: bool = False
+    width: float = 0.0  # rows of late in a pass that verifies a draft not made ahead
 
     def __post_init__(self) -> None:
         b = self.block_length
+        self.width = self.width or b
         self.ends = self.ends or [PRIOR / b] * b
         self.drafts = self.drafts or {True: PRIOR, False: PRIOR}
         self.tokens = self.tokens or {ahead: PRIOR * (b + 1) / 2 for ahead in self.drafts}
@@ -109,7 +128,7 @@ class DraftSchedule:
         likely = sorted(range(self.block_length), key=lambda place: -self.ends[place])
         rates = [self.rate(likely[:n], texts) for n in range(self.block_length + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
-        if rates[best] >= 1 / self.costs(texts):
+        if rates[best] >= 1 / self.costs.verify(texts):
             return likely[:best]
         self.resting = REST
         if not self.told:
@@ -125,9 +144,26 @@ class DraftSchedule:
         """Tokens a second of each of `texts`, when drafts are made ahead for these places."""
         b, hit = self.block_length, sum(self.ends[place] for place in places) / sum(self.ends)
         ahead, behind = (self.tokens[kind] / self.drafts[kind] for kind in (True, False))
-        again = 1 - hit**texts if places else 1.0  # one text that misses takes a pass
-        seconds = self.costs(texts * b * (1 + len(places))) + again * self.costs(texts * b)
+        if places:  # one text that misses takes a pass
+            seconds = self.costs.both(texts * b * (1 + len(places)))
+            seconds += (1 - hit**texts) * self.costs.draft(texts * b)
+        else:
+            seconds = self.costs.verify(texts * self.width) + self.costs.draft(texts * b)
         return (hit * ahead + (1 - hit) * behind) / seconds
+
+    def length(self, confidence: torch.Tensor) -> int:
+        """How many tokens of drafts to verify.
+
+        Args:
+            confidence: (B, b - 1) probability that the drafter gives to each token that it drafted.
+        """
+        texts, verify = len(confidence), self.costs.verify
+        right = confidence.cumprod(-1).sum(0).tolist()  # how many of a column are expected to be right
+        token = 1 / (texts * self.rate([], texts))  # seconds that one is worth
+        worth = (gain * token >= verify(texts * (n + 2)) - verify(texts * (n + 1)) for n, gain in enumerate(right))
+        n = sum(takewhile(bool, worth))
+        self.width += 0.05 * (n + 1 - self.width)
+        return n
 
     def learn(self, accepted: list[int], ahead: list[bool]) -> None:
         """Of every text how many drafted tokens were right, and whether the draft was made ahead."""

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 
-from llm_diffusion.models.packing import OPERATORS, SUPPORT, can_pack, has_fast_bfloat16, packed
+from llm_diffusion.models.packing import (
+    INT8_OPERATORS,
+    OPERATORS,
+    SUPPORT,
+    can_pack,
+    can_quantise,
+    has_fast_bfloat16,
+    int8_linear,
+    packed,
+)
 
 needs_bf16 = pytest.mark.skipif(not has_fast_bfloat16(), reason="this processor does not multiply bf16")
 
@@ -23,6 +32,7 @@ def logits(model, rows: int) -> torch.Tensor:
 def test_the_private_names_of_torch_are_there():
     assert all(hasattr(torch.cpu, name) for name in SUPPORT)
     assert all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
+    assert all(hasattr(torch.ops.quantized, name) for name in INT8_OPERATORS)
 
 
 @needs_bf16
@@ -55,3 +65,21 @@ def test_training_and_other_types_run_as_they_are(model, random_llama):
     with packed(model):  # with gradients
         assert "forward" not in vars(model.lm_head)
     assert not can_pack(random_llama().lm_head)  # fp32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_int8_products_are_close_and_follow_every_change(dtype, bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(96, 80, bias=bias, dtype=dtype), torch.randn(2, 5, 96, dtype=dtype)
+    assert can_quantise(layer.weight) and not can_quantise(layer.weight.to("meta"))
+
+    def off_by() -> float:
+        found, want = int8_linear(layer, [layer.weight], lambda: layer.weight, layer.bias)(x), layer(x)
+        assert found.dtype == want.dtype and found.shape == want.shape
+        return float((found - want).float().norm() / want.float().norm())
+
+    with torch.no_grad():
+        assert 0 < off_by() < 0.03
+        layer.weight.mul_(-2)
+        assert 0 < off_by() < 0.03

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from transformers import BioGptConfig, BioGptForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from llm_diffusion.speculative.adapters import AdapterSwitch, check_adapters
 
@@ -62,6 +62,30 @@ def test_gated_rows_are_the_base_beside_the_adapter(random_llama) -> None:
         base = model(ids).logits
     assert (both[:, 6:] - base[:, 6:]).abs().max() > 0.01  # the noisy ones hear the adapter
     assert (both[:, 6:] - moved[:, 6:]).abs().max() > 0.01  # and see the clean ones
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_whole_drafts_in_int8_are_close_and_nothing_else_changes(random_llama, architecture) -> None:
+    if architecture == "llama":
+        model = adapted(random_llama)
+    else:
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32)
+        model = adapted(lambda vocab_size: GPT2LMHeadModel(config), fan_in_fan_out=True)
+    ids, others = torch.tensor([[5, 6, MASK, 7]]), [token for token in range(64) if token != MASK]
+    exact = {}
+    with AdapterSwitch(model) as switch:
+        for switch.first in (None, 0, 2):
+            exact[switch.first] = model(ids).logits[..., others]
+    with AdapterSwitch(model, in_int8=True) as switch:
+        for switch.first in (None, 2):
+            assert torch.equal(model(ids).logits[..., others], exact[switch.first])
+        switch.first = 0
+        found = model(ids).logits[..., others]
+    assert not torch.equal(found, exact[0])
+    assert (found - exact[0]).norm() < 0.1 * (exact[None] - exact[0]).norm()
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @pytest.mark.parametrize(
