@@ -16,12 +16,14 @@ import time
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 
 import torch
+from rich.console import Console
 from transformers import DynamicCache
 
-from llm_diffusion.generation.generate import generate, generate_autoregressive
+from llm_diffusion.evaluation.report import speed_table
+from llm_diffusion.evaluation.speed import compare_decoding
 from llm_diffusion.generation.inference import DiffusionInference
 from llm_diffusion.models.packing import packed
 from llm_diffusion.models.patching import adapters_off, base_of
@@ -55,7 +57,7 @@ def print_pass_costs(model: torch.nn.Module) -> None:
     """Milliseconds of a pass behind 150 tokens, the median of seven: the base and the drafter, on plain and on packed weights in turn."""
     base, rows, times = base_of(model), (1, 8, 16, 32), defaultdict(list)
     cache = DynamicCache()
-    with torch.no_grad(), AdapterSwitch(model) as switch:
+    with torch.no_grad(), AdapterSwitch(model, in_int8=True) as switch:
         base(input_ids=torch.ones((1, 150), dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
         for _ in range(8):
             for weights, context in (("plain", nullcontext()), ("packed", packed(model))):
@@ -85,55 +87,20 @@ def main() -> None:
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     inference = DiffusionInference.from_pretrained(args.model, dtype=dtype)
     model, tokenizer, longest = inference.model, inference.tokenizer, args.max_new_tokens
-    greedy = {"max_new_tokens": longest, "do_sample": False}
-
-    def lossless(**settings: object):
-        return lambda batch: generate(model, **batch, max_new_tokens=longest, return_dict_in_generate=True, **settings)
-
-    ways = {
-        "AR, transformers' generate": lambda batch: generate_autoregressive(model, **batch, **greedy),
-        "prompt lookup, 5 tokens": lambda batch: generate_autoregressive(
-            model, **batch, **greedy, prompt_lookup_num_tokens=5
-        ),
-        "lossless, two passes a cycle": lossless(draft_outcomes=0),
-        "lossless, default": lossless(),
-    }
-    seconds, tokens, same, forwards, accepted, gaps = (defaultdict(list) for _ in range(6))
     questions = read_questions(args.questions, args.limit + args.skip)[args.skip :]
-    for number, question in enumerate([questions[0], *questions]):  # the first one warms up
-        chat = [{"role": "user", "content": question}]
-        batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-        start, want = batch["input_ids"].shape[1], None
-        for way, run in ways.items():
-            began = time.perf_counter()
-            output = run(batch)
-            took = time.perf_counter() - began
-            ids = output if torch.is_tensor(output) else output.sequences
-            want = ids if want is None else want
-            if number == 0:
-                continue
-            seconds[way].append(took)
-            tokens[way].append(ids.shape[1] - start)
-            same[way].append(torch.equal(ids, want))
-            if not same[way][-1]:
-                gaps[way].append(first_gap(model, want, ids))
-            if not torch.is_tensor(output):
-                forwards[way].append(float(output.tokens_per_forward[0]))
-                accepted[way] += [n for n in output.accepted[0].tolist() if n > 0]
-    first = next(iter(ways))
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    lossless = {"lossless, two passes a cycle": {"draft_outcomes": 0}, "lossless, default": {}}
+    timed = compare_decoding(model, tokenizer, chats, longest, lossless)
     print(
-        f"{len(questions)} questions, at most {longest} tokens, {base_of(model).dtype}, {torch.get_num_threads()} threads\n"
+        f"{len(questions)} questions, at most {longest} tokens, {base_of(model).dtype}, {torch.get_num_threads()} threads"
     )
-    print("| | tokens/s | to AR | same text | tokens per forward | accepted length |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for way in ways:
-        speed = {name: sum(tokens[name]) / sum(seconds[name]) for name in (first, way)}
-        more = [f"{mean(values[way]):.2f}" if values[way] else "" for values in (forwards, accepted)]
-        print(
-            f"| {way} | {speed[way]:.1f} | {speed[way] / speed[first]:.2f} | {sum(same[way])} of {len(same[way])} | {' | '.join(more)} |"
-        )
-    for way, values in gaps.items():
-        print(f"\n{way}: gaps of the base's two best logits where texts part: {[round(gap, 3) for gap in values]}")
+    Console(width=120).print(speed_table(timed))
+    first, *others = timed.values()
+    for name, way in zip(list(timed)[1:], others, strict=True):
+        pairs = zip(first.ids, way.ids, strict=True)
+        gaps = [round(first_gap(model, want, found), 3) for want, found in pairs if not torch.equal(want, found)]
+        if gaps:
+            print(f"\n{name}: gaps of the base's two best logits where texts part: {gaps}")
     print_pass_costs(model)
 
 

@@ -12,7 +12,9 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,8 +31,10 @@ from ..generation.inference import continue_autoregressive
 from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
 from .metrics import denoising_trace, foresee_ends, plot_ends
+from .speed import Timed, compare_decoding
 from .statistics import Continuations
 
+TIMED = 3  # prompts that a drafter and its base answer beside each other
 SHOWN = 12  # single answers on the page; all are in results.json
 BESIDE = {
     "Likelihood": "Bounds are upper bounds; their standard errors are those of the noise. An AR model's figures are exact.",
@@ -261,7 +265,7 @@ def show_job(
     final: Path,
     seconds: float,
 ) -> None:
-    """Tables, sample answers, one answer as it forms, and how to load the result."""
+    """Tables, sample answers, one answer as it forms, a drafter beside its base on the clock, and how to load the result."""
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(training_table(histories, model))
     if reports:
@@ -276,11 +280,18 @@ def show_job(
             console.print(f"{label:>9}  ", end="", style="bold")
             console.print(" / ".join(text.strip().splitlines()) or "(empty)", markup=False)
         console.print()
-    console.print("one answer as it is denoised, step by step:", style="bold")
-    styles = {"mask": "bright_black", "new": "bold green", "old": ""}
-    for step, words in enumerate(denoising_trace(model, tokenizer, samples[0], settings), start=1):
-        parts = [(word, styles[state]) for word, state in words]
-        console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
+    if record_of(model).mode.drafts:
+        prompts = [prompt_and_reference(example)[0] for example in samples[:TIMED]]
+        timed = compare_decoding(model, tokenizer, prompts, settings["max_new_tokens"])
+        console.print(speed_table(timed))
+        console.print("one answer, what a pass brought in one colour:", style="bold")
+        console.print(coloured_by_pass(tokenizer, [*timed.values()][-1]), soft_wrap=True)
+    else:
+        console.print("one answer as it is denoised, step by step:", style="bold")
+        styles = {"mask": "bright_black", "new": "bold green", "old": ""}
+        for step, words in enumerate(denoising_trace(model, tokenizer, samples[0], settings), start=1):
+            parts = [(word, styles[state]) for word, state in words]
+            console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
     console.print()
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
     quantized = ', quantization="nf4"' if hp.use_qlora else ""
@@ -330,6 +341,29 @@ def accepted_table(accepted: dict[int, int]) -> Table:
     shares = {tokens: count / sum(accepted.values()) for tokens, count in accepted.items()}
     rows = [[tokens, f"{100 * share:.0f} %", "█" * round(40 * share)] for tokens, share in shares.items()]
     return table("Tokens that a verified draft yielded", ["tokens", "share", ""], rows, left=3)
+
+
+def speed_table(timed: dict[str, Timed]) -> Table:
+    """Of every way of decoding tokens a second, also beside the first way's; whether its texts are the same; what drafts yielded."""
+    first, *_ = timed.values()
+    head = ["decoding", "tokens/s", "to the first", "same text", "tokens per forward", "accepted length"]
+    rows = []
+    for name, way in timed.items():
+        same = sum(torch.equal(a, b) for a, b in zip(first.ids, way.ids, strict=True))
+        speed, drafted = way.tokens_per_second, [None, None]
+        if way.forwards:
+            drafted = [f"{fmean(figures):.2f}" for figures in (way.forwards, sum(way.accepted, []))]
+        shares = [f"{speed:.1f}", f"{speed / first.tokens_per_second:.2f}", f"{same} of {len(first.ids)}"]
+        rows.append([name, *shares, *drafted])
+    return table(f"{len(first.ids)} prompts, one at a time", head, rows)
+
+
+def coloured_by_pass(tokenizer: PreTrainedTokenizerBase, way: Timed) -> Text:
+    """The first answer of a drafter, the tokens of every pass in the next of three colours."""
+    passes = way.accepted[0]
+    tokens = iter(way.ids[0][0, -sum(passes) :].tolist())
+    words = (tokenizer.decode(list(islice(tokens, n))) for n in passes)
+    return Text.assemble(*zip(words, cycle(("green", "cyan", "yellow"))))
 
 
 def show_ends(arguments: Sequence[Any], model: Any, tokenizer: Any, examples: list[dict], picture: Path) -> None:

@@ -1,0 +1,90 @@
+"""A lossless model beside its base on the clock: the same texts, in one run, one answer at a time.
+
+Ways of decoding take turns at every prompt, so that both sides of a ratio meet the same machine. transformers' prompt lookup, which drafts
+what stood in the text before, needs no training and is what a trained drafter has to beat.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..generation.generate import generate, generate_autoregressive
+from ..models.special_tokens import prompt_ids
+
+AUTOREGRESSIVE = {"AR, transformers' generate": {}, "prompt lookup, 5 tokens": {"prompt_lookup_num_tokens": 5}}
+LOSSLESS = {"lossless": {}}
+WARM_UP = 8  # tokens before anything is timed
+
+
+@dataclass
+class Timed:
+    """The answers of one way of decoding.
+
+    Attributes:
+        ids: (1, L) of every prompt, the prompt included.
+        accepted: tokens that each verification yielded, of every prompt.
+        forwards: tokens per forward pass, of every prompt.
+    """
+
+    ids: list[torch.Tensor] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    accepted: list[list[int]] = field(default_factory=list)
+    forwards: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def compare_decoding(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict[str, Any]]],
+    max_new_tokens: int,
+    lossless: dict[str, dict[str, Any]] = LOSSLESS,
+) -> dict[str, Timed]:
+    """Greedy answers by name of the way, the base's own `generate` first.
+
+    Args:
+        prompts: texts or conversations.
+        lossless: settings of `generate` by name.
+    """
+    common = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    ways: dict[str, Callable[..., Any]] = {
+        name: lambda ids, more=more, **limit: generate_autoregressive(model, ids, **common | more | limit)
+        for name, more in AUTOREGRESSIVE.items()
+    } | {
+        name: lambda ids, more=more, **limit: generate(
+            model, ids, return_dict_in_generate=True, **common | more | limit
+        )
+        for name, more in lossless.items()
+    }
+    results = {name: Timed() for name in ways}
+    device = next(model.parameters()).device
+    for number, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+        for name, run in ways.items():
+            if number == 0:
+                run(ids, max_new_tokens=min(WARM_UP, max_new_tokens))
+            _add(results[name], run, ids)
+    return results
+
+
+def _add(timed: Timed, run: Callable[..., Any], ids: torch.Tensor) -> None:
+    began = time.perf_counter()
+    output = run(ids)
+    found = output if torch.is_tensor(output) else output.sequences
+    found = found.cpu()  # waits for a GPU
+    timed.seconds += time.perf_counter() - began
+    timed.ids.append(found)
+    timed.tokens += found.shape[1] - ids.shape[1]
+    if not torch.is_tensor(output):
+        timed.forwards.append(float(output.tokens_per_forward[0]))
+        timed.accepted.append([n for n in output.accepted[0].tolist() if n > 0])
