@@ -1,35 +1,45 @@
-"""Published diffusion models whose checkpoints have a layout of their own, loaded as the Llama or GPT-2 that they are.
+"""Published diffusion models whose checkpoints have a layout of their own, loaded as the transformers model that they are.
 
-    LLaDA      model_type "llada": OLMo's names, its mask token among the tokenizer's
-    SMDM       one file of lit-gpt's names, queries, keys and values in one matrix, and one more row of the embedding than of the head: the
-               mask token, which is never predicted
-    DiffuGPT   GPT-2's config, and the state of a wrapper: the body without its embedding, the embedding and the head by themselves
+    LLaDA          model_type "llada": a Llama under OLMo's names
+    LLaDA-MoE      model_type "llada" with experts: a Qwen3-MoE under other names of its sizes
+    SMDM           one file of lit-gpt's names, queries, keys and values in one matrix, and one more row of the embedding than of the head:
+                   the mask token, which is never predicted
+    Dream, SDAR, Fast-dLLM v2    a Qwen under a model_type of their own
+    DiffuGPT, DiffuLLaMA         GPT-2's or Llama's config, and the state of a wrapper: the body without its embedding, the embedding and
+                                 the head by themselves
 
-All are bidirectional; the first two read every token at its own position. PEFT, quantisation and saving then know them without remote
-code.
+    read-out at the token itself     LLaDA, LLaDA-MoE, SMDM, SDAR
+    one before it                    Dream, Fast-dLLM v2, DiffuGPT, DiffuLLaMA
+    blocks that see those before     SDAR (of 4, unless its config says otherwise), Fast-dLLM v2 (of 32); the others are bidirectional
 
-References: LLaDA (arXiv 2502.09992), SMDM (arXiv 2410.18514), DiffuGPT (arXiv 2410.17891).
+PEFT, quantisation and saving then know them without remote code.
+
+References: LLaDA (arXiv 2502.09992), SMDM (arXiv 2410.18514), Dream (arXiv 2508.15487), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arXiv
+2509.26328), DiffuGPT and DiffuLLaMA (arXiv 2410.17891).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, safe_open
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .. import UserError
 from .checkpoints import from_hub, local_file
@@ -64,6 +74,18 @@ _LLADA_NAMES = {
 }
 _SMDM_NAMES = _llama_names(r"transformer\.", "h", 2)
 _GPT2_NAMES = {r"^denoise_model\.": "transformer.", r"^embed_tokens\.": "transformer.wte."}
+_DIFFULLAMA_NAMES = {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.embed_tokens."}
+_BLOCKS = {"attention": "block", "clean_context": "block"}
+# Of a model_type: the config of the same layers, the mask token, how it was trained, and its config's name of the block's length with the
+# length where it has none.
+_SAME_LAYERS: dict[str, tuple[type[PreTrainedConfig], int, dict[str, Any], tuple[str, int] | None]] = {
+    "Dream": (Qwen2Config, 151666, {"right_shift_logits": True}, None),
+    "Fast_dLLM_Qwen": (Qwen2Config, 151665, {**_BLOCKS, "right_shift_logits": True}, ("bd_size", 32)),
+    "sdar": (Qwen3Config, 151669, _BLOCKS, ("block_size", 4)),
+    "sdar_moe": (Qwen3MoeConfig, 151669, _BLOCKS, ("block_size", 4)),
+}
+_OWN_KEYS = ("model_type", "architectures", "auto_map", "transformers_version", "mask_token_id")
+_LLADA_MOE_MASK = 156895
 # What a LLaDA config must hold for its blocks to be Llama's.
 _LLADA_NEEDS = {
     "block_type": ("llama",),
@@ -74,7 +96,8 @@ _LLADA_NEEDS = {
     "attention_layer_norm": (False, None),
 }
 _SMDM_ATTENTION = "transformer.h.0.attn.attn.weight"
-_GPT2_EMBEDDING, _GPT2_TOKENS = "embed_tokens.weight", 50257
+_EMBEDDING = "embed_tokens.weight"  # in a wrapper's state
+_GPT2_TOKENS, _LLAMA_TOKENS = 50257, 32000
 _GPT2_WORD = 10541  # DiffuGPT-S made a word of GPT-2's vocabulary its mask; the larger one has a row of its own, 50257
 
 
@@ -83,28 +106,39 @@ class Layout:
     """A checkpoint that `load` makes a transformers model of.
 
     Args:
+        config: of the transformers model.
         mask_token_id: which embedding is the mask's.
-        state: the weights under the model's own names; None: transformers reads and renames LLaDA's.
-        right_shift_logits: whether hidden state i - 1 predicts token i.
+        names: patterns of the checkpoint's names, and the model's in their place.
+        state: the weights under the model's own names, where renaming is not enough.
+        trained_with: options of `ConversionSettings`.
     """
 
-    config: LlamaConfig | GPT2Config
+    config: PreTrainedConfig
     mask_token_id: int
+    names: dict[str, str] | None = None
     state: dict[str, torch.Tensor] | None = None
-    right_shift_logits: bool = False
+    trained_with: dict[str, Any] = field(default_factory=dict)
 
     def load(self, path: str, **options: Any) -> PreTrainedModel:
         """`options` are keywords of `from_pretrained`."""
-        kind = GPT2LMHeadModel if isinstance(self.config, GPT2Config) else LlamaForCausalLM
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)]
         options |= {"config": self.config, "output_loading_info": True}
         if self.state is None:
-            model, found = from_hub(kind, path, key_mapping=_LLADA_NAMES, **options)
+            model, found = from_hub(kind, path, key_mapping=self.names, **options)
         else:
             model, found = kind.from_pretrained(None, state_dict=self.state, **options)
         if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):  # drawn at random, or ignored
             raise OSError(f"`model`: {path!r} is not a loadable checkpoint: {wrong[:3]} are missing or unexpected.")
         model.name_or_path = model.config.name_or_path = path  # where PEFT looks for the base
         return model
+
+    def options(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """Options of the conversion: the chosen ones, and what it was trained with; another attention leaves the read-out alone."""
+        attention = self.trained_with.get("attention", "bidirectional")
+        other = chosen["attention"] not in (None, attention)
+        found = {"right_shift_logits": False} | self.trained_with
+        known = {"right_shift_logits": found["right_shift_logits"]} if other else found
+        return chosen | {name: value for name, value in known.items() if chosen[name] is None}
 
     def name_mask(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Makes the mask token known to the tokenizer, a new one where it has none of this id.
@@ -114,7 +148,7 @@ class Layout:
         """
         if tokenizer.mask_token_id == self.mask_token_id:
             return
-        if isinstance(self.config, GPT2Config) and tokenizer.mask_token is not None:
+        if self.config.model_type in _WRAPPED and tokenizer.mask_token is not None:
             return
         if len(tokenizer) > self.mask_token_id:
             tokenizer.mask_token = tokenizer.convert_ids_to_tokens(self.mask_token_id)
@@ -134,13 +168,51 @@ def find_layout(path: str) -> Layout | None:
         config = json.loads(Path(file).read_text()) if file else {}
     except json.JSONDecodeError:
         return None  # the loader names what is wrong with it
-    if config.get("model_type") == "llada":
-        return _llada(config, path)
-    if config.get("model_type") == "gpt2" and config.get("diffusion") is None:
-        return _diffugpt(path)
+    kind = config.get("model_type")
+    if kind == "llada":
+        return _llada_moe(config, path) if "num_experts" in config else _llada(config, path)
+    if kind in _SAME_LAYERS:
+        return _same_layers(config, *_SAME_LAYERS[kind])
+    if kind in _WRAPPED and config.get("diffusion") is None:
+        return _WRAPPED[kind](path)
     if Path(path).is_dir() and "architectures" not in config:
         return _smdm(config, sorted(Path(path).glob("*.safetensors")))
     return None
+
+
+def _same_layers(
+    config: dict[str, Any],
+    kind: type[PreTrainedConfig],
+    mask: int,
+    trained_with: dict[str, Any],
+    length: tuple[str, int] | None,
+) -> Layout:
+    own = {name: value for name, value in config.items() if name not in _OWN_KEYS}
+    if length is not None:
+        trained_with = {**trained_with, "block_length": own.pop(*length)}
+    return Layout(kind(**own), config.get("mask_token_id", mask), trained_with=trained_with)
+
+
+def _llada_moe(config: dict[str, Any], path: str) -> Layout:
+    """Experts in every layer, none shared, their weights a softmax over all experts that is not scaled up again."""
+    needs = {
+        "qk_layernorm": (True,),
+        "shared_expert_intermediate_size": (None, 0, -1),
+        "partial_rotary_factor": (None, 1, -1),
+    }
+    for name, right in needs.items():
+        if config.get(name) not in right:
+            raise UserError(
+                f"`model`: {path!r} is a LLaDA-MoE checkpoint with `{name}`={config.get(name)!r}; only {right[0]!r} is known."
+            )
+    own = {name: value for name, value in config.items() if name not in (*_OWN_KEYS, *needs)}
+    own |= {
+        "intermediate_size": own.pop("dense_intermediate_size"),
+        "moe_intermediate_size": own.pop("expert_intermediate_size"),
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "norm_topk_prob": False,
+    }
+    return Layout(Qwen3MoeConfig(**own), config.get("mask_token_id", _LLADA_MOE_MASK))
 
 
 def _llada(config: dict[str, Any], path: str) -> Layout:
@@ -164,7 +236,7 @@ def _llada(config: dict[str, Any], path: str) -> Layout:
         eos_token_id=config.get("eos_token_id"),
         pad_token_id=config.get("pad_token_id"),
     )
-    return Layout(llama, config["mask_token_id"])
+    return Layout(llama, config["mask_token_id"], _LLADA_NAMES)
 
 
 def _smdm(config: dict[str, Any], files: list[Path]) -> Layout | None:
@@ -201,24 +273,40 @@ def _smdm(config: dict[str, Any], files: list[Path]) -> Layout | None:
     head = renamed["lm_head.weight"]
     # The mask is never predicted. Its row is that of the unknown token, which no text holds, so it takes nothing from the others.
     renamed["lm_head.weight"] = torch.cat([head, head[:1].expand(embeddings - len(head), -1)])
-    return Layout(llama, embeddings - 1, renamed)
+    return Layout(llama, embeddings - 1, state=renamed)
 
 
 def _diffugpt(path: str) -> Layout | None:
     if (file := local_file(path, SAFE_WEIGHTS_NAME)) is not None:
-        state = load_file(file) if _GPT2_EMBEDDING in _names_in(file) else {}
+        state = load_file(file) if _EMBEDDING in _names_in(file) else {}
     elif (file := local_file(path, WEIGHTS_NAME)) is not None:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     else:
         return None
-    if _GPT2_EMBEDDING not in state:
+    if _EMBEDDING not in state:
         return None
     buffers = (".attn.bias", ".attn.masked_bias")  # older versions saved them
     state = {_renamed(name, _GPT2_NAMES): weight for name, weight in state.items() if not name.endswith(buffers)}
     config = from_hub(GPT2Config, path)
     config.vocab_size = len(state["transformer.wte.weight"])  # published configs do not count the row of a new mask
     mask = _GPT2_TOKENS if config.vocab_size > _GPT2_TOKENS else _GPT2_WORD
-    return Layout(config, mask, state, right_shift_logits=True)
+    return Layout(config, mask, state=state, trained_with={"right_shift_logits": True})
+
+
+def _diffullama(path: str) -> Layout | None:
+    index, whole = (local_file(path, name) for name in (SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME))
+    weights = json.loads(Path(index).read_text())["weight_map"] if index else {}
+    file = local_file(path, weights[_EMBEDDING]) if _EMBEDDING in weights else whole
+    if file is None or _EMBEDDING not in _names_in(file):
+        return None
+    config = from_hub(LlamaConfig, path)
+    with safe_open(file, framework="pt") as found:  # published configs may not count the row of the mask
+        rows = found.get_slice(_EMBEDDING).get_shape()[0]
+    config.vocab_size = rows
+    return Layout(config, _LLAMA_TOKENS, _DIFFULLAMA_NAMES, trained_with={"right_shift_logits": True})
+
+
+_WRAPPED = {"gpt2": _diffugpt, "llama": _diffullama}
 
 
 def _names_in(file: str | Path) -> set[str]:

@@ -71,7 +71,7 @@ def load_diffusion_model(
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """Loads an AR model and converts it, or reloads a converted model or adapter with the attention it was saved with.
 
-    LLaDA, SMDM and DiffuGPT checkpoints come with their own mask token and read-out, see `layouts`.
+    Published diffusion checkpoints come with their own mask token, attention and read-out, see `layouts`.
 
     Args:
         name_or_path: hub name, folder, or one of the embedded bases, "tiny" and "smollm2".
@@ -100,8 +100,7 @@ def load_diffusion_model(
         model = model.to(device)
     if layout is not None:
         layout.name_mask(tokenizer)
-        if not adapter and conversion["right_shift_logits"] is None:
-            conversion["right_shift_logits"] = layout.right_shift_logits
+        conversion = conversion if adapter else layout.options(conversion)
     if adapter:
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
