@@ -156,7 +156,7 @@ def _naming_the_row(tokenizer: PreTrainedTokenizerBase, column: str, place: Plac
     try:
         yield
     except (TemplateError, TypeError) as error:
-        found = f"is refused by the chat template ({error})"
+        found = f"is refused by the chat template ({error.__cause__ or error})"
         raise place.error(column, found, "change the row or the template") from error
     except UserError:
         raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
 
@@ -45,6 +46,39 @@ def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
         raise  # they name what to install, or are not the checkpoint's fault
     except Exception as error:
         raise _refusal(arguments[-1], error) from error
+
+
+def load_weights(loader: Any, *arguments: Any, **options: Any) -> PreTrainedModel:
+    """`from_hub` of a model, all of whose tensors must be in the checkpoint: transformers draws the others at random."""
+    checks = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # its own error names no tensor
+    model, found = from_hub(loader, *arguments, **checks, **options)
+    check_complete(arguments[-1], missing=found["missing_keys"])
+    wrong = [f"{name} (is {tuple(there)}, must be {tuple(ours)})" for name, there, ours in found["mismatched_keys"]]
+    check_complete(arguments[-1], of_another_shape=wrong)
+    return model
+
+
+def check_complete(path: str, **wrong: Any) -> None:
+    """Raises OSError with the names of tensors that are wrong in a checkpoint, by what is wrong with them."""
+    for what, names in wrong.items():
+        if names := sorted(names):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise _refusal(path, ValueError(f"tensors {what.replace('_', ' ')}: {shown}."))
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """A trainable adapter over its base, all of whose tensors are there, finite, and used: PEFT warns of some, and ignores others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        adapted = from_hub(PeftModel, model, path, is_trainable=True)
+    found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=True)  # again, for what it found
+    trained = ((name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad)
+    infinite = [name for name, weight in trained if not weight.isfinite().all()]
+    unused = [
+        name for name in found.unexpected_keys if getattr(adapted.base_model, "prefix", "") in name
+    ]  # a grown embedding is saved too
+    check_complete(path, missing=found.missing_keys, without_a_place=unused, non_finite=infinite)
+    return adapted
 
 
 def _refusal(name: str, error: Exception) -> OSError:
@@ -168,7 +202,7 @@ def load_gguf(config: PretrainedConfig, path: str, **options: Any) -> PreTrained
         options["dtype"] = torch.bfloat16
     # Without `dequantize` the model would pass for a quantised one, which is neither trained nor saved.
     unpack = GgufConfig(dequantize=True)
-    model = from_hub(AutoModelForCausalLM, path, config=config, quantization_config=unpack, **options)
+    model = load_weights(AutoModelForCausalLM, path, config=config, quantization_config=unpack, **options)
     if quantized is not None:
         last |= {"config": model.config, "state_dict": model.state_dict(), "quantization_config": quantized}
         model = type(model).from_pretrained(None, **last)

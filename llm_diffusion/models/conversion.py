@@ -27,9 +27,11 @@ from .attention import check_block_attention, check_decoder, patch_causal_attent
 from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lift_masks
 from .patching import Patch, base_of
 from .probing import check_clean_prefix, recurrent_layers
-from .record import ConversionSettings, DiffusionRecord, record_of
+from .record import ConversionSettings, DiffusionRecord
 from .special_tokens import (
     check_mask_token,
+    check_vocabulary,
+    grow,
     name_mask_token,
     set_end_tokens,
     set_mask_token,
@@ -71,13 +73,18 @@ def convert_to_diffusion(
     options = ConversionSettings(
         attention, block_length, clean_context, right_shift_logits, time_embedding, mask_token_id
     )
-    record = record_of(base)
+    saved = getattr(base.config, "diffusion", None)
+    where = f"config.diffusion of {base.config.name_or_path!r}"
+    record = DiffusionRecord() if saved is None else DiffusionRecord.from_dict(saved, where, complete=True)
     if record.converted:
         name_mask_token(tokenizer, record.mask_token_id)
         _check_against(record, tokenizer, {**vars(options), "noise_schedule": noise_schedule})
+        grow(base, record.mask_token_id)  # of an adapter, whose base may be as it came
+        check_vocabulary(base, tokenizer)
         set_attention(base, record)
     else:
         record = _new_record(options, noise_schedule or "linear")
+        check_vocabulary(base, tokenizer)
         check_mask_token(tokenizer, mask_token_id)
         set_attention(base, record)
         record = dataclasses.replace(
@@ -174,7 +181,8 @@ def set_final_causal_ratio(model: PreTrainedModel, ratio: float) -> None:
 
 
 def fingerprint(model: PreTrainedModel) -> list[float]:
-    """Weights that neither adapters nor quantisation touch: of the last norm, as a rule, and of the input embedding."""
+    """Weights that adapters do not touch: of the input embedding, of the last norm, as a rule, and, unless they are quantised, one weight
+    of every matrix, summed up to 16 numbers. Earlier versions wrote the first two parts."""
     head = model.get_output_embeddings()
     others = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     weights = [
@@ -183,7 +191,19 @@ def fingerprint(model: PreTrainedModel) -> list[float]:
         if parameter.dim() == 1 and parameter.numel() >= 8 and parameter.is_floating_point()
         if id(parameter) not in others and not name.startswith(TIME_EMBEDDING)
     ]
-    values = [model.get_input_embeddings().weight[3:11, 0]]
+    embedding = model.get_input_embeddings().weight
+    values = [embedding[3:11, 0]]
     if weights:
         values.append(weights[-1][:: len(weights[-1]) // 8][:8])
+    added = (TIME_EMBEDDING, "lora_", "modules_to_save", "trainable_tokens")
+    matrices = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.shape != embedding.shape  # of the head too
+        if not any(part in name for part in added)
+    ]
+    if all(matrix.is_floating_point() and not matrix.is_meta for matrix in matrices):
+        middles = [matrix.detach().flatten()[matrix.numel() // 2].float().cpu() for matrix in matrices]
+        # Sizes, because a sum of numbers of both signs would be mostly rounding.
+        values += [torch.stack(middles[i::16]).abs().sum()[None] for i in range(min(16, len(middles)))]
     return [round(value, 6) for value in torch.cat([v.detach().float().cpu() for v in values]).tolist()]

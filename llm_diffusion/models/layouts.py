@@ -42,7 +42,7 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .. import UserError
-from .checkpoints import from_hub, local_file
+from .checkpoints import check_complete, from_hub, local_file
 from .special_tokens import MASK_TOKEN
 
 # Of a Llama's layer: its name, LLaDA's, SMDM's.
@@ -127,8 +127,7 @@ class Layout:
             model, found = from_hub(kind, path, key_mapping=self.names, **options)
         else:
             model, found = kind.from_pretrained(None, state_dict=self.state, **options)
-        if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"]}):  # drawn at random, or ignored
-            raise OSError(f"`model`: {path!r} is not a loadable checkpoint: {wrong[:3]} are missing or unexpected.")
+        check_complete(path, missing=found["missing_keys"], without_a_place=found["unexpected_keys"])
         model.name_or_path = model.config.name_or_path = path  # where PEFT looks for the base
         return model
 
@@ -167,6 +166,8 @@ def find_layout(path: str) -> Layout | None:
     try:
         config = json.loads(Path(file).read_text()) if file else {}
     except json.JSONDecodeError:
+        config = None
+    if not isinstance(config, dict):
         return None  # the loader names what is wrong with it
     kind = config.get("model_type")
     if kind == "llada":

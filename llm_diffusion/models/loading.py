@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -28,12 +28,15 @@ from .checkpoints import (
     EMBEDDED,
     adapter_base,
     best_device,
+    check_complete,
     check_device,
     download,
     from_hub,
     gguf_path,
     is_adapter,
+    load_adapter,
     load_gguf,
+    load_weights,
     loader_options,
     local_file,
     resolve_path,
@@ -53,7 +56,7 @@ from .record import (
     record_of,
     update_record,
 )
-from .special_tokens import grow
+from .special_tokens import check_vocabulary
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
@@ -104,14 +107,14 @@ def load_diffusion_model(
     if adapter:
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
-        grow(model, record.mask_token_id)
+    new = getattr(model.config, "diffusion", None) is None
     convert_to_diffusion(model, tokenizer, **conversion)
     # A published diffusion model was trained elsewhere; a checkpoint that descends from a GGUF file has weights of its own.
     update_record(model, gguf_file=gguf_file, **({} if layout is None else {"annealed": True}))
     if adapter:
         model = _with_adapter(model, path)
     elif record_of(model).time_embedding and not gguf_file:
-        _load_time_embedding(model, path)
+        _load_time_embedding(model, path, saved=not new)
     return model.eval(), tokenizer
 
 
@@ -127,7 +130,9 @@ def _load_tokenizer(
 def _with_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     if local_file(path, GENERATION_CONFIG_NAME) is not None:
         model.generation_config = from_hub(GenerationConfig, path)
-    adapted = from_hub(PeftModel, model, path, is_trainable=True)
+    adapted = load_adapter(model, path)
+    if record_of(model).time_embedding and TIME_EMBEDDING not in (adapted.active_peft_config.modules_to_save or ()):
+        check_complete(path, missing=[TIME_EMBEDDING])
     train_rows_alone(adapted)  # PEFT would copy the vocabulary at every forward
     return adapted
 
@@ -139,7 +144,7 @@ def _load_base(path: str, options: dict[str, Any], gguf: dict[str, str]) -> tupl
     config = _check_config(path, options["trust_remote_code"], gguf)
     if gguf:
         return load_gguf(config, path, **options, **gguf), None
-    model = from_hub(AutoModelForCausalLM, path, **options)
+    model = load_weights(AutoModelForCausalLM, path, **options)
     for name, folder in EMBEDDED.items():
         if path == str(folder):
             model.config.name_or_path = name
@@ -161,16 +166,15 @@ def _check_fingerprint(model: PreTrainedModel, record: DiffusionRecord, path: st
     ours, theirs = fingerprint(model), record.base_fingerprint
     if theirs is None:
         return
-    if len(ours) != len(theirs) or any(
-        abs(a - b) > 0.02 * max(abs(a), abs(b)) + 1e-5 for a, b in zip(ours, theirs, strict=True)
-    ):
+    # Of quantised weights, and by an earlier version, only the first are known.
+    if any(abs(a - b) > 0.02 * max(abs(a), abs(b)) + 1e-5 for a, b in zip(ours, theirs, strict=False)):
         raise UserError(
             f"`model`: the adapter {path!r} was trained on another base than {model.config.name_or_path!r} (its weights differ); "
             f"put the base it was trained on, {record.base_model!r}, back."
         )
 
 
-def _load_time_embedding(model: PreTrainedModel, path: str) -> None:
+def _load_time_embedding(model: PreTrainedModel, path: str, saved: bool) -> None:
     """The weights of a full checkpoint's time embedding, which transformers' loader does not know."""
     index = local_file(path, SAFE_WEIGHTS_INDEX_NAME)
     names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {SAFE_WEIGHTS_NAME}
@@ -178,7 +182,9 @@ def _load_time_embedding(model: PreTrainedModel, path: str) -> None:
     for weights in filter(None, (local_file(path, name) for name in names)):
         with safe_open(weights, framework="pt") as file:
             state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(f"{TIME_EMBEDDING}.")}
-    if state:  # an AR checkpoint that is converted now has none
+    ours = {f"{TIME_EMBEDDING}.{name}" for name, _ in model.time_embedding.named_parameters()}
+    if saved:  # an AR checkpoint that is converted now has none
+        check_complete(path, missing=ours - set(state))
         model.load_state_dict(state, strict=False)
 
 
@@ -204,7 +210,10 @@ def load_autoregressive(
                 f"`model`: {name_or_path!r} is an adapter of a diffusion model, which `pipeline`='arm' cannot train; name its base, "
                 f"{adapter_base(path)!r}, or merge it first."
             )
-        model = from_hub(AutoPeftModelForCausalLM, path, is_trainable=True, **options)
+        model, _ = _load_base(adapter_base(path), options, {})
+        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(len(tokenizer))  # the rows are the adapter's, as PEFT saves them
+        model = load_adapter(model, path)
     else:
         if (layout := find_layout(path)) is not None:
             model = layout.load(path, **options)
@@ -213,10 +222,11 @@ def load_autoregressive(
             config = from_hub(AutoConfig, path, **remote)
             vars(config).pop("diffusion", None)
             config.is_causal = True
-            model = from_hub(AutoModelForCausalLM, path, config=config, **options)
+            model = load_weights(AutoModelForCausalLM, path, config=config, **options)
         if tokenizer.mask_token_id is not None:
             model.generation_config, _ = autoregressive_config(model.generation_config)
             model.generation_config.suppress_tokens = [tokenizer.mask_token_id]
+    check_vocabulary(model, tokenizer)
     if "device_map" not in options:
         model = model.to(device)
     if (attention := probe_attention(model)) != "causal":

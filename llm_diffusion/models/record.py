@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import typing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +20,82 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .. import UserError
 from ..objective.modes import MODES, Bidirectional
-from ..objective.settings import setting
+from ..objective.noise import NOISE_SCHEDULES
+from ..objective.settings import check_value, read_value, setting
 from .checkpoints import is_adapter, local_file
 from .patching import base_of
 
 SIDECAR = "diffusion_config.json"
+# What a model is; the rest of its record tells how it came about.
+DECISIVE = {
+    *("mask_token_id", "attention", "block_length", "clean_context", "right_shift_logits", "time_embedding"),
+    "base_model",
+}
 
 
 @dataclass(frozen=True)
 class DiffusionRecord:
     """How a model was converted and what it has been trained on since; without arguments, a bidirectional model that never was.
 
-    Attributes:
-        mask_token_id: None: not converted.
-        attention, block_length, clean_context, right_shift_logits, time_embedding, noise_schedule: see `convert_to_diffusion`.
-        final_causal_ratio: what is left of the causal mask for good, 0 is fully bidirectional.
-        tail_token_id: what stands behind the end of a text in training; None: the end token.
-        base_model, base_fingerprint: name of the autoregressive model, and a few of its weights.
-        gguf_file: of a base that was unpacked from one.
-        conversion_steps, training_tokens: optimiser steps and tokens since the conversion.
-        annealed: whether annealing has reached its target, or the model came from diffusion training elsewhere.
-        created_at, version: ISO time and version of this package.
+    Raises:
+        UserError: from `from_dict`, for values that no conversion writes.
     """
 
-    mask_token_id: int | None = None
-    attention: str = "bidirectional"
-    block_length: int | None = None
-    clean_context: str | None = None
+    mask_token_id: int | None = setting(None, "None: not converted.", min=0)
+    attention: str = setting("bidirectional", "See `ConversionSettings`, as for the next five.", choices=tuple(MODES))
+    block_length: int | None = setting(None, "None: no blocks.", min=1)
+    clean_context: str | None = setting(None, "None: no blocks.", choices=("causal", "block"))
     right_shift_logits: bool = False
     time_embedding: bool = False
-    noise_schedule: str = "linear"
-    final_causal_ratio: float = 0.0
-    tail_token_id: int | None = None
-    base_model: str = ""
-    base_fingerprint: list[float] | None = None
-    gguf_file: str | None = None
-    conversion_steps: int = 0
-    training_tokens: int = 0
-    annealed: bool = False
-    created_at: str | None = None
-    version: str | None = None
+    noise_schedule: str = setting("linear", "Of training and likelihood.", choices=tuple(NOISE_SCHEDULES))
+    final_causal_ratio: float = setting(0.0, "What is left of the causal mask for good.", min=0, below=1)
+    tail_token_id: int | None = setting(None, "What stands behind the end of a text; None: the end token.", min=0)
+    base_model: str = setting("", "Name of the autoregressive model.")
+    base_fingerprint: list[float] | None = setting(None, "A few of its weights.")
+    gguf_file: str | None = setting(None, "Of a base that was unpacked from one.")
+    conversion_steps: int = setting(0, "Optimiser steps since the conversion.", min=0)
+    training_tokens: int = setting(0, "Tokens since the conversion.", min=0)
+    annealed: bool = setting(
+        False, "Whether annealing has reached its target, or the model came from diffusion training elsewhere."
+    )
+    created_at: str | None = setting(None, "ISO time.")
+    version: str | None = setting(None, "Of this package.")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DiffusionRecord:
-        """Keys that a later version may have written are left out."""
+    def from_dict(cls, values: Any, where: str = "config.diffusion", complete: bool = False) -> DiffusionRecord:
+        """A checked record; keys that a later version may have written are left out.
+
+        Args:
+            where: what an error names, a file for one.
+            complete: whether all that decides what the model is must be there, as in files.
+        """
+        if not isinstance(values, dict):
+            raise UserError(f"`{where}` must be a mapping, got {values!r}.")
+        given = {name for name, value in values.items() if value is not None or name != "mask_token_id"}
+        if missing := sorted(DECISIVE - given) if complete else []:
+            raise UserError(f"`{where}` lacks {missing}: it is damaged, or was not written by llm_diffusion.")
+        record = cls._known(values)
+        for field in dataclasses.fields(cls):
+            value, hint = getattr(record, field.name), _hints()[field.name]
+            read_value(f"{where}: {field.name}", value, hint)
+            if value is not None or field.default is not None:
+                check_value(f"{where}: {field.name}", value, hint, field.metadata)
+        mode, numbers = MODES[record.attention], record.base_fingerprint or []
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise UserError(f"`{where}: base_fingerprint` must be a list of numbers, got {numbers!r}.")
+        fits = (record.block_length or 0) >= mode.min_block_length if mode.has_blocks else record.block_length is None
+        if record.converted and not fits:
+            raise UserError(
+                f"`{where}: block_length` is {record.block_length}, which `attention`={mode.name!r} cannot have."
+            )
+        if complete and mode.drafts and (not record.right_shift_logits or record.clean_context != "causal"):
+            raise UserError(
+                f"`{where}`: `attention`={mode.name!r} has `clean_context` 'causal', `right_shift_logits` true."
+            )
+        return record
+
+    @classmethod
+    def _known(cls, values: dict[str, Any]) -> DiffusionRecord:
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,6 +115,11 @@ class DiffusionRecord:
     def trained(self) -> bool:
         """Whether it has seen noise: here, or, if there is no record of a conversion, elsewhere."""
         return self.conversion_steps > 0 or self.annealed or not self.converted
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(DiffusionRecord)
 
 
 @dataclass
@@ -108,8 +147,8 @@ CONVERSION_OPTIONS = tuple(field.name for field in dataclasses.fields(Conversion
 
 
 def record_of(model: torch.nn.Module) -> DiffusionRecord:
-    """The record of a model under any wrappers; that of a model which was never converted is empty."""
-    return DiffusionRecord.from_dict(getattr(base_of(model).config, "diffusion", None) or {})
+    """The record of a model under any wrappers, checked when it was loaded; that of a model which was never converted is empty."""
+    return DiffusionRecord._known(getattr(base_of(model).config, "diffusion", None) or {})
 
 
 def update_record(model: torch.nn.Module, **changes: Any) -> DiffusionRecord:
@@ -134,12 +173,9 @@ def read_record(path: str | Path) -> DiffusionRecord:
     try:
         values = json.loads(Path(file).read_text())
         values = values if sidecar else values["diffusion"]
-        missing = {"base_model", "mask_token_id", "attention"} - set(values)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"`model`: {file!r} is malformed: {error}.") from error
-    if missing:
-        raise UserError(f"`model`: {file!r} lacks {sorted(missing)}.")
-    return DiffusionRecord.from_dict(values)
+    return DiffusionRecord.from_dict(values, file, complete=True)
 
 
 def save_record(model: torch.nn.Module, folder: str | Path) -> None:

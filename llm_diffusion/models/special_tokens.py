@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.sandbox import SecurityError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import UserError
@@ -22,18 +23,26 @@ logger = logging.getLogger(__name__)
 MASK_TOKEN, PAD_TOKEN = "<|mask|>", "<|pad|>"
 TOKEN_IDS = ("eos", "pad")
 _ANSWER = "~answer~"
+REFUSALS = TemplateError | ValueError | TypeError  # of a template that takes other conversations
 
 
 # -- where a text ends
 
 
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token with which the chat template ends an assistant's turn; None: there is no template, or plain text ends it."""
+    """The token with which the chat template ends an assistant's turn; None: there is no template, or plain text ends it.
+
+    Raises:
+        UserError: a template that can render no conversation.
+    """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (TemplateError, ValueError, TypeError):  # none, or one that takes no such conversation
-        return None
+        text = _rendered(tokenizer, turns, tokenize=False)
+    except ValueError as error:
+        why = error.__cause__ or error
+        if isinstance(why, TemplateSyntaxError | SecurityError) or not isinstance(why, REFUSALS):
+            raise
+        return None  # there is none, or it takes no such conversation
     behind = tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
     no_end = (tokenizer.bos_token_id, tokenizer.mask_token_id)
     return next((token for token in behind if token in tokenizer.added_tokens_decoder and token not in no_end), None)
@@ -86,9 +95,25 @@ def shared_length(one: Sequence, other: Sequence) -> int:
     return next((i for i, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))
 
 
+class ChatTemplateError(UserError, TemplateError):
+    """A conversation that a chat template does not take, or a template that takes none."""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **options: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(turns, **options)
+    except Exception as error:  # a template is a program of the checkpoint's, and fails as it likes
+        if not tokenizer.chat_template:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ChatTemplateError(
+            f"`model`: the chat template of {tokenizer.name_or_path!r} does not take this conversation ({reason})."
+        ) from error
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **template: Any) -> list[int]:
     """The tokens of a conversation; `template`: keywords of `apply_chat_template`."""
-    return list(tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True, **template)["input_ids"])
+    return list(_rendered(tokenizer, turns, tokenize=True, return_dict=True, **template)["input_ids"])
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], **template: Any) -> list[int]:
@@ -137,6 +162,17 @@ def set_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
             logger.warning("the mask token %r may stand in ordinary text, where it is read as a mask", token)
     grow(model, mask_token_id)
     return mask_token_id
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where the tokenizer has tokens, its mask left out, that the embedding has no row for."""
+    rows, known = model.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
+    highest = max((token_id for token_id in known.values() if token_id != tokenizer.mask_token_id), default=0)
+    if highest >= rows:
+        raise UserError(
+            f"`model`: {model.config.name_or_path!r} has a vocabulary of {rows} tokens, and its tokenizer goes up to id {highest}; put the "
+            "tokenizer that it was trained with beside it, or give the model rows by `resize_token_embeddings`."
+        )
 
 
 def name_mask_token(tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> None:
