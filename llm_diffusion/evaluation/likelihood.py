@@ -204,6 +204,16 @@ def kept_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: t
     return model(**inputs, logits_to_keep=keep).logits
 
 
+def _finite(nll: torch.Tensor) -> torch.Tensor:
+    """fp64, on the CPU."""
+    nll = nll.cpu().double()
+    if not nll.isfinite().all():
+        raise UserError(
+            "`model`: its logits are not finite; look for NaN in the weights, or load them in another `dtype`."
+        )
+    return nll
+
+
 def _terms(
     model: torch.nn.Module, collator: DataCollatorForMaskedDiffusion, batch: list[_Mask]
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -218,10 +228,10 @@ def _terms(
     clean, masked, levels = {k: v.to(device) for k, v in clean.items()}, masked.to(device), levels.to(device)
     noisy = collator.process.lay_out(clean, masked, masked.float(), levels)
     keep = noisy["targets"] != IGNORE_INDEX
-    nll = token_nll(kept_logits(model, noisy["inputs"], keep), noisy["targets"][keep])
+    nll = _finite(token_nll(kept_logits(model, noisy["inputs"], keep), noisy["targets"][keep]))
     found = torch.zeros(2, *masked.shape, dtype=torch.float64)
     place = (keep.nonzero()[:, 0].cpu(), noisy["tokens"][keep].cpu())
-    found[0].index_put_(place, nll.double().cpu())
+    found[0].index_put_(place, nll)
     found[1].index_put_(place, noisy["levels"][keep].double().cpu())
     return [tuple(found[:, i, mask.row.first : len(mask.row.ids)]) for i, mask in enumerate(batch)]
 
@@ -309,9 +319,9 @@ def autoregressive_rows(
             targets = align_with_readout(batch["labels"], True, IGNORE_INDEX)
             keep = targets != IGNORE_INDEX
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            nll = torch.zeros(keep.shape, device=base.device)
-            nll[keep] = token_nll(kept_logits(base, inputs, keep), targets[keep])
-            found |= zip(numbers, nll.cpu().double().sum(-1).tolist(), strict=True)
+            nll = torch.zeros(keep.shape, dtype=torch.float64)
+            nll[keep.cpu()] = _finite(token_nll(kept_logits(base, inputs, keep), targets[keep]))
+            found |= zip(numbers, nll.sum(-1).tolist(), strict=True)
         return [found[i] for i in range(len(mine))]
 
     with adapters_off(model), causal_attention(base), in_eval_mode(base):

@@ -21,7 +21,7 @@ from .. import UserError
 from ..models.patching import base_of, in_eval_mode, is_compiled
 from ..models.probing import probe_ids
 from ..models.record import record_of
-from ..models.sampling import DiffusionOutput, OnStep, Recorder, eos_ids
+from ..models.sampling import DiffusionOutput, OnStep, Recorder, check_decodable, eos_ids
 from ..objective.attention_masks import additive
 from ..objective.noise import row_keys
 from .config import DiffusionGenerationConfig
@@ -86,6 +86,7 @@ class CanvasDecoder:
         # Every pass has the shape of the first one: rows that are done stay, and do nothing.
         self.static = is_compiled(model)
         self.cache: DynamicCache | None = None
+        self.failed = torch.zeros((), dtype=torch.bool, device=input_ids.device)
         self.rows = self._rows(input_ids, attention_mask)
 
     def _rows(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> Rows:
@@ -157,7 +158,9 @@ class CanvasDecoder:
             rows.steps_left = torch.where(working, steps_left, rows.steps_left)
         rows.active = torch.where(working, active, rows.active)
         unfinished = pending.any(-1) | rows.busy
-        counts, blocks, alive = torch.stack([eligible.sum(-1), rows.active, unfinished.long()]).tolist()
+        failed = self.failed.expand(len(pending))
+        counts, blocks, alive, failed = torch.stack([eligible.sum(-1), rows.active, unfinished.long(), failed]).tolist()
+        check_decodable(not any(failed))
         stay = [row for row, goes_on in enumerate(alive) if goes_on]
         if not stay:
             return None
@@ -176,6 +179,7 @@ class CanvasDecoder:
         """One forward pass, and what changes by it."""
         rows, columns = window.rows, window.columns
         chosen, tokens, probability = commit(self._logits(window), window, self.settings, self.processors)
+        self.failed = window.failed
         busy, rows.post_steps = still_busy(window, chosen, self.settings)
         rows.busy, rows.steps_done = busy & window.working, rows.steps_done + window.working.long()
         ids = rows.ids.scatter(-1, columns, torch.where(chosen, tokens, window.ids))

@@ -20,10 +20,12 @@ from ..models.forward import forward_state
 from ..models.patching import Patch, adapters_off, base_of
 from ..models.record import autoregressive_config, layered, record_of
 from ..models.sampling import DiffusionOutput, eos_ids
+from ..objective.settings import check_value
 from ..speculative.decoding import decode_lossless
 from .blocks import BlockDecoder
 from .canvas import CanvasDecoder, with_masks
 from .config import NEUTRAL, DiffusionGenerationConfig, check_room, given_settings, saved_settings
+from .inputs import check_streamer, checked_inputs, checked_processors
 from .lengths import fill_sized
 from .streaming import Stream
 
@@ -73,13 +75,18 @@ def generate(
     ids, base, record = inputs if input_ids is None else input_ids, base_of(model), record_of(model)
     if ids is None:
         raise UserError("`input_ids` are missing.")
-    settings = _settings(base, generation_config, kwargs, ids.shape[1])
-    settings.check_model(record, logits_processor)
-    mask = _checked_mask(base, ids, attention_mask, settings)
+    settings = _settings(base, generation_config, kwargs, ids)
+    processors = checked_processors(logits_processor)
+    settings.check_model(record, processors)
+    check_streamer(streamer)
+    ends = eos_ids(settings, torch.device("cpu")).tolist()
+    pad = None if settings.pad_token_id in ends else settings.pad_token_id
+    ids, mask = checked_inputs(base, ids, attention_mask, pad_token_id=pad)
+    check_room(base, ids.shape[1], settings.max_new_tokens)
     copies = settings.num_return_sequences or 1
     ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
     stream = None if streamer is None else Stream(streamer, ids, mask, settings, record)
-    on_step, processors = None if stream is None else stream.step, LogitsProcessorList(logits_processor or [])
+    on_step = None if stream is None else stream.step
     if record.mode.drafts:
         _warn_of_processors(base, kwargs)
         output = decode_lossless(model, ids, mask, settings, on_step)
@@ -96,9 +103,13 @@ def generate(
 
 
 def _settings(
-    base: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int = 0
+    base: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any], ids: torch.Tensor
 ) -> DiffusionGenerationConfig:
     """What the model was saved with < the given config < keywords; special tokens default to the model's."""
+    if not isinstance(given, GenerationConfig | None):
+        raise UserError(
+            f"`generation_config` must be a GenerationConfig, got {type(given).__name__}; pass `**settings`."
+        )
     kwargs = {name: value for name, value in kwargs.items() if name != "token_type_ids"}  # of some tokenizers
     for name in NOT_OURS & set(kwargs):
         if kwargs.pop(name):
@@ -106,38 +117,40 @@ def _settings(
     # transformers' `max_length` counts the prompt; `max_new_tokens` wins over it.
     longest = kwargs.pop("max_length", None) or getattr(given, "max_length", None)
     if longest and kwargs.get("max_new_tokens") is None and getattr(given, "max_new_tokens", None) is None:
+        check_value("max_length", longest, int, {"min": 1})
+        prompt_length = ids.shape[-1] if isinstance(ids, torch.Tensor) and ids.dim() else 0
         if longest <= prompt_length:
             raise UserError(f"`max_length` ({longest}) leaves no room after a prompt of {prompt_length} tokens.")
         kwargs["max_new_tokens"] = longest - prompt_length
     chosen = layered(layered(saved_settings(base), {} if given is None else given_settings(given)), kwargs)
     if chosen.get("mask_token_id") is None:
         chosen["mask_token_id"] = record_of(base).mask_token_id
+    rows = base.get_input_embeddings().weight.shape[0]
     for name in ("eos_token_id", "pad_token_id"):
         if chosen.get(name) is None and name not in kwargs:
-            chosen[name] = getattr(base.generation_config, name, None)
+            own = getattr(base.generation_config, name, None)
+            chosen[name] = None if own == -1 else own  # of LLaMA: none
     settings = DiffusionGenerationConfig(**chosen)
-    if settings.mask_token_id is None:
-        raise UserError("`mask_token_id` is missing: the model is not converted; pass it, or convert the model first.")
-    rows = base.get_input_embeddings().weight.shape[0]
-    tokens = {"mask_token_id": [settings.mask_token_id], "suppress_tokens": settings.suppress_tokens or []}
-    tokens["bad_words_ids"] = sum(settings.bad_words_ids or [], [])
-    for name, ids in tokens.items():
-        if outside := [token for token in ids if not 0 <= token < rows]:
-            raise UserError(f"`{name}` must be rows of the embedding, [0, {rows}), got {outside}.")
+    _check_tokens(settings, rows)
     return settings
 
 
-def _checked_mask(
-    base: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, settings: DiffusionGenerationConfig
-) -> torch.Tensor:
-    """The attention mask of left-padded prompts (B, P), behind which there is room for the answer."""
-    mask = torch.ones_like(ids) if mask is None else mask.long()
-    if mask.shape != ids.shape:
-        raise UserError(f"`attention_mask`: `input_ids` has the shape {tuple(ids.shape)}, it has {tuple(mask.shape)}.")
-    if ids.shape[1] and not bool(mask[:, -1].all()):
-        raise UserError("`input_ids`: prompts must be padded on the left (`tokenizer.padding_side='left'`).")
-    check_room(base, ids.shape[1], settings.max_new_tokens)
-    return mask
+def _check_tokens(settings: DiffusionGenerationConfig, rows: int) -> None:
+    """Refuses tokens that the embedding of so many rows does not have, and the mask where it means something else."""
+    if settings.mask_token_id is None:
+        raise UserError("`mask_token_id` is missing: the model is not converted; pass it, or convert the model first.")
+    tokens = {
+        "mask_token_id": [settings.mask_token_id],
+        "suppress_tokens": settings.suppress_tokens or [],
+        "bad_words_ids": sum(settings.bad_words_ids or [], []),
+        "pad_token_id": [] if settings.pad_token_id is None else [settings.pad_token_id],
+        "eos_token_id": eos_ids(settings, torch.device("cpu")).tolist(),
+    }
+    for name, found in tokens.items():
+        if outside := [token for token in found if not 0 <= token < rows]:
+            raise UserError(f"`{name}` must be rows of the embedding, [0, {rows}), got {outside}.")
+        if name in ("pad_token_id", "eos_token_id") and settings.mask_token_id in found:
+            raise UserError(f"`{name}` must not be the mask token, {settings.mask_token_id}.")
 
 
 def _warn_of_processors(base: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..models.special_tokens import end_token_ids, prompt_ids, text_ids
 from .canvas import fill_masks
 from .config import DiffusionGenerationConfig, check_room, decoding_settings
 from .generate import generate
+from .inputs import checked_inputs, checked_texts
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,15 @@ class DiffusionInference:
         tokenizer: PreTrainedTokenizerBase | None = None,
         **settings: Any,
     ) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise UserError(f"`model` must be a converted model, got {type(model).__name__}.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase | None):
+            raise UserError(f"`tokenizer` must be one of transformers, got {type(tokenizer).__name__}.")
+        mask_token_id = record_of(model).mask_token_id if mask_token_id is None else mask_token_id
+        if mask_token_id is None:
+            raise UserError(
+                "`mask_token_id` is missing: the model is not converted; pass it, or convert the model first."
+            )
         self.model, self.tokenizer = model, tokenizer
         self.settings = {"mask_token_id": mask_token_id, "eos_token_id": end_token_id, **settings}
         if steps is not None:
@@ -93,9 +104,14 @@ class DiffusionInference:
         Other tokens stay as they are. When a row's end token is committed and no mask is left before it, the masks after it
         become end tokens.
         """
-        ids = batch["input_ids"].to(self.device)
-        mask = batch.get("attention_mask")
-        mask = torch.ones_like(ids) if mask is None else mask.to(self.device)
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            raise UserError(f"`batch` must be a mapping with `input_ids`, got {batch!r:.80}.")
+        given = (batch["input_ids"], batch.get("attention_mask"))
+        given = (
+            value.to(self.device) if isinstance(value, torch.Tensor) and not value.is_meta else value for value in given
+        )
+        ids, mask = checked_inputs(self.model, *given, left_padded=False)
+        check_room(self.model, ids.shape[1], 0, "input_ids")
         if not ((ids == self.settings["mask_token_id"]) & mask.bool()).any():
             raise UserError(f"`input_ids`: no mask token (id {self.settings['mask_token_id']}), nothing to fill.")
         # What follows a gap is seen from the start.
@@ -104,7 +120,7 @@ class DiffusionInference:
 
     def generate(self, prompts: list[str] | str, **settings: Any) -> list[str]:
         """Continues plain texts; returns the answers alone."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = checked_texts(prompts, "prompts")
         return self._answer([prompt_ids(self._tokenizer(), prompt) for prompt in prompts], settings)
 
     def chat(
@@ -115,7 +131,7 @@ class DiffusionInference:
         **settings: Any,
     ) -> str | list[str]:
         """Answers one conversation (a list of messages) or several; `tools` and `chat_template_kwargs` are for the chat template."""
-        several = bool(messages) and isinstance(messages[0], list)
+        several = isinstance(messages, list) and bool(messages) and isinstance(messages[0], list)
         template = (chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
         encoded = [
             prompt_ids(self._tokenizer(), read_turns(turns, "messages", Place("chat", row)), **template)
@@ -129,19 +145,20 @@ class DiffusionInference:
 
         infill("12<|mask|>45=57")    infill(["def add(a, b):", "return c"])
         """
-        tokenizer = self._tokenizer()
+        tokenizer, pieces = self._tokenizer(), checked_texts(text, "text")
         ends = end_token_ids(self.model, tokenizer) or None
         # Text follows the gap: it cannot end there, and is seen from the start.
         chosen = layered({**self.settings, "eos_token_id": None, "suppress_tokens": ends}, settings)
         config = DiffusionGenerationConfig(**{**chosen, **BOTH_SIDES})
         if not isinstance(text, str):
-            pieces = [text_ids(tokenizer, piece, add_special_tokens=not i) for i, piece in enumerate(text)]
+            pieces = [text_ids(tokenizer, piece, add_special_tokens=not i) for i, piece in enumerate(pieces)]
             gaps = fill_gaps(self.model, pieces, config, max_gap_length)
             ids = pieces[0] + [token for gap, piece in zip(gaps, pieces[1:], strict=True) for token in gap + piece]
             return tokenizer.decode(ids, skip_special_tokens=True)
         ids = torch.tensor([text_ids(tokenizer, text)], device=self.device)
         if not (ids == self.settings["mask_token_id"]).any():
             raise UserError(f"`text`: no {tokenizer.mask_token} in it, so there is nothing to fill.")
+        check_room(self.model, ids.shape[1], 0, "text")
         filled = fill_masks(self.model, ids, torch.ones_like(ids), config)
         return tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
 

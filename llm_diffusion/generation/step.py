@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList
 
+from .. import UserError
 from ..models.sampling import BANNED, ban, sample, warped
 from ..objective.noise import ORDER_STREAM, TOKEN_STREAM, uniform
 from . import commit_rules as rules
@@ -83,7 +84,8 @@ def commit(
     """Proposes tokens for a window, by the model's logits (B, k, V) in fp32, and picks those to commit, replace or take back.
 
     Returns:
-        `(changed, tokens, probability)`, all (B, k): the last is that of the tokens, before temperature.
+        `(changed, tokens, probability)`, all (B, k): the last is that of the tokens, before temperature. `window.failed`, () bool, says
+        whether a mask was given no token: its logits are not finite, or all of them banned.
     """
     words = settings.bad_words_ids or []
     if settings.repetition_penalty not in (None, 1.0):
@@ -96,6 +98,8 @@ def commit(
     else:  # one uniform number a place; the Gumbel rule would need one for every token of the vocabulary
         tokens = sample(warped(logits, settings).softmax(-1), window.noise(settings.seed, TOKEN_STREAM))
     score = probability = rules.confidence(logits, tokens, "low_confidence")
+    usable = probability.isfinite() & (logits.gather(-1, tokens[..., None]).squeeze(-1) > BANNED)
+    window.failed = (window.masked & window.working[:, None] & ~usable).any()
     noise = window.noise(settings.seed, ORDER_STREAM)
     if settings.revision is not None:
         chosen, back = _revise(logits, tokens, noise, window, settings)
@@ -204,7 +208,11 @@ def apply_processors(logits: torch.Tensor, window: Window, processors: LogitsPro
     logits = logits.clone()
     for column in window.columns.unique().tolist():
         row, place = (window.columns == column).nonzero(as_tuple=True)
-        logits[row, place] = processors(window.rows.ids[row, :column], logits[row, place])
+        scores = processors(window.rows.ids[row, :column], logits[row, place])
+        if not isinstance(scores, torch.Tensor) or scores.shape != (len(row), logits.shape[-1]):
+            found = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise UserError(f"`logits_processor` must return scores {(len(row), logits.shape[-1])}, got {found}.")
+        logits[row, place] = scores
     return logits
 
 

@@ -15,6 +15,8 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from .. import UserError
+
 OnStep = Callable[
     [torch.Tensor, torch.Tensor | None], None
 ]  # gets the canvas (B, L) and how sure each token was, (B, L)
@@ -89,6 +91,15 @@ def eos_ids(settings: GenerationConfig, device: torch.device) -> torch.Tensor:
     return torch.tensor(
         [] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long, device=device
     )
+
+
+def check_decodable(fine: bool) -> None:
+    """Raises UserError where a step had no token to give."""
+    if not fine:
+        raise UserError(
+            "`model`: its logits are not finite, or a `logits_processor` leaves no token; look for NaN in the weights, or load them in "
+            "another `dtype`."
+        )
 
 
 BANNED = -1e9  # large, finite, and applied last: an infinite ban turns into NaN in later arithmetic

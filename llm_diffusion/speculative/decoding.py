@@ -27,7 +27,7 @@ from .. import UserError
 from ..models.packing import packed
 from ..models.patching import base_of, in_eval_mode
 from ..models.record import record_of
-from ..models.sampling import DiffusionOutput, OnStep, Recorder, ban, behind, eos_ids, sample, warped
+from ..models.sampling import DiffusionOutput, OnStep, Recorder, ban, behind, check_decodable, eos_ids, sample, warped
 from ..objective.attention_masks import additive, block_causal
 from ..objective.noise import MASK_STREAM, ORDER_STREAM, TOKEN_STREAM, row_keys, uniform
 from .adapters import AdapterSwitch
@@ -126,7 +126,9 @@ class LosslessDecoder:
         logits = self._forward(ids, place, block_causal(self.valid.long(), 1), 1, ends)
         if ends:
             self.cache.crop(-self.block_length)
-        self.token = self._pick(logits[:, :1], ORDER_STREAM, 0)[0][:, 0]
+        token, probs = self._pick(logits[:, :1], ORDER_STREAM, 0)
+        self.token = token[:, 0]
+        check_decodable(bool(_is_finite((logits if probs is None else probs)[:, 0], self.token)))
         self.accepted.append(torch.full_like(self.done, -1))
         stay = self._leave(torch.ones_like(self.rows, dtype=torch.bool))
         if self.rows.numel() and outcomes is not None:
@@ -225,10 +227,12 @@ class LosslessDecoder:
             probs = warped(target, self.settings).softmax(-1)
             accepted, token = accept_sampled(self.draft, self.draft_probs, probs, *noise)
         else:
-            accepted, token = accept_greedy(self.draft, target)
+            probs, (accepted, token) = target, accept_greedy(self.draft, target)
+        finite = _is_finite(probs[torch.arange(rows, device=token.device), accepted], token)
         self.accepted.append(torch.full_like(self.done, -1))
         unfinished = self._write(block, accepted + 1)
-        most = int(accepted.max()) + 1
+        most = int(torch.where(finite, accepted.max() + 1, 0))  # the one wait for the device
+        check_decodable(most > 0)
         if dead := b + self.block_length * len(ends) - most:
             self.cache.crop(-dead)
         kept = torch.arange(most, device=block.device) <= accepted[:, None]
@@ -273,6 +277,11 @@ class LosslessDecoder:
             if stay.numel():
                 self.cache.batch_select_indices(stay)
         return stay
+
+
+def _is_finite(scores: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """() bool, whether the tokens (B,) have finite scores (B, V): a NaN is the best of its logits, and is in all of its probabilities."""
+    return scores.gather(-1, token[:, None]).isfinite().all()
 
 
 def accept_greedy(draft: torch.Tensor, target_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
