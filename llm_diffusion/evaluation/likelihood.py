@@ -24,6 +24,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
+from ..data.rows import Place, read_turns
+from ..generation.inputs import checked_texts
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of, in_eval_mode
 from ..models.record import DiffusionRecord, record_of
@@ -32,6 +34,7 @@ from ..objective.estimators import REPLICATES, check_estimator, draw, share_mask
 from ..objective.losses import token_nll
 from ..objective.modes import IGNORE_INDEX, align_with_readout
 from ..objective.noise import content_keys, hash_keys
+from ..objective.settings import check_value
 from ..training.collator import DataCollatorForMaskedDiffusion
 from .answers import in_batches, over_processes
 
@@ -279,6 +282,8 @@ def bound_rows(
         block_length: of "per_block" on a bidirectional model; block models have their own.
     """
     check_estimator(estimator, n_samples, replicates)
+    check_value("batch_size", batch_size, int, {"min": 1})
+    check_value("seed", seed, int, {"min": 0})
     record = record_of(model)
     if not is_diffusion(model):
         raise UserError("`model` fills no masks, or drafts for its base: measure it by `autoregressive_rows`.")
@@ -363,14 +368,24 @@ def log_likelihood_bound(
     """Conditional bound of completions: `-nats` is a lower bound of log p(completion | prompt), to rank choices by.
 
     Args:
-        prompt: text or messages; of a list of completions a list of them.
+        prompt: text or messages, of all completions; or, of a list of them, a list of as many.
         settings: of `bound_rows`.
     """
-    if isinstance(completion, str):
-        prompt, completion = [prompt], [completion]
+    completions = checked_texts(completion, "completion")
+    several = (
+        isinstance(completion, list) and isinstance(prompt, list) and any(isinstance(p, str | list) for p in prompt)
+    )
+    prompts = prompt if several else [prompt] * len(completions)
+    if not completions or len(prompts) != len(completions):
+        found = f"{len(completions)} of the second, {len(prompts)} of the first"
+        raise UserError(f"`prompt` must be one, or as many as there are in `completion`, at least one; got {found}.")
+    prompts = [
+        checked_texts(one, "prompt")[0] if isinstance(one, str) else read_turns(one, "prompt", Place("prompt", row))
+        for row, one in enumerate(prompts)
+    ]
     length = window_length(model, max_length)
-    pairs = [pair_row(tokenizer, p, c, i) for i, (p, c) in enumerate(zip(prompt, completion, strict=True))]
+    pairs = [pair_row(tokenizer, p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
     rows = [part for row in pairs for part in windows(row, length)]
     found = bound_rows(model, rows, n_samples=n_samples, estimator=estimator, **settings)
-    found.n_bytes = [len(text.encode()) for text in completion]
+    found.n_bytes = [len(text.encode()) for text in completions]
     return found

@@ -51,9 +51,11 @@ from .noise import (
     times_of_segments,
     uniform,
 )
+from .settings import check_value
 
 ESTIMATORS = ("uniform", "stratified", "exact_count", "per_block", "any_order", "left_to_right")
 REPLICATES = 8  # independent parts of the samples, from which the standard error comes
+MAX_SAMPLES = 2**16  # whose masks fit into memory
 LEAST_LEVEL = 2.0**-24  # half a step of `noise.uniform`: no weight is infinite, and the bias is below what fp32 holds
 
 
@@ -61,9 +63,11 @@ def check_estimator(estimator: str, n_samples: int, replicates: int) -> None:
     """Raises ValueError for an unknown estimator or samples that cannot be dealt out to the replicates."""
     if estimator not in ESTIMATORS:
         raise UserError(f"`estimator` must be one of {ESTIMATORS}, got {estimator!r}.")
-    if replicates < 2 or n_samples < replicates or n_samples % replicates:
+    check_value("replicates", replicates, int, {"min": 2})
+    check_value("n_samples", n_samples, int, {"min": 2, "max": MAX_SAMPLES})
+    if n_samples < replicates or n_samples % replicates:
         raise UserError(
-            "`n_samples` must be a multiple of `replicates` (at least 2), from which the standard error comes; "
+            "`n_samples` must be a multiple of `replicates`, from which the standard error comes; "
             f"got {n_samples} and {replicates}."
         )
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
+from .. import UserError
 from .attention_masks import column_index, segments
 from .losses import WEIGHTS, loss_weights
 from .modes import IGNORE_INDEX, Bidirectional, NoisyRows
@@ -46,7 +47,7 @@ from .noise import (
     times_of_segments,
     uniform,
 )
-from .settings import setting
+from .settings import check_settings, check_value, setting
 
 TEACHER_TARGETS = ("causal", "all")
 
@@ -113,6 +114,14 @@ class NoiseSettings:
     )
 
 
+def check_noise(settings: Any) -> None:
+    """Raises UserError for an object whose attributes are none of `NoiseSettings`."""
+    check_settings(settings, NoiseSettings)
+    low, high = settings.min_mask_probability, settings.max_mask_probability
+    if low > high:
+        raise UserError(f"`min_mask_probability` ({low}) must not be above `max_mask_probability` ({high}).")
+
+
 @dataclass
 class ForwardProcess:
     """Corrupts batches.
@@ -167,6 +176,10 @@ class ForwardProcess:
             `tokens` (B, M), the column of the token that each predicts; `teacher_mask` (B, M) bool, whether the teacher can
             predict it. Further `masked` and `times` (B, L), `first_step` (B,) bool.
         """
+        check_value("seed", seed, int, {"min": 0})
+        if rows is not None and (rows.shape != batch["input_ids"].shape[:1] or n_rows is None):
+            wanted = f"{len(batch['input_ids'])} places of the `n_rows` in the global batch"
+            raise UserError(f"`rows` must be {wanted}, got {tuple(rows.shape)} of {n_rows}.")
         mode = self.mode if block_length is None else dataclasses.replace(self.mode, block_length=block_length)
         training = rows is not None
         keys = rows if training else content_keys(batch["input_ids"], batch["attention_mask"])

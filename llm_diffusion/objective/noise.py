@@ -14,6 +14,7 @@ section 4) and Improved DDPM (arXiv 2102.09672, eq. 17) for the schedules by bet
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -42,6 +43,7 @@ def hash_keys(*parts: torch.Tensor | int) -> torch.Tensor:
     device = next(part.device for part in parts if isinstance(part, torch.Tensor))
     key = torch.zeros((), dtype=torch.int64, device=device)
     for part in parts:
+        part = part if isinstance(part, torch.Tensor) else operator.index(part) & _MASK_32  # of any size
         # `+ golden ratio` keeps a zero part from leaving a zero key unchanged.
         key = _mix(_mix(torch.as_tensor(part, dtype=torch.int64, device=device)) + 0x9E3779B9 + key * 31)
     return key

@@ -62,13 +62,15 @@ def preference_pairs(
     if kinds is not None and (not kinds or isinstance(kinds, str) or set(kinds) - set(KINDS)):
         raise UserError(f"`kinds` must be a non-empty list of names among {list(KINDS)}, got {kinds!r}.")
     records = load_records(records_or_dataset, seed=seed) if isinstance(records_or_dataset, str) else records_or_dataset
+    if not isinstance(records, Iterable):
+        raise UserError(f"`records` must be rows, or the name of a dataset, got {records!r:.80}.")
     found: dict[tuple[str, str], dict | None] = {}
     n_records = n_false = 0
     for record in records:
         try:
             problem = read_problem(record)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(f"`records`: row {n_records}: {error}") from error
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"`records`: row {n_records} ({record!r:.80}) cannot be read: {error}") from error
         holds = checked(problem)
         found[problem.question, problem.answer] = preference_pair(problem, seed, kinds) if holds else None
         n_records, n_false = n_records + 1, n_false + (not holds)

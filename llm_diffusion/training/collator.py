@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
+from .. import UserError
 from ..models.record import DiffusionRecord
 from ..objective.attention_masks import positions, segments
 from ..objective.estimators import aligned_positions, elbo_draws, pair_times, trajectory_draws
-from ..objective.forward_process import ForwardProcess, NoiseSettings
+from ..objective.forward_process import ForwardProcess, NoiseSettings, check_noise
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import content_keys, hash_keys
+from ..objective.settings import check_value
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
@@ -67,9 +69,16 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
     packing: bool = False
     return_tensors: str = "pt"
 
+    def __post_init__(self) -> None:
+        DiffusionRecord.from_dict(getattr(self.record, "__dict__", self.record), "record")
+        check_noise(self.settings)
+        check_value("pad_token_id", self.pad_token_id, int, {"min": 0})
+
     @property
     def process(self) -> ForwardProcess:
         """The forward process of this model."""
+        if self.record.mask_token_id is None:
+            raise UserError("`record`: `mask_token_id` is missing; convert the model first.")
         tail = self.record.tail_token_id
         ends = self.end_token_ids + (() if tail is None or not self.end_token_ids else (tail,))
         return ForwardProcess(
@@ -94,9 +103,11 @@ class DataCollatorForMaskedDiffusion(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """-> `input_ids`, `labels`, `attention_mask`, each (B, L); the mask holds the number of a packed row's text, 0 at padding."""
-        rows = [
-            _texts(example) if "seq_lengths" in example else [self.canvas(*_texts(example)[0])] for example in examples
-        ]
+        if not examples:
+            raise UserError("`examples` are empty: a batch needs a row.")
+        rows = [_texts(example) for example in examples]
+        packed = ["seq_lengths" in example for example in examples]
+        rows = [texts if several else [self.canvas(*texts[0])] for texts, several in zip(rows, packed, strict=True)]
         longest = max(sum(len(ids) for ids, _ in texts) for texts in rows)
         if self.pad_to_multiple_of:
             longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -222,10 +233,26 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
             yield noisy
 
 
+def _whole_numbers(example: Mapping[str, Any], name: str, lowest: int) -> list[int]:
+    try:
+        numbers = torch.as_tensor(example[name])
+    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
+        numbers = torch.zeros(())
+    whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if numbers.dim() != 1 or not len(numbers) or not whole or int(numbers.min()) < lowest:
+        found = f"{example.get(name)!r:.80}"
+        raise UserError(f"`{name}` of an example must be a list of token ids, {lowest} or more, got {found}.")
+    return numbers.tolist()
+
+
 def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     """Tokens and labels of the texts of a row, several when it is packed."""
-    ids = [int(token) for token in example["input_ids"]]
-    labels = example.get("labels")
-    labels = list(ids) if labels is None else [int(token) for token in labels]
+    if not isinstance(example, Mapping):
+        raise UserError(f"`examples` must be mappings with `input_ids`, got {example!r:.80}.")
+    ids = _whole_numbers(example, "input_ids", lowest=0)
+    labels = ids if example.get("labels") is None else _whole_numbers(example, "labels", lowest=IGNORE_INDEX)
     ends = list(itertools.accumulate(example.get("seq_lengths") or [len(ids)]))
+    if not len(labels) == len(ids) == ends[-1]:
+        lengths = f"{len(ids)} `input_ids`, {len(labels)} `labels`, `seq_lengths` up to {ends[-1]}"
+        raise UserError(f"`labels` and `seq_lengths` of an example must have the length of its tokens, got {lengths}.")
     return [(ids[start:end], labels[start:end]) for start, end in zip([0, *ends], ends, strict=False)]

@@ -12,7 +12,7 @@ from .. import UserError
 from ..models.record import ConversionSettings
 from ..objective.annealing import Annealing, AnnealingSettings
 from ..objective.estimators import SCORES
-from ..objective.forward_process import NoiseSettings
+from ..objective.forward_process import NoiseSettings, check_noise
 from ..objective.modes import MODES
 from ..objective.settings import check_settings, setting
 
@@ -111,9 +111,8 @@ class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, S
         return bool(self.distillation_weight or self.distillation_hidden_weight)
 
     def _check_noise(self) -> None:
+        check_noise(self)
         low, high = self.min_mask_probability, self.max_mask_probability
-        if low >= high:
-            raise UserError(f"`min_mask_probability` ({low}) must be below `max_mask_probability` ({high}).")
         if self.exact_mask_count and (low, high) != (0.0, 1.0):
             raise UserError(
                 "`exact_mask_count` draws every count from one to all; leave the mask probabilities at 0 and 1."

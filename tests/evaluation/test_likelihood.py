@@ -12,7 +12,8 @@ from oracle import MarkovChain
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutput
 
-from llm_diffusion import load_diffusion_model
+import llm_diffusion as ld
+from llm_diffusion import UserError, load_diffusion_model
 from llm_diffusion.evaluation.likelihood import (
     Row,
     autoregressive_rows,
@@ -324,3 +325,51 @@ def test_blanks_between_prompt_and_completion_are_scored(tokenizer) -> None:
         row = pair_row(tokenizer, prompt, completion)
         assert tokenizer.decode(row.ids[: row.first]) == "ab cd" and tokenizer.decode(row.ids[row.first :]) == " ef"
     assert pair_row(tokenizer, "", "abc").first == 1
+
+
+TURNS = [{"role": "user", "content": "3 6"}]
+BAD_BOUNDS = [
+    (("a", None), {}, "`completion`"),
+    ((None, "b"), {}, "`prompt`"),
+    ((5, "b"), {}, "`prompt`"),
+    (("a", 5), {}, "`completion`"),
+    (("a", ["b", None]), {}, "`completion`"),
+    (("a", []), {}, "`completion`"),
+    (([], []), {}, "`completion`"),
+    ((["a", "b"], ["c"]), {}, "`prompt`"),
+    ((["a"], ["b", "c"]), {}, "`prompt`"),
+    ((["a"], "b"), {}, "`prompt`"),
+    ((["a", None], ["b", "c"]), {}, "`prompt`"),
+    (("a", "\ud800"), {}, "`completion`"),
+    (("a", ""), {}, "`completion`"),
+    *((("a", "b"), {"n_samples": n}, "`n_samples`") for n in ("x", None, 0, -8, 7, 1.5, True, 10**7)),
+    *((("a", "b"), {"batch_size": n}, "`batch_size`") for n in (0, -1, "x", None, 1.5)),
+    *((("a", "b"), {"seed": seed}, "`seed`") for seed in ("x", None, -1, 1.5)),
+    *((("a", "b"), {"replicates": n}, "`replicates`") for n in (1, 0, "x", None)),
+    *((("a", "b"), {"max_length": n}, "`max_length`") for n in (1, 10**9, -3)),
+    (("a", "b"), {"estimator": "x"}, "`estimator`"),
+]
+
+
+@pytest.mark.parametrize(("texts", "settings", "named"), BAD_BOUNDS)
+def test_bounds_of_nothing(tiny, texts, settings, named):
+    with pytest.raises(UserError, match=named):
+        ld.log_likelihood_bound(*tiny, *texts, **settings)
+
+
+def test_one_prompt_has_many_completions(tiny):
+    few = {"n_samples": 8}
+    whole = ld.log_likelihood_bound(*tiny, ["3 6", "3 6"], [" 9", " 12 15"], **few)
+    assert ld.log_likelihood_bound(*tiny, "3 6", [" 9", " 12 15"], **few).nats == whole.nats
+    whole = ld.log_likelihood_bound(*tiny, [TURNS, TURNS], ["9", "12"], **few)
+    assert ld.log_likelihood_bound(*tiny, TURNS, ["9", "12"], **few).nats == whole.nats
+
+
+@pytest.mark.parametrize("autoregressive", [True, False])
+def test_weights_that_are_not_finite_have_no_likelihood(random_diffuser, tokenizer, autoregressive):
+    model = random_diffuser(True, vocab_size=512)
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    with pytest.raises(UserError, match="`model`: its logits are not finite"):
+        likelihood(
+            model, tokenizer, ["3 6 9"], autoregressive=autoregressive, **({} if autoregressive else {"n_samples": 8})
+        )

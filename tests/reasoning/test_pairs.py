@@ -58,6 +58,12 @@ def test_bad_input(caplog):
         preference_pairs("tiny", kinds=["slip"])
     with pytest.raises(ValueError, match="`kinds`"):
         preference_pairs("tiny", kinds=[])
+    for wrong in (None, 5):
+        with pytest.raises(ValueError, match=f"`records` must be rows, .* got {wrong}"):
+            preference_pairs(wrong)
+    for wrong in (1, None, {"question": 5, "answer": "#### 5"}):
+        with pytest.raises(ValueError, match="`records`: row 0 "):
+            preference_pairs([wrong])
     with pytest.raises(ValueError, match="`records`: row 1"):
         preference_pairs([*tiny_dataset(1), {"a": 1}])
     with pytest.raises(ValueError, match="`records`: row 0"):
