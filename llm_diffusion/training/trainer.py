@@ -4,6 +4,7 @@ checkpoints that are whole, and no step with a non-finite loss.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +23,8 @@ from ..data.tokens import Tokenising
 from ..models.patching import base_of
 from ..models.record import model_card, record_of, save_custom_generate, save_generation_config, save_record
 from .preparation import dataset_field, has_converted_weights
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is written
 
@@ -56,6 +59,11 @@ class DiffusionTrainerMixin:
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As there; says what streams have lost by then, which of other datasets is known before the first step."""
+        if any(weight.requires_grad and weight.dtype == torch.float16 for weight in self.model.parameters()):
+            logger.warning(
+                "the trained weights are float16, in which Adam's second moments are lost: the loss ends non-finite within a few steps; "
+                "load the model in float32 and set `fp16`, or in bfloat16, or train adapters"
+            )
         result = super().train(*args, **kwargs)
         self._report_streams()
         return result
@@ -93,7 +101,9 @@ class DiffusionTrainerMixin:
     def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
         """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
         # Not `torch.is_autocast_enabled`: accelerate turns autocast on inside the model's forward.
-        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        mixed = (
+            {"bf16": torch.bfloat16, "fp16": torch.float16} if self.accelerator.native_amp else {}
+        )  # on a CPU no fp16
         dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_diffusion.objective.attention_masks import segments
 from llm_diffusion.objective.forward_process import ForwardProcess, NoiseSettings, behind_first, nothing_shown_behind
-from llm_diffusion.objective.modes import Lossless
+from llm_diffusion.objective.losses import WEIGHTS
+from llm_diffusion.objective.modes import Bidirectional, Lossless
+from llm_diffusion.objective.noise import NOISE_SCHEDULES, stratified_times
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 documents = st.lists(st.integers(1, 6), min_size=1, max_size=4)
@@ -58,3 +61,20 @@ def test_weights_of_a_draft_fall_with_the_place_in_its_block():
         assert len(places) == 7  # the block's first token is never drafted
         (first,) = set(range(8)) - places
         assert weights == [0.5 ** ((token - first) % 8 - 1) for token in tokens]
+
+
+@pytest.mark.parametrize("schedule", NOISE_SCHEDULES)
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("length", [1, 2, 1000])
+def test_weights_are_finite_at_every_time_and_length(schedule: str, kind: str, length: int) -> None:
+    """`n_rows` this large takes the times to their ends, 0.001 and 1; what is masked weighs something."""
+    process = ForwardProcess(Bidirectional(right_shift_logits=False), 1, NoiseSettings(loss_weight=kind), schedule)
+    ids = torch.full((8, length), 5)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    order = torch.arange(10_000)
+    times = stratified_times(0, 0, order, 10_000)
+    ends = torch.cat([times.argsort()[:4], times.argsort()[-4:]])
+    noisy = process.corrupt(batch, seed=0, step=0, rows=ends, n_rows=10_000)
+    assert noisy["times"].min() < 0.0015 and noisy["times"].max() > 0.999
+    assert noisy["weights"].isfinite().all() and noisy["extra_weights"].isfinite().all()
+    assert (noisy["weights"] >= 0).all() and not noisy["weights"][noisy["masked"]].isnan().any()

@@ -1,0 +1,77 @@
+"""Half precision: every objective gives the loss and the gradient of fp32, up to rounding."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from small_trainers import make, tiny_model
+
+from llm_diffusion.data.tiny import tiny_dataset
+
+OBJECTIVES = {
+    "bidirectional": {},
+    "time embedding": {"time_embedding": True},
+    "complements": {"complementary_masks": True},
+    "first steps": {"first_step_share": 0.5},
+    "snr": {"loss_weight": "snr"},
+    "soft annealing": {"annealing": "soft", "annealing_steps": 4},
+    "random annealing": {"annealing": "stochastic", "annealing_steps": 4},
+    "growing blocks": {"annealing": "block", "annealing_steps": 4, "max_length": 32},
+    "packed": {"packing": True, "max_length": 64},
+    "blocks": {"attention": "block"},
+    "blocks and next tokens": {"attention": "block", "ar_loss_weight": 1.0},
+    "block-causal context": {"attention": "block", "clean_context": "block"},
+    "lossless": {"attention": "lossless"},
+    "distilled": {"distillation_weight": 0.5},
+}
+ADAPTED = ("lossless", "distilled")
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """Loss and gradient norm of a first step, by objective and type."""
+    found = {}
+
+    def loss(tokenizer, name, dtype):
+        if (name, dtype) not in found:
+            lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"]) if name in ADAPTED else None
+            trainer = make(
+                tmp_path_factory.mktemp("run"),
+                tokenizer,
+                tiny_model().to(dtype),
+                lora,
+                tiny_dataset(8),
+                **OBJECTIVES[name],
+            )
+            trainer.train()
+            logged = trainer.state.log_history[0]
+            found[name, dtype] = (logged["loss"], logged["grad_norm"])
+        return torch.tensor(found[name, dtype])
+
+    return loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_first_step_in_half_precision(losses, tokenizer, name, dtype):
+    want, found = losses(tokenizer, name, torch.float32), losses(tokenizer, name, dtype)
+    assert want.isfinite().all() and want.abs().min() > 0
+    torch.testing.assert_close(found, want, rtol=0.04 if dtype == torch.bfloat16 else 0.01, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"attention": "block"}, {"packing": True, "max_length": 64}, {"annealing": "soft"}]
+)
+def test_fp16_on_a_cpu_computes_in_fp32(tmp_path, tokenizer, settings):
+    found = []
+    for fp16 in (True, False):
+        trainer = make(tmp_path, tokenizer, dataset=tiny_dataset(8), fp16=fp16, **settings)
+        trainer.train()
+        found.append(trainer.state.log_history[0]["loss"])
+    assert found[0] == found[1]
+
+
+def test_float16_weights_are_trained_with_a_warning_and_adapters_over_them_without(tmp_path, tokenizer, caplog):
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    for peft_config, warned in ((lora, False), (None, True)):
+        make(tmp_path, tokenizer, tiny_model().half(), peft_config, tiny_dataset(8)).train()
+        assert ("Adam's second moments" in caplog.text) == warned
