@@ -13,7 +13,11 @@ ld.evaluate, ld.log_likelihood_bound                         # measure
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
+
+# PEFT imports bitsandbytes wherever it is installed, which on some processors warns of a kernel that nobody asked for.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class UserError(ValueError):

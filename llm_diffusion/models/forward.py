@@ -105,6 +105,8 @@ def _forward(
 ) -> Any:
     state = self.diffusion_forward
     inputs = dict(zip(state.parameters, args, strict=False)) | kwargs
+    if "past_key_values" in inputs and "cache" in state.parameters:  # as transformers 5.24 calls it
+        inputs["cache"] = inputs.pop("past_key_values")
     if TIME_EMBEDDING in self._modules and inputs.get("inputs_embeds") is None:
         inputs["inputs_embeds"] = _embed(self, inputs.pop("input_ids"), inputs.get("attention_mask"), timesteps)
     if state.causal_ratio is not None:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .. import UserError
 from ..objective.attention_masks import additive, block_causal, positions
+from .forward import forward_state
 from .patching import base_of, in_eval_mode
 from .record import record_of
 
@@ -224,6 +225,7 @@ def check_clean_prefix(model: torch.nn.Module) -> None:
         ValueError: it forgets (sliding window, state space), or gives other logits than without a cache.
     """
     base = base_of(model)
+    forward_state(base)  # which knows what this version calls a cache
     name = type(base).__name__
     if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=base.config).layers):
         raise UserError(

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from collators import collator_of
+from transformers import LlamaForCausalLM
 
 from llm_diffusion import generate
 from llm_diffusion.models.attention import causal_attention, patch_causal_attention
@@ -190,3 +191,21 @@ def test_all_of_it_together(timed, ratio):
         torch.testing.assert_close(
             model(IDS[:, :5], timesteps=times[:, :5]).logits, causal[:, :5], rtol=1e-4, atol=1e-4
         )
+
+
+class RenamedCache(LlamaForCausalLM):
+    """A forward that calls the cache as transformers 5.24 does."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, *, cache=None, **kwargs):
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values=cache, **kwargs)
+
+
+def test_a_cache_goes_by_the_name_that_the_forward_has(random_llama, tokenizer):
+    model, ids = random_llama(), torch.tensor([[5, 6, 7]])
+    renamed = RenamedCache(model.config).eval()
+    renamed.load_state_dict(model.state_dict())
+    answers = []
+    for one in (model, renamed):
+        convert_to_diffusion(one, copy.deepcopy(tokenizer), attention="block")
+        answers.append(one.generate(ids, max_new_tokens=8))
+    assert torch.equal(*answers)
