@@ -202,7 +202,7 @@ class RenamedCache(LlamaForCausalLM):
 
 def test_a_cache_goes_by_the_name_that_the_forward_has(random_llama, tokenizer):
     model, ids = random_llama(), torch.tensor([[5, 6, 7]])
-    renamed = RenamedCache(model.config).eval()
+    renamed = RenamedCache(copy.deepcopy(model.config)).eval()
     renamed.load_state_dict(model.state_dict())
     answers = []
     for one in (model, renamed):
