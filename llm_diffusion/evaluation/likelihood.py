@@ -29,6 +29,7 @@ from ..generation.inputs import checked_texts
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of, in_eval_mode
 from ..models.record import DiffusionRecord, record_of
+from ..models.sampling import check_decodable
 from ..models.special_tokens import prompt_ids, text_ids
 from ..objective.estimators import REPLICATES, check_estimator, draw, share_masked
 from ..objective.losses import token_nll
@@ -210,10 +211,7 @@ def kept_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor], keep: t
 def _finite(nll: torch.Tensor) -> torch.Tensor:
     """fp64, on the CPU."""
     nll = nll.cpu().double()
-    if not nll.isfinite().all():
-        raise UserError(
-            "`model`: its logits are not finite; look for NaN in the weights, or load them in another `dtype`."
-        )
+    check_decodable(bool(nll.isfinite().all()))
     return nll
 
 

@@ -103,7 +103,7 @@ def generate(
 
 
 def _settings(
-    base: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any], ids: torch.Tensor
+    base: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any], ids: Any = None
 ) -> DiffusionGenerationConfig:
     """What the model was saved with < the given config < keywords; special tokens default to the model's."""
     if not isinstance(given, GenerationConfig | None):

@@ -52,9 +52,8 @@ def load_weights(loader: Any, *arguments: Any, **options: Any) -> PreTrainedMode
     """`from_hub` of a model, all of whose tensors must be in the checkpoint: transformers draws the others at random."""
     checks = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # its own error names no tensor
     model, found = from_hub(loader, *arguments, **checks, **options)
-    check_complete(arguments[-1], missing=found["missing_keys"])
     wrong = [f"{name} (is {tuple(there)}, must be {tuple(ours)})" for name, there, ours in found["mismatched_keys"]]
-    check_complete(arguments[-1], of_another_shape=wrong)
+    check_complete(arguments[-1], missing=found["missing_keys"], of_another_shape=wrong)
     return model
 
 
@@ -63,7 +62,8 @@ def check_complete(path: str, **wrong: Any) -> None:
     for what, names in wrong.items():
         if names := sorted(names):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise _refusal(path, ValueError(f"tensors {what.replace('_', ' ')}: {shown}."))
+            why = f"tensors {what.replace('_', ' ')}: {shown}"
+            raise OSError(f"`model`: {path!r} is not a loadable checkpoint: {why}.")
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
@@ -74,9 +74,8 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     found = adapted.load_adapter(path, adapted.active_adapter, is_trainable=True)  # again, for what it found
     trained = ((name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad)
     infinite = [name for name, weight in trained if not weight.isfinite().all()]
-    unused = [
-        name for name in found.unexpected_keys if getattr(adapted.base_model, "prefix", "") in name
-    ]  # a grown embedding is saved too
+    prefix = getattr(adapted.base_model, "prefix", "")
+    unused = [name for name in found.unexpected_keys if prefix in name]  # a grown embedding is saved too
     check_complete(path, missing=found.missing_keys, without_a_place=unused, non_finite=infinite)
     return adapted
 

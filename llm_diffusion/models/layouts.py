@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -311,8 +312,11 @@ _WRAPPED = {"gpt2": _diffugpt, "llama": _diffullama}
 
 
 def _names_in(file: str | Path) -> set[str]:
-    with safe_open(file, framework="pt") as found:
-        return set(found.keys())
+    try:
+        with safe_open(file, framework="pt") as found:
+            return set(found.keys())
+    except SafetensorError:
+        return set()  # the loader names what is wrong with it
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:

@@ -94,7 +94,7 @@ def eos_ids(settings: GenerationConfig, device: torch.device) -> torch.Tensor:
 
 
 def check_decodable(fine: bool) -> None:
-    """Raises UserError where a step had no token to give."""
+    """Raises UserError where logits gave no token, or no likelihood."""
     if not fine:
         raise UserError(
             "`model`: its logits are not finite, or a `logits_processor` leaves no token; look for NaN in the weights, or load them in "

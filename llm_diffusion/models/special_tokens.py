@@ -168,7 +168,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     """Raises UserError where the tokenizer has tokens, its mask left out, that the embedding has no row for."""
     rows, known = model.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
     highest = max((token_id for token_id in known.values() if token_id != tokenizer.mask_token_id), default=0)
-    if highest >= rows:
+    if 0 < rows <= highest:  # none are here where DeepSpeed has dealt them out
         raise UserError(
             f"`model`: {model.config.name_or_path!r} has a vocabulary of {rows} tokens, and its tokenizer goes up to id {highest}; put the "
             "tokenizer that it was trained with beside it, or give the model rows by `resize_token_embeddings`."

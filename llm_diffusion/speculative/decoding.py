@@ -226,9 +226,11 @@ class LosslessDecoder:
             noise = self._noise(MASK_STREAM, b - 1, 1), self._noise(ORDER_STREAM, b, 1)
             probs = warped(target, self.settings).softmax(-1)
             accepted, token = accept_sampled(self.draft, self.draft_probs, probs, *noise)
+            finite = self.draft_probs[..., 0].isfinite().all()
         else:
             probs, (accepted, token) = target, accept_greedy(self.draft, target)
-        finite = _is_finite(probs[torch.arange(rows, device=token.device), accepted], token)
+            finite = True  # a wrong draft is not accepted
+        finite = finite & _is_finite(probs[torch.arange(rows, device=token.device), accepted], token)
         self.accepted.append(torch.full_like(self.done, -1))
         unfinished = self._write(block, accepted + 1)
         most = int(torch.where(finite, accepted.max() + 1, 0))  # the one wait for the device
