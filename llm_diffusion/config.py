@@ -14,18 +14,29 @@ import inspect
 import json
 import re
 import sys
-import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
 from loguru import logger
 
 from . import UserError
-from .objective.settings import check_settings, check_value, merge, read_value, setting, settings_table
+from .objective.settings import (
+    SEEDS,
+    check_settings,
+    check_value,
+    default_of,
+    hints_of,
+    merge,
+    read_path,
+    read_setting,
+    read_value,
+    setting,
+    settings_table,
+    user_settings,
+)
 from .presets import is_diffugpt_config, left_aside, read_diffugpt_config, read_preset
+from .presets.files import read_mapping
 
 SEED_LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": SEED_LORA_TARGETS, "bias": "none"}
@@ -50,17 +61,17 @@ class HyperParameters:
         'Hub name, saved dataset, folder or file of txt, JSONL or Parquet, "tiny", or "self": prompts and answers of the model itself.',
     )
     pipeline: str = setting("diffusion", "`arm`: from left to right, TRL's own training.", choices=("diffusion", "arm"))
-    epochs: float = setting(1, "Epochs of each phase.", above=0)
+    epochs: float = setting(1, "Epochs of each phase.", above=0, max=1_000_000)
     batch_size: int = setting(16, "Rows of a micro-batch on each device.", min=1)
     gradient_accumulation_steps: int = setting(4, "Micro-batches of an optimiser step.", min=1)
-    learning_rate: float = setting(2e-4, "Highest learning rate.", above=0)
+    learning_rate: float = setting(2e-4, "Highest learning rate.", above=0, max=1000)
     max_length: int = setting(768, "Tokens of a row; longer ones are cut.", min=2)
     output_dir: str = setting(
         "/tmp/output", "Checkpoints; the result is in its folder `sft_model`, after preferences in `dpo_model`."
     )
-    test_size: float = setting(0.01, "Share (below 1) or number of examples held out.", above=0)
+    test_size: float = setting(0.01, "Share (below 1) or number of examples held out.", above=0, whole=True)
     max_examples: int | None = setting(None, "Training examples at most.", min=2)
-    seed: int = setting(42, "Of data, noise and weights.")
+    seed: int = setting(42, "Of data, noise and weights.", **SEEDS)
     debug: bool = setting(False, '100 examples, and names of runs that begin with "debug-".')
     phases: list[str] = setting(
         ["pretrain", "sft"], "`pretrain`: every token may be masked; `sft`: prompts stay clean; `dpo`: preferences."
@@ -91,7 +102,7 @@ class HyperParameters:
     )
     token_ids: dict[str, Any] = setting({}, "`eos` and `pad`, where they are not the tokenizer's own.")
     device: str | None = setting(None, "None: the best there is.", choices=("cuda", "mps", "cpu"))
-    num_threads: int | None = setting(None, "CPU threads.", min=1)
+    num_threads: int | None = setting(None, "CPU threads.", min=1, max=1024)
     dataloader_num_workers: int = setting(0, "Processes that prepare batches.", min=0)
     trust_remote_code: bool = setting(False, "Run the model's own code.")
     model_init_kwargs: dict[str, Any] = setting(
@@ -103,7 +114,21 @@ class HyperParameters:
 
 
 OWN_KEYS = {f.name for f in dataclasses.fields(HyperParameters)} - {"training"}
-# Keys of the trainers that the main job sets itself.
+LORA_BOUNDS: dict[str, dict[str, Any]] = {
+    "r": {"min": 1, "max": 65536},
+    "lora_alpha": {"min": 1, "max": 65536},
+    "lora_dropout": {"min": 0, "below": 1},
+    "bias": {"choices": ("none", "all", "lora_only")},
+    "task_type": {"choices": ("CAUSAL_LM",)},
+    "inference_mode": {"choices": (False,)},  # would freeze the adapters
+}
+QLORA_BOUNDS: dict[str, dict[str, Any]] = {
+    "bnb_4bit_quant_type": {"choices": ("nf4", "fp4")},
+    "bnb_4bit_compute_dtype": {"choices": ("bfloat16", "float16", "float32")},
+    "llm_int8_threshold": {"min": 0},
+}
+# Keys of the trainers that the main job sets itself; and those that one stage cannot have for itself.
+_OF_THE_RUN = ("output_dir", "use_cpu", "resume_from_checkpoint", "model_init_kwargs", "trust_remote_code")
 _RENAMED = {
     "num_train_epochs": "`epochs`",
     "per_device_train_batch_size": "`batch_size`",
@@ -113,33 +138,6 @@ _RENAMED = {
 
 
 # -- reading
-
-
-def read_mapping(source: str, what: str) -> dict[str, Any]:
-    """A mapping from inline JSON or from a JSON or YAML file; JSON may have `//` comments.
-
-    Raises:
-        UserError, FileNotFoundError: malformed, saying where; not there.
-    """
-    text, name = source, "the inline JSON"
-    if not strip_comments(source).lstrip().startswith("{"):
-        if not (path := Path(source).expanduser()).is_file():
-            raise FileNotFoundError(f"`{what}`: {source!r} is neither inline JSON nor an existing file.")
-        text, name = path.read_text(), str(path)
-    bare = strip_comments(text)
-    try:
-        loaded = json.loads(bare) if bare.lstrip().startswith("{") else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"`{what}`: {name} is malformed: {' '.join(str(error).split())}.") from error
-    if not isinstance(loaded, dict | None):
-        raise UserError(f"`{what}`: {name} must hold a mapping of settings, found {type(loaded).__name__}.")
-    return loaded or {}
-
-
-def strip_comments(text: str) -> str:
-    """JSON without `// …`, which become blanks, so that errors still name the right column; strings stay as they are."""
-    strings_and_comments = r'"(?:\\.|[^"\\\n])*"|//[^\n]*'
-    return re.sub(strings_and_comments, lambda found: found[0] if found[0][0] == '"' else " " * len(found[0]), text)
 
 
 def layers(preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None) -> dict[str, Any]:
@@ -171,16 +169,21 @@ def as_dict(hp: HyperParameters) -> dict[str, Any]:
 
 def build(given: dict[str, Any]) -> HyperParameters:
     """Checks a mapping of settings and fills in the defaults."""
-    hp, hints = HyperParameters(), typing.get_type_hints(HyperParameters)
+    from .training.config import INHERITED
+
+    hp, hints = HyperParameters(), hints_of(HyperParameters)
     for key, value in given.items():
         if key in OWN_KEYS:
             value = read_value(key, value, hints[key])
+            if isinstance(value, str) and not value.strip():
+                raise UserError(f"`{key}` must not be empty.")
             setattr(hp, key, merge(getattr(hp, key), value) if isinstance(value, dict) else value)
     hp.training = _read_training({key: value for key, value in given.items() if key not in OWN_KEYS})
     for phase in PHASES:
         name = f"{phase}_config"
         setattr(hp, name, _read_training(getattr(hp, name), name, phase == DPO))
-    check_settings(hp)
+    check_settings(hp, inherited=INHERITED)
+    read_path("output_dir", hp.output_dir)
     _read_nested(hp)
     _check_order(hp)
     hp.stages = [_read_stage(stage) for stage in hp.stages]
@@ -191,17 +194,15 @@ def build(given: dict[str, Any]) -> HyperParameters:
     return hp
 
 
-@cache
 def training_hints(preferences: bool = False) -> dict[str, Any]:
     """Keys of a stage, and their types."""
+    return hints_of(_training_kind(preferences))
+
+
+def _training_kind(preferences: bool) -> type:
     from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 
-    return _hints(DiffusionDPOConfig if preferences else DiffusionSFTConfig)
-
-
-def _hints(declared: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(declared)
-    return {f.name: hints[f.name] for f in dataclasses.fields(declared)}
+    return DiffusionDPOConfig if preferences else DiffusionSFTConfig
 
 
 def _read_training(given: dict[str, Any], where: str = "", preferences: bool = False) -> dict[str, Any]:
@@ -210,11 +211,21 @@ def _read_training(given: dict[str, Any], where: str = "", preferences: bool = F
     for key in given:
         if key in _RENAMED and not where:
             raise UserError(f"`{key}` is called {_RENAMED[key]} here.")
+        if key in _OF_THE_RUN and where:
+            raise UserError(f"`{where}.{key}`: all stages share it; set it outside of `{where}`.")
         if key not in hints:
             close = difflib.get_close_matches(key, [*hints, *([] if where else OWN_KEYS)], n=1)
             hint = f"; did you mean `{close[0]}`?" if close else "; docs/settings.md has all of them."
             raise UserError(f"unknown key `{key}`{f' in `{where}`' if where else ''}{hint}")
-    return {key: read_value(key, value, hints[key]) for key, value in given.items()}
+    return {key: _read_one(key, value, where, preferences) for key, value in given.items()}
+
+
+def _read_one(key: str, value: Any, where: str, preferences: bool) -> Any:
+    from .training.config import INHERITED
+
+    declared = _training_kind(preferences).__dataclass_fields__[key]
+    name, bounds = f"{where}.{key}" if where else key, {**declared.metadata, **INHERITED.get(key, {})}
+    return read_setting(name, value, training_hints(preferences)[key], bounds, default_of(declared))
 
 
 def _read_stage(stage: dict[str, Any]) -> dict[str, Any]:
@@ -247,22 +258,34 @@ def _check_order(hp: HyperParameters) -> None:
 
 
 def _read_nested(hp: HyperParameters) -> None:
-    """Holds mappings against the names, and where they are declared the types, of what they are handed to."""
+    """Holds mappings against the names, types and ranges of what they are handed to."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
     from .models.special_tokens import TOKEN_IDS
 
     quantization = inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
-    for name, hints in (
-        ("wandb_config", dict.fromkeys(WANDB, Any)),
-        ("qlora_config", dict.fromkeys(quantization, Any)),
-        ("lora_config", _hints(LoraConfig)),
-        ("token_ids", dict.fromkeys(TOKEN_IDS, int)),
+    for name, hints, bounds in (
+        ("wandb_config", dict.fromkeys(WANDB, str | None), {}),
+        ("qlora_config", dict.fromkeys(quantization, Any), QLORA_BOUNDS),
+        ("lora_config", hints_of(LoraConfig), LORA_BOUNDS),
+        ("token_ids", dict.fromkeys(TOKEN_IDS, int), dict.fromkeys(TOKEN_IDS, {"min": 0})),
     ):
-        if unknown := sorted(getattr(hp, name).keys() - hints.keys()):
+        given = getattr(hp, name)
+        if unknown := sorted(given.keys() - hints.keys()):
             raise UserError(f"`{name}`: unknown key(s) {unknown}.")
-        setattr(hp, name, {k: read_value(f"{name}.{k}", v, hints[k]) for k, v in getattr(hp, name).items()})
+        read = {k: read_setting(f"{name}.{k}", v, hints[k], bounds.get(k, {})) for k, v in given.items()}
+        setattr(hp, name, read)
+    with user_settings("`lora_config`"):
+        LoraConfig(**hp.lora_config)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(pattern := hp.lora_config.get(key), str):
+            with user_settings(f"`lora_config.{key}`"):
+                re.compile(pattern)
+        elif pattern == []:
+            raise UserError(f"`lora_config.{key}` must not be empty.")
+    with user_settings("`qlora_config`"), suppress(ImportError):  # bitsandbytes may not be there, nor be needed
+        BitsAndBytesConfig(**hp.qlora_config)
 
 
 def _check_pipelines(hp: HyperParameters) -> None:
@@ -284,14 +307,16 @@ def _check_pipelines(hp: HyperParameters) -> None:
         if hp.use_lora or hp.use_qlora:
             raise UserError("`scratch`: a model from nothing trains all its weights; set `use_lora` to false.")
     if hp.pipeline == "diffusion":
-        DiffusionGenerationConfig(**hp.generation)
+        with user_settings("`generation`"):
+            DiffusionGenerationConfig(**hp.generation)
         return
     if prefers:
         raise UserError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
     own = {key for settings in (hp.training, *stages) for key in settings} & set(training_hints())
     if foreign := sorted(own - {f.name for f in dataclasses.fields(SFTConfig)}):
         raise UserError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
-    check_autoregressive(hp.generation)
+    with user_settings("`generation`"):
+        check_autoregressive(hp.generation)
 
 
 # -- what is generated from the declarations

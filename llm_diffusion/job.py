@@ -31,6 +31,7 @@ from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_
 from .evaluation.answers import AnswerReport, evaluate_answers
 from .evaluation.metrics import AnswersCallback
 from .evaluation.report import decoding, show_autoregressive, show_ends, show_job
+from .generation.config import check_room
 from .generation.self_generated import answered_by_base, generate_answers, generate_prompts
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
@@ -39,9 +40,10 @@ from .models.loading import check_positions, load_autoregressive, load_diffusion
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
 from .models.special_tokens import use_tokens
-from .objective.settings import user_settings
+from .objective.settings import read_path, user_settings
 from .reasoning.pairs import preference_pairs
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
+from .training.preparation import check_adapter
 from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -58,7 +60,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     started = time.perf_counter()
 
     # 1. Whatever can be refused without data and model is refused now.
-    first, device, output = among_processes(), hp.device or best_device(), Path(hp.output_dir).expanduser()
+    first, device, output = among_processes(), hp.device or best_device(), read_path("output_dir", hp.output_dir)
     check_start(hp, device, output, resume)
     report_to = start_wandb(hp)
     stages = [make_stage(hp, stage, output, device, report_to) for stage in stages_of(hp)]
@@ -202,7 +204,7 @@ def start_wandb(hp: HyperParameters) -> str:
     if entity:
         os.environ["WANDB_ENTITY"] = entity
     if path:
-        folder = Path(path).expanduser()
+        folder = read_path("wandb_config.wandb_log_path", path)
         check_writable(folder, "wandb_config.wandb_log_path")
         os.environ["WANDB_DIR"] = str(folder)
     if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
@@ -293,7 +295,8 @@ def load_start(hp: HyperParameters, options: dict[str, Any]) -> Loaded:
     else:
         model, tokenizer = load_autoregressive(hp.model, **options)
     use_tokens(base_of(model), tokenizer, hp.token_ids)
-    check_positions(model, hp.max_length)
+    check_positions(model, max(stage.get("max_length") or hp.max_length for stage in stages_of(hp)))
+    check_room(model, 1, hp.generation.get("max_new_tokens") or 1, "generation.max_new_tokens")
     kind = f"converted; mask token {tokenizer.mask_token!r}" if hp.pipeline == "diffusion" else "from left to right"
     logger.info(f"model: {'from nothing' if hp.scratch else hp.model} on {options['device']}, {kind}")
     if tokenizer.chat_template is None:
@@ -368,7 +371,9 @@ def lora(hp: HyperParameters, model: Module) -> LoraConfig:
                 f"`lora_config.target_modules`: {missing} match nothing in {hp.model!r}; its linear layers are {names}."
             )
     with user_settings("`lora_config`"):
-        return LoraConfig(task_type="CAUSAL_LM", **settings)
+        config = LoraConfig(**settings | {"task_type": "CAUSAL_LM"})
+    check_adapter(model, config)
+    return config
 
 
 # -- 5. the result

@@ -26,9 +26,10 @@ from loguru import logger
 
 from . import UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
-from .objective.settings import merge
+from .objective.settings import LARGEST, SEEDS, merge, read_path
 from .presets import preset_names, read_preset
 
+COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
 
 
@@ -132,7 +133,7 @@ def convert(model: str | None, resume: bool, **settings: str | None) -> None:
 @click.argument("model")
 @declared("--batch-size", "batch_size", default=4)
 @declared("--length", "max_length", help="Tokens of a row.")
-@click.option("--lora-rank", type=int, default=16, show_default=True, help="Rank of the adapters.")
+@click.option("--lora-rank", type=COUNT, default=16, show_default=True, help="Rank of the adapters.")
 @click.option("--block", is_flag=True, help="Block attention, which trains on a noisy and a clean copy.")
 @click.option("--no-checkpointing", is_flag=True, help="Keep all activations for the backward pass.")
 @declared("--trust-remote-code", "trust_remote_code")
@@ -265,10 +266,10 @@ def chat(model: str, question: str | None, settings: str) -> None:
 @click.argument("source")
 @click.option("--output", required=True, metavar="FILE", help="JSONL to write.")
 @click.option("--kinds", metavar="NAME,NAME", help="Only these kinds of error; all that fit unless given.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the errors and of sampling.")
-@click.option("--limit", type=click.IntRange(1), help="Use the first so many records.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the errors and of sampling.")
+@click.option("--limit", type=COUNT, help="Use the first so many records.")
 @click.option("--from-model", metavar="PATH", help="Sample this converted model's answers instead of injecting errors.")
-@click.option("--samples", type=int, default=4, show_default=True, help="Answers to each problem, with --from-model.")
+@click.option("--samples", type=COUNT, default=4, show_default=True, help="Answers to each problem, with --from-model.")
 @decoding_settings
 @click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API, whose model labels the answers of --from-model.")
@@ -307,18 +308,18 @@ def prefer(source: str, output: str, from_model: str | None, answers: bool, seed
 @click.option("--output", "--report", metavar="DIR", default="evaluation", show_default=True, help="Its folder.")
 @click.option("--tasks", metavar="A,B", default="", help="Tasks of lm-evaluation-harness.")
 @click.option("--data", metavar="DIR", help="Local files of tasks, without the hub: see docs/evaluation.md.")
-@click.option("--limit", type=click.IntRange(1), help="Documents of a task, texts or prompts to use at most.")
+@click.option("--limit", type=COUNT, help="Documents of a task, texts or prompts to use at most.")
 @click.option("--text", metavar="FILE", help="Likelihood of a text file, or of the `text` of a JSONL file.")
 @click.option("--prompts", metavar="NAME|FILE", help="Prompts with references, or problems: answers, calibration.")
 @click.option("--sweep", metavar="[JSON]", is_flag=False, flag_value="{}", help="Sweep decoding settings over lists.")
 @decoding_settings
 @click.option("--base", metavar="MODEL", help="The AR model beside it; default: the same weights without adapters.")
 @click.option("--estimator", default="exact_count", show_default=True, help="Of the likelihood's bound.")
-@click.option("--samples", type=int, default=128, show_default=True, help="Of the noise, a text or completion.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of all noise.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Rows at once.")
-@click.option("--max-length", type=int, help="Tokens of a window.")
-@click.option("--num-fewshot", type=int, help="Worked examples before a task's question.")
+@click.option("--samples", type=COUNT, default=128, show_default=True, help="Of the noise, a text or completion.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of all noise.")
+@click.option("--batch-size", type=COUNT, default=16, show_default=True, help="Rows at once.")
+@click.option("--max-length", type=click.IntRange(2, LARGEST), help="Tokens of a window.")
+@click.option("--num-fewshot", type=click.IntRange(0, 1000), help="Worked examples before a task's question.")
 @click.option("--chat-template", is_flag=True, help="Ask tasks through the chat template.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API: a model there reads worked answers too.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
@@ -344,7 +345,7 @@ def writable(path: str, option: str, folder: bool = False) -> Path:
     """Where an option's file, or folder, goes; refused now, not after the work, if it cannot be written there."""
     from .job import check_writable
 
-    target = Path(path).expanduser()
+    target = read_path(option, path)
     check_writable(target if folder else target.parent, option)
     return target
 

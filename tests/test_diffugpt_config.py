@@ -8,9 +8,10 @@ import torch
 from transformers import get_scheduler
 
 from llm_diffusion import UserError
-from llm_diffusion.config import OWN_KEYS, build, layers, read_mapping, resolve, strip_comments, training_hints
+from llm_diffusion.config import OWN_KEYS, build, layers, read_mapping, resolve, training_hints
 from llm_diffusion.generation.commit_rules import CONFIDENCES
 from llm_diffusion.presets import is_diffugpt_config, left_aside, read_diffugpt_config, table
+from llm_diffusion.presets.files import strip_comments
 
 KEYS, SHARED = table()["keys"], set(table()["shared"])
 

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from .. import UserError
+from ..objective.settings import read_path
 from .rows import SHAPES, Place, form_of, prompt_and_answer, read_pair, read_row, split_row
 from .tiny import tiny_dataset
 from .tokens import check_pair_columns
@@ -144,7 +145,7 @@ def _check_columns(dataset: Dataset, name: str) -> None:
 
 def load_any(name: str, configuration: str | None = None) -> DatasetDict:
     """All splits of a saved dataset, a folder or file, or a hub name (of which one `configuration`)."""
-    path = Path(name).expanduser()
+    path = read_path("dataset", name)
     if path.suffix == ".bin":
         command = f"llm-diffusion prepare-data {name} --model MODEL --output {path.with_suffix('')}"
         raise UserError(f"`dataset`: {name!r} is a bare array of token ids; run `{command}`, and name that folder.")
@@ -163,7 +164,7 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
 
 def data_files(name: str) -> tuple[str, list[str]]:
     """Kind (as `load_dataset` calls it) and paths of a file, or of the files of a folder. ValueError: none, or several kinds."""
-    path = Path(name).expanduser()
+    path = read_path("dataset", name)
     if not path.exists():
         raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
     files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)

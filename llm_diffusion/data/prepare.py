@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
-from ..objective.settings import check_settings, setting
+from ..objective.settings import check_settings, read_path, setting
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
 
 _CHUNK = 2**20  # tokens of a `.bin` read at once
@@ -47,9 +47,9 @@ class Preparation:
     source: str
     model: str
     form: str = setting("joined", "What a row is.", choices=("joined", "padded", "documents"))
-    length: int = setting(1024, "Tokens of a row.", min=2)
+    length: int = setting(1024, "Tokens of a row.", min=2, max=2**20)
     train: int | None = setting(None, "Documents to train on; all if left out.", min=1)
-    test: float = setting(0.01, "Documents held out: a share below 1 or a number.", min=0)
+    test: float = setting(0.01, "Documents held out: a share below 1 or a number.", min=0, whole=True)
     text_field: str = setting("text", "Column of the text; rows with `messages` are rendered by the chat template.")
     config: str | None = setting(None, "Configuration of a hub dataset, sample-10BT for one.")
     split: str = setting("train", "Split of a hub dataset.")
@@ -58,8 +58,6 @@ class Preparation:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.test > 1 and self.test != int(self.test):
-            raise UserError(f"`test` must be a share below 1 or a number of documents, got {self.test}.")
 
 
 def prepare(plan: Preparation, output: Path, log: Callable[[str], None] = lambda line: None) -> DatasetDict:
@@ -149,7 +147,7 @@ def _rows(
 
 def _documents(plan: Preparation, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Token ids of every document that is not blank, without an end token."""
-    path = Path(plan.source).expanduser()
+    path = read_path("source", plan.source)
     if path.suffix == ".bin":
         yield from _from_bin(path, plan, tokenizer)
         return

@@ -34,6 +34,7 @@ from ..models.patching import base_of
 from ..models.record import layered, record_of
 from ..models.smollm2 import answering
 from ..objective.estimators import REPLICATES, check_estimator
+from ..objective.settings import read_path
 from ..reasoning.pairs import LLMJudge
 from ..reasoning.problems import load_records
 from .answers import (
@@ -265,7 +266,7 @@ def load_harness() -> ModuleType:
 
 def read_texts(name: str, limit: int | None) -> list[str]:
     """A text file as one text, or the `text` of every line of a JSONL file."""
-    path = Path(name).expanduser()
+    path = read_path("--text", name)
     if not path.is_file():
         raise UserError(f"`--text`: {name!r} is not a file.")
     if path.suffix != ".jsonl":

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from .. import UserError
 from ..models.patching import base_of
 from ..models.record import DiffusionRecord, autoregressive_config, decoding_defaults, layered, record_of
-from ..objective.settings import check_settings, setting
+from ..objective.settings import check_value, hints_of, read_setting, setting
 from .commit_rules import CONFIDENCES, NOT_PROBABILITIES
 
 REVISIONS = ("p2", "remdm", "remdm-rescale", "remdm-conf", "remdm-loop")
@@ -98,6 +98,12 @@ _TAKEN = {
     *("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "transformers_version"),
     *("_from_model_config", "_commit_hash", "cache_implementation", "disable_compile", *_OURS),
 }
+_IDS, _FLAG = list[int] | None, bool | None
+_TYPES = {
+    **{"suppress_tokens": _IDS, "bad_words_ids": list[list[int]] | None, "eos_token_id": int | _IDS},
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), int | None),
+    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate"), _FLAG),
+}
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "length_penalty": 1.0, "typical_p": 1.0, "guidance_scale": 1}
 
 
@@ -110,6 +116,7 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs = _in_our_terms(kwargs)
+        check_given(kwargs)
         for name in set(_OURS) - _TRANSFORMERS:
             setattr(self, name, kwargs.pop(name, _OURS[name]))
         if unknown := sorted(set(kwargs) - _TRANSFORMERS - {"_from_model_config", "_commit_hash", "generation_kwargs"}):
@@ -121,7 +128,6 @@ class DiffusionGenerationConfig(GenerationConfig):
         ours = {name: kwargs.pop(name) for name in ("temperature", "num_return_sequences") if name in kwargs}
         super().__init__(**kwargs)
         self.temperature, self.num_return_sequences = ours["temperature"], ours.get("num_return_sequences")
-        check_settings(self, UnmaskingSettings)
         self._refuse(self._conflicts())
 
     @property
@@ -194,6 +200,16 @@ class DiffusionGenerationConfig(GenerationConfig):
         for wrong, name, why in conflicts:
             if wrong:
                 raise UserError(f"`{name}`={getattr(self, name)!r} {why}.")
+
+
+def check_given(kwargs: dict[str, Any]) -> None:
+    """Raises UserError, naming it, for a setting of another type or out of its range."""
+    for name, value in kwargs.items():
+        if name in _OURS:
+            field = UnmaskingSettings.__dataclass_fields__[name]
+            check_value(name, value, hints_of(UnmaskingSettings)[name], field.metadata, field.default)
+        elif name in _TYPES:
+            read_setting(name, value, _TYPES[name], {"min": 0} if "id" in name or "tokens" in name else {})
 
 
 def _in_our_terms(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..models.record import layered, record_of
 from ..models.smollm2 import answering
 from ..models.special_tokens import end_token_ids, prompt_ids, text_ids
 from .canvas import fill_masks
-from .config import DiffusionGenerationConfig, check_room, decoding_settings
+from .config import DiffusionGenerationConfig, check_given, check_room, decoding_settings
 from .generate import generate
 from .inputs import checked_inputs, checked_texts
 
@@ -207,6 +207,7 @@ def check_autoregressive(settings: dict[str, Any]) -> None:
     """Raises UserError for settings that `continue_autoregressive` does not know, those of unmasking for one."""
     if unknown := sorted(set(settings) - set(vars(GenerationConfig())) - {"seed"}):
         raise UserError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
+    check_given(settings)
 
 
 # Of a canvas with text on both sides of its masks.

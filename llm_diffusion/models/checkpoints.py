@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, P
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from .. import UserError
+from ..objective.settings import read_path
 from . import smollm2
 
 TINY_MODEL_PATH = Path(__file__).parents[1] / "data" / "tiny_base"
@@ -30,7 +31,7 @@ def resolve_path(name_or_path: str | Path) -> str:
             smollm2.unpack()
         return str(EMBEDDED[name_or_path])
     looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
-    path = Path(name_or_path).expanduser()
+    path = read_path("model", name_or_path)
     if looks_local and not path.exists():
         raise FileNotFoundError(
             f"`model`: the folder {name_or_path!r} does not exist; give an existing folder or a hub name."

@@ -269,7 +269,7 @@ def check_scratch(scratch: dict[str, Any], max_length: int) -> None:
     if set(scratch) != set(SCRATCH):
         raise UserError(f"`scratch` must have the keys {list(SCRATCH)}, got {sorted(scratch)}.")
     for name, value in scratch.items():
-        check_value(f"scratch.{name}", value, int, {"min": 1})
+        check_value(f"scratch.{name}", value, int, {"min": 1, "max": 65536})
     if scratch["n_embd"] % scratch["n_head"]:
         raise UserError(f"`scratch`: `n_head` ({scratch['n_head']}) must divide `n_embd` ({scratch['n_embd']}).")
     if max_length > scratch["n_positions"]:
@@ -277,7 +277,7 @@ def check_scratch(scratch: dict[str, Any], max_length: int) -> None:
 
 
 def check_positions(model: torch.nn.Module, max_length: int) -> None:
-    """Refuses rows that are longer than the positions a model has learned; others count on, more or less well."""
-    positions = getattr(base_of(model).config, "n_positions", None)
+    """Refuses rows that are longer than the positions of a model, learned or turned."""
+    positions = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise UserError(f"`max_length` ({max_length}) exceeds the {positions} positions of the model; shorten it.")

@@ -139,7 +139,7 @@ class ConversionSettings:
     right_shift_logits: bool | None = setting(None, "Hidden state i - 1 predicts token i, as in the AR model.")
     time_embedding: bool | None = setting(None, "Tell the model the noise level (off by default).")
     mask_token_id: int | None = setting(
-        None, "A token of the vocabulary as the mask; else the tokenizer's, or a new one."
+        None, "A token of the vocabulary as the mask; else the tokenizer's, or a new one.", min=0
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from .. import UserError
 from .attention_masks import additive, annealed, bidirectional, block_causal
 from .noise import uniform
-from .settings import setting
+from .settings import read_value, setting
 
 SCHEDULES = ("linear", "cosine", "exponential", "step")
 KINDS = ("soft", "stochastic", "block")
@@ -45,7 +45,7 @@ class AnnealingSettings:
     annealing_decay: float = setting(
         5.0, "Of `exponential`: exp(-decay * progress), rescaled so that it ends without a jump.", above=0
     )
-    annealing_points: list[list] | None = setting(
+    annealing_points: list[list[float]] | None = setting(
         None, "Of `step`: [[step, share], …]: from that step on, this share of the distance is still to go."
     )
 
@@ -64,6 +64,7 @@ class AnnealingSettings:
             raise UserError(
                 "`annealing_points` belong to `annealing_schedule`='step', which needs them: [[step, share], …]."
             )
+        read_value("annealing_points", self.annealing_points, list[list[float]] | None)
         if any(len(point) != 2 or not 0 <= point[1] <= 1 for point in self.annealing_points or []):
             raise UserError(
                 f"`annealing_points` must be [step, share] pairs with shares in [0, 1], got {self.annealing_points}."

@@ -90,7 +90,7 @@ class NoiseSettings:
         "Tokens that the teacher predicts: those whose right-hand context is hidden, or all masked ones.",
         choices=TEACHER_TARGETS,
     )
-    eos_tail: int = setting(16, "Longest tail of end tokens after an answer.", min=0)
+    eos_tail: int = setting(16, "Longest tail of end tokens after an answer.", min=0, max=65536)
     random_canvas: float = setting(
         0.5, "Share of answers cut at a random place, so that a canvas may end before its answer.", min=0, max=1
     )
@@ -99,6 +99,7 @@ class NoiseSettings:
         "Tokens of a canvas, whatever the answer's length (in a share `random_canvas` of rows 1 to this many), which teaches "
         "where answers end; None: answer and tail.",
         min=1,
+        max=65536,
     )
     text_tails: bool = setting(False, "Give whole texts that come to their end tails and canvases too.")
     tail: str = setting(

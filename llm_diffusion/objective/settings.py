@@ -15,11 +15,16 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from enum import Enum
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from .. import UserError
 
-BOUNDS = {"choices", "min", "max", "above", "below"}
+BOUNDS = {"choices", "min", "max", "above", "below", "whole"}
+LARGEST = 2**31 - 1  # of whole numbers that declare no maximum
+SEEDS = {"min": 0, "max": 2**32 - 1}  # what NumPy takes
 TYPE_NAMES = {
     bool: "true or false",
     str: "text",
@@ -39,39 +44,67 @@ class _Declaration(dict):
         return {name: self[name] for name in ("help", "choices") if name in self}
 
 
-def setting(default: Any, help: str, *, choices=None, min=None, max=None, above=None, below=None) -> Any:
-    """A dataclass field: a tuple of `choices`, or a number that does not reach `above` and `below`. None only as default."""
-    given = {"choices": choices, "min": min, "max": max, "above": above, "below": below}
+def setting(
+    default: Any, help: str, *, choices=None, min=None, max=None, above=None, below=None, whole: bool | None = None
+) -> Any:
+    """A dataclass field: a tuple of `choices`, or a number that does not reach `above` and `below`, and from 1 on is `whole`."""
+    given = {"choices": choices, "min": min, "max": max, "above": above, "below": below, "whole": whole}
     metadata = _Declaration(help=help, **{name: value for name, value in given.items() if value is not None})
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_settings(settings: Any, declared: type | None = None) -> None:
+@cache
+def hints_of(declared: type) -> dict[str, Any]:
+    """The fields of a dataclass and their types."""
+    hints = typing.get_type_hints(declared)
+    return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
+
+
+def check_settings(
+    settings: Any, declared: type | None = None, inherited: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
     """Holds the values of an object against the declarations of its class, or of the dataclass `declared`.
+
+    Args:
+        inherited: bounds of fields that another library declares without.
 
     Raises:
         UserError: naming the setting, its value and what it may be.
     """
-    hints = typing.get_type_hints(declared or type(settings))
+    hints = hints_of(declared or type(settings))
     for field in dataclasses.fields(declared or settings):
-        value = getattr(settings, field.name)
-        if value is not None or field.default is not None:
-            check_value(field.name, value, hints[field.name], field.metadata)
+        bounds = {**field.metadata, **(inherited or {}).get(field.name, {})}
+        check_value(field.name, getattr(settings, field.name), hints[field.name], bounds, default_of(field))
 
 
-def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> None:
-    """Raises UserError for a value that is none of the `choices`, or no number inside `min`, `max`, `above` and `below`."""
-    if not bounds.keys() & BOUNDS:
+def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any], default: Any = ...) -> None:
+    """Raises UserError for a value that is none of the `choices`, or of an enum that `hint` names; or no number inside `min`, `max`,
+    `above` and `below`. A number is finite and a whole one has 32 bits, declared or not. The `default`, and None where `hint`
+    has it, are always right. The bounds of a list are those of its elements."""
+    options = _options(hint)
+    for place, element in enumerate(value if isinstance(value, list) else ()):
+        check_value(f"{name}[{place}]", element, hint, bounds)
+    if (value is None and types.NoneType in options) or (type(value) is type(default) and value == default):
         return
-    if "choices" in bounds:
-        fits = value in bounds["choices"]
-    elif fits := isinstance(value, int | float if float in _options(hint) else int) and not isinstance(value, bool):
+    enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
+    if enums and isinstance(value, str):
+        bounds = {"choices": [str(member.value) for member in enums[0]], **bounds}
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and isinstance(value, int) and value > LARGEST and not bounds.keys() & {"max", "below"}:
+        bounds = {**bounds, "max": LARGEST}
+    if "choices" in bounds and not isinstance(value, list):
+        fits = value in tuple(bounds["choices"])
+    elif number:
+        kind = isinstance(value, int | float if float in options or int not in options else int)
         reaches = bounds.get("min", value) <= value <= bounds.get("max", value)
-        fits = reaches and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
+        fits = kind and reaches and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
+        fits = fits and (not bounds.get("whole") or value < 1 or value == int(value))
+    else:
+        fits = isinstance(value, list) or not bounds.keys() & BOUNDS
     if not fits:
-        raise UserError(f"`{name}` must be {allowed(hint, bounds)}, got {value!r}.")
+        raise UserError(f"`{name}` must be {allowed(hint, bounds)}, got {value!r:.80}.")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -89,6 +122,8 @@ def allowed(hint: Any, bounds: Mapping[str, Any]) -> str:
         words = (TYPE_NAMES.get(kind) or getattr(kind, "__name__", str(kind)) for kind in kinds)
         return " or ".join(dict.fromkeys(words))
     number = TYPE_NAMES[float if float in kinds else int]
+    if bounds.get("whole"):
+        none = f", whole from 1 on{none}"
     if low is not None and high is not None:
         return f"{number} in {'[' if 'min' in bounds else '('}{low}, {high}{']' if 'max' in bounds else ')'}{none}"
     if low is not None:
@@ -97,13 +132,14 @@ def allowed(hint: Any, bounds: Mapping[str, Any]) -> str:
 
 
 def read_value(name: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint` wants it; a number written as text (YAML's 2e-4) is read as one.
+    """`value` as the type `hint` wants it, and so what is in a list; a number written as text is read as one.
 
     Raises:
         UserError: of another type.
     """
-    kinds = {typing.get_origin(option) or option for option in _options(hint)}
-    literals = [word for option in _options(hint) if typing.get_origin(option) is Literal for word in option.__args__]
+    options = _options(hint)
+    kinds = {typing.get_origin(option) or option for option in options}
+    literals = [word for option in options if typing.get_origin(option) is Literal for word in option.__args__]
     if Any in kinds or value in literals:
         return value
     if isinstance(value, bool):  # which is an int to Python
@@ -111,11 +147,32 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     else:
         fits = isinstance(value, tuple(kind for kind in kinds if isinstance(kind, type)))
     if float in kinds and isinstance(value, int | str) and not fits and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             return float(value)
+    lists = [option.__args__[0] for option in options if typing.get_origin(option) is list]
+    if isinstance(value, list) and len(lists) == 1:
+        return [read_value(f"{name}[{place}]", element, lists[0]) for place, element in enumerate(value)]
     if fits or not kinds & TYPE_NAMES.keys() - {types.NoneType}:
         return value  # an enum or object of transformers, which checks it itself
-    raise UserError(f"`{name}` must be {allowed(hint, {})}, got {value!r} ({type(value).__name__}).")
+    raise UserError(f"`{name}` must be {allowed(hint, {})}, got {value!r:.80} ({type(value).__name__}).")
+
+
+def read_setting(name: str, value: Any, hint: Any, bounds: Mapping[str, Any], default: Any = ...) -> Any:
+    """`read_value`, and `check_value` of what was read."""
+    value = read_value(name, value, hint)
+    check_value(name, value, hint, bounds, default)
+    return value
+
+
+def read_path(name: str, text: str | Path) -> Path:
+    """A path as people write it. Raises UserError: it is empty, or `~` is the home of nobody."""
+    text = str(text)
+    if not text.strip() or "\0" in text:
+        raise UserError(f"`{name}` must be a path, got {text!r}.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"`{name}`: there is no home of {text.split('/')[0]!r}; write the path out.") from error
 
 
 @contextmanager

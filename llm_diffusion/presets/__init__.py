@@ -15,6 +15,7 @@ import yaml
 
 from .. import UserError
 from ..objective.settings import check_value, merge, read_value
+from .files import read_mapping
 
 PRESETS = Path(__file__).parent
 TYPES = {"str": str, "bool": bool, "int": int, "int or null": int | None, "float": float, "list": list}
@@ -35,7 +36,7 @@ def read_preset(names: str) -> dict[str, Any]:
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise UserError(f"preset {name!r} is unknown{hint} There are: {', '.join(preset_names())}.")
         (path,) = PRESETS.glob(f"*/{name}.yaml")
-        merged = merge(merged, yaml.safe_load(path.read_text()))
+        merged = merge(merged, read_mapping(str(path), f"preset {name}"))
     return merged
 
 

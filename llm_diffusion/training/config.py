@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,45 @@ from ..objective.annealing import Annealing, AnnealingSettings
 from ..objective.estimators import SCORES
 from ..objective.forward_process import NoiseSettings, check_noise
 from ..objective.modes import MODES
-from ..objective.settings import check_settings, setting
+from ..objective.settings import SEEDS, check_settings, check_value, setting
+
+COUNT, SHARE, POSITIVE, NOT_NEGATIVE = {"min": 1}, {"min": 0, "below": 1}, {"above": 0}, {"min": 0}
+STEPS = {"above": 0, "whole": True}  # a number of them, or a share of the run
+PROCESSES = 4 * (os.cpu_count() or 1)
+# What the numbers of TRL's and transformers' configs may be, which declare it nowhere. Their defaults are always right.
+INHERITED = {
+    **dict.fromkeys(("max_steps", "save_total_limit", "torch_empty_cache_steps", "eval_accumulation_steps"), COUNT),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "precompute_ref_batch_size"), COUNT),
+    **dict.fromkeys(("gradient_accumulation_steps", "dataloader_prefetch_factor", "ref_model_sync_steps"), COUNT),
+    **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_timeout"), COUNT),
+    **dict.fromkeys(("save_steps", "eval_steps", "logging_steps"), STEPS),
+    **dict.fromkeys(
+        ("weight_decay", "adam_epsilon", "max_grad_norm", "neftune_noise_alpha", "eval_delay"), NOT_NEGATIVE
+    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),
+    **dict.fromkeys(("beta", "discopop_tau"), POSITIVE),
+    **dict.fromkeys(("router_aux_loss_coef", "ld_alpha", "ref_model_mixup_alpha"), {"min": 0, "max": 1}),
+    **dict.fromkeys(("seed", "data_seed"), SEEDS),
+    "f_divergence_type": {"choices": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")},
+    "num_train_epochs": {"above": 0, "max": 1_000_000},
+    "learning_rate": {"above": 0, "max": 1000},
+    "warmup_steps": {"min": 0, "whole": True},
+    "label_smoothing": {"min": 0, "below": 0.5},  # at a half both answers are preferred alike
+    "max_length": {"min": 2},
+    "dataloader_num_workers": {"min": 0, "max": PROCESSES},
+    "dataset_num_proc": {"min": 1, "max": PROCESSES},
+}
+
+
+def check_trainer(args: TrainingArguments) -> None:
+    """Raises UserError for settings of transformers that would do nothing here, or end in an error of its own."""
+    check_value("pad_to_multiple_of", args.pad_to_multiple_of, int | None, {"min": 1, "max": 4096})
+    if args.label_smoothing_factor:
+        raise UserError("`label_smoothing_factor` belongs to a loss that is not computed here; leave it out.")
+    if args.fp16 and args.device.type == "cpu":
+        raise UserError("`fp16` needs a GPU; leave it out, or set `bf16`.")
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise UserError("`load_best_model_at_end` needs evaluations to find the best by; set `eval_strategy` too.")
 
 
 def set_trl_defaults(args: TrainingArguments) -> None:
@@ -81,8 +120,9 @@ class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, S
 
     def __post_init__(self) -> None:
         set_trl_defaults(self)
+        check_settings(self, inherited=INHERITED)
         super().__post_init__()
-        check_settings(self)
+        check_trainer(self)
         self._check_noise()
         self._check_annealing()
         if self.on_policy_share and not self.distillation_weight:
@@ -177,14 +217,13 @@ class DiffusionDPOConfig(ConversionSettings, DPOConfig):
 
     def __post_init__(self) -> None:
         set_trl_defaults(self)
+        check_settings(self, inherited=INHERITED)
         if self.truncation_mode != "keep_start":
             raise UserError(
                 f"`truncation_mode`={self.truncation_mode!r} would cut prompts away; leave it at 'keep_start' and set `max_length`."
             )
         super().__post_init__()
-        check_settings(self)
-        if not self.beta > 0:
-            raise UserError(f"`beta` must be above 0, got {self.beta}.")
+        check_trainer(self)
         for first, last in (("initial_draws", "num_draws"), ("initial_diffusion_steps", "num_steps")):
             low, high = getattr(self, first), getattr(self, last)
             if low is not None and high is not None and low > high:

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from torch.nn import Linear
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
+from transformers.pytorch_utils import Conv1D
 
 from .. import UserError
 from ..data.tokens import read_dataset
@@ -88,6 +90,7 @@ def read_datasets(train: Any, evaluation: Any) -> tuple[Any, Any]:
 def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: DiffusionRecord) -> PeftConfig:
     """Trains the rows of the mask token and of a tail's own token, and the time embedding if there is one, beside the adapters."""
     peft_config = copy.deepcopy(peft_config)
+    check_adapter(model, peft_config)
     if not hasattr(peft_config, "trainable_token_indices"):
         raise UserError(
             f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
@@ -107,6 +110,23 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
             peft_config.exclude_modules = unfit.pattern
     update_record(model, base_fingerprint=fingerprint(base_of(model)))  # full training may have moved it
     return peft_config
+
+
+def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
+    """Refuses adapters that would be frozen, wider than any layer, or train whole modules that the model has not."""
+    if config.inference_mode:
+        raise UserError(
+            "`peft_config`: `inference_mode` freezes the adapters, so nothing would be trained; leave it out."
+        )
+    layers = [module for module in model.modules() if isinstance(module, Linear | Conv1D)]
+    shapes = ((m.in_features, m.out_features) if isinstance(m, Linear) else m.weight.shape for m in layers)
+    widest = max(map(min, shapes), default=None)
+    if widest is not None and (rank := getattr(config, "r", 0)) > widest:
+        raise UserError(f"`peft_config`: `r` ({rank}) is more than any matrix of the model can have ({widest}).")
+    names = [name for name, _ in model.named_modules()]
+    for wanted in getattr(config, "modules_to_save", None) or []:
+        if not any(name.endswith(wanted) for name in names):
+            raise UserError(f"`peft_config`: `modules_to_save` has {wanted!r}, which is no module of the model.")
 
 
 def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:

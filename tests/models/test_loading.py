@@ -107,7 +107,9 @@ def test_rows_longer_than_learned_positions_are_refused(folders, tiny):
     check_positions(model, 64)
     with pytest.raises(UserError, match="`max_length`"):
         check_positions(model, 65)
-    check_positions(tiny[0], 10**6)  # rotary: counts on
+    check_positions(tiny[0], 1024)
+    with pytest.raises(UserError, match="1024 positions"):  # rotary ones would count on, less and less well
+        check_positions(tiny[0], 1025)
 
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -12,6 +12,7 @@ from datasets import Dataset
 from lm_eval import tasks
 
 from ... import UserError
+from ...objective.settings import read_path
 from ...reasoning.problems import LETTERS, logiqa_parts, reaches_countdown, solves_sudoku
 
 HARNESS, OWN = Path(tasks.__file__).parent, Path(__file__).parent
@@ -30,7 +31,7 @@ TAGS = ("countdown", "sudoku")  # each stands for all tasks whose names begin so
 
 def local_tasks(data: Path) -> dict[str, dict[str, Any]]:
     """Definitions of the tasks whose files are in a folder or its sub-folders."""
-    data = data.expanduser()
+    data = read_path("data", data)
     if not data.is_dir():
         raise UserError(f"`data`: {str(data)!r} is not a folder.")
     found = {}
