@@ -102,7 +102,7 @@ class HyperParameters:
     )
     token_ids: dict[str, Any] = setting({}, "`eos` and `pad`, where they are not the tokenizer's own.")
     device: str | None = setting(None, "None: the best there is.", choices=("cuda", "mps", "cpu"))
-    num_threads: int | None = setting(None, "CPU threads.", min=1, max=1024)
+    num_threads: int | None = setting(None, "CPU threads.", min=1)
     dataloader_num_workers: int = setting(0, "Processes that prepare batches.", min=0)
     trust_remote_code: bool = setting(False, "Run the model's own code.")
     model_init_kwargs: dict[str, Any] = setting(
@@ -142,15 +142,15 @@ _RENAMED = {
 
 def layers(preset: str | None = None, config: str | None = None, hyper_parameters: str | None = None) -> dict[str, Any]:
     """Preset < file < JSON, merged, not checked."""
-    own = read_mapping(config, "--config") if config else {}
-    if hyper_parameters:
+    own = {} if config is None else read_mapping(config, "--config")
+    if hyper_parameters is not None:
         own = merge(own, read_mapping(hyper_parameters, "--hyper-parameters-json"))
     if is_diffugpt_config(own):
         aside = left_aside(own)
         for why in dict.fromkeys(aside.values()):
             logger.info("left aside: " + ", ".join(f"`{key}`" for key in aside if aside[key] == why) + f": {why}")
         own = read_diffugpt_config(own)
-    return merge(read_preset(preset) if preset else {}, own)
+    return merge({} if preset is None else read_preset(preset), own)
 
 
 def resolve(*given: str | None, **named: str | None) -> HyperParameters:
@@ -276,6 +276,10 @@ def _read_nested(hp: HyperParameters) -> None:
             raise UserError(f"`{name}`: unknown key(s) {unknown}.")
         read = {k: read_setting(f"{name}.{k}", v, hints[k], bounds.get(k, {})) for k, v in given.items()}
         setattr(hp, name, read)
+    if hp.use_qlora and not (hp.qlora_config.get("load_in_4bit") or hp.qlora_config.get("load_in_8bit")):
+        raise UserError(
+            "`qlora_config`: neither `load_in_4bit` nor `load_in_8bit` is true; set one, or leave `use_qlora`."
+        )
     with user_settings("`lora_config`"):
         LoraConfig(**hp.lora_config)
     for key in ("target_modules", "exclude_modules"):

@@ -28,6 +28,7 @@ from . import UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
 from .objective.settings import LARGEST, SEEDS, merge, read_path
 from .presets import preset_names, read_preset
+from .presets.files import NO_TEXT
 
 COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
@@ -45,6 +46,8 @@ class Commands(click.Group):
     """A first word that is no command is a preset: `llm-diffusion tiny` is `llm-diffusion --preset tiny`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for word in filter(NO_TEXT.search, args):  # bytes that are no UTF-8
+            ctx.fail(f"{word!r} is no text.")
         if args and args[0] not in self.commands and not args[0].startswith("-"):
             if args[0] not in preset_names() and (close := difflib.get_close_matches(args[0], self.commands, n=1)):
                 ctx.fail(f"No such command or preset {args[0]!r}; did you mean {close[0]!r}?")
@@ -146,7 +149,7 @@ def analyze(model: str, block: bool, no_checkpointing: bool, download: bool, jso
     from .analysis import analyze as analyze_model
     from .models.checkpoints import download as fetch
 
-    output = json_path and writable(json_path, "--json")
+    output = None if json_path is None else writable(json_path, "--json")
     attention = "block" if block else "bidirectional"
     analysis = analyze_model(model, attention=attention, gradient_checkpointing=not no_checkpointing, **options)
     console().print(*analysis_tables(analysis))
@@ -202,7 +205,7 @@ def generate(
         raise UserError("MODEL and PROMPTS are missing; or give a `--config` with `init_from` and `user_prompt`.")
     if hp.pipeline == "diffusion":
         return generate_by_diffusion(model, prompts, chosen, **shown)
-    if any(shown.values()):
+    if shown["watch"] or shown["svg"] is not None:
         raise UserError("`--watch` and `--svg` show how masks are filled; leave them out with `--pipeline arm`.")
     quiet_libraries()
     from .generation.inference import continue_autoregressive
@@ -213,7 +216,7 @@ def generate(
 
 
 def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, watch: bool, svg: str | None) -> None:
-    picture = svg and writable(svg, "--svg")
+    picture = None if svg is None else writable(svg, "--svg")
     if picture and len(prompts) > 1:
         raise UserError(f"`--svg` draws one text, got {len(prompts)} prompts.")
     inference = load_inference(model, settings)
@@ -297,7 +300,8 @@ def prefer(source: str, output: str, from_model: str | None, answers: bool, seed
         drawn = [read_problem(record) for record in records], options["samples"], seed, bar, label
         records = sample_answers(inference.model, inference.tokenizer, *drawn, **inference.settings)
         click.echo(f"{sum(row['right'] for row in records)} of {len(records)} answers are right")
-    rows = records if answers else pairs_of(records, seed, options["kinds"].split(",") if options["kinds"] else None)
+    kinds = None if options["kinds"] is None else options["kinds"].split(",")
+    rows = records if answers else pairs_of(records, seed, kinds)
     write_rows(output, rows)
     for kind, count in Counter(row["kind"] for row in ([] if answers else rows)).most_common():
         click.echo(f"{count:6d}  {kind}")

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
-from ..generation.config import DiffusionGenerationConfig, decoding_settings
+from ..generation.config import DiffusionGenerationConfig, check_room, decoding_settings
 from ..models.checkpoints import best_device, is_adapter, resolve_path
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
@@ -289,6 +289,7 @@ def _load(name: str, chosen: dict[str, Any], trust_remote_code: bool) -> tuple[L
     model, tokenizer = load_diffusion_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
     decoding = decoding_settings(model, chosen)
+    check_room(model, 1, chosen.get("max_new_tokens") or 1)
     if "max_new_tokens" not in chosen:
         del decoding["max_new_tokens"]  # tasks have their own
     return (model, tokenizer), decoding

@@ -100,7 +100,7 @@ def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any], def
         kind = isinstance(value, int | float if float in options or int not in options else int)
         reaches = bounds.get("min", value) <= value <= bounds.get("max", value)
         fits = kind and reaches and bounds.get("above", -math.inf) < value < bounds.get("below", math.inf)
-        fits = fits and (not bounds.get("whole") or value < 1 or value == int(value))
+        fits = fits and (not bounds.get("whole") or value < 1 or (value == int(value) and value <= LARGEST))
     else:
         fits = isinstance(value, list) or not bounds.keys() & BOUNDS
     if not fits:
@@ -180,7 +180,7 @@ def user_settings(where: str, errors: type[Exception] = Exception) -> Iterator[N
     """What transformers, TRL or PEFT refuse in the settings of `where` becomes a UserError that names it."""
     try:
         yield
-    except (UserError, ImportError):
+    except UserError:
         raise
     except errors as error:
         raise UserError(f"{where}: {' '.join(str(error).split()) or type(error).__name__}") from error

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from os.path import isfile
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ import yaml
 from .. import UserError
 from ..objective.settings import read_path
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # what no file can hold as UTF-8, or as its name
 DEEPEST = 20  # a list or mapping within another
 
 
@@ -24,7 +26,7 @@ def read_mapping(source: str, what: str) -> dict[str, Any]:
     """
     text, name = source, "the inline JSON"
     if not strip_comments(source).lstrip().startswith("{"):
-        if not (path := read_path(what, source)).is_file():
+        if not isfile(path := read_path(what, source)):
             raise FileNotFoundError(f"`{what}`: {source!r:.200} is neither inline JSON nor an existing file.")
         text, name = path.read_bytes().decode("utf-8-sig", "surrogateescape"), str(path)
     bare = strip_comments(text)
@@ -70,7 +72,7 @@ def _check_tree(value: Any, name: str, depth: int = 0) -> None:
     """Whatever a setting is, its keys are text, its numbers finite, its text can be written down, and it has an end."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"`{name}` must be a finite number, got {value}.")
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+    if isinstance(value, str) and NO_TEXT.search(value):
         raise UserError(f"`{name}` holds what is no letter, got {value!r:.80}.")
     if not isinstance(value, dict | list | str | int | float | None):
         raise UserError(f"`{name}` must be text, a number, a list or a mapping, got {value!r:.80}; quote it.")

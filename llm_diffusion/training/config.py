@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
 from trl import DPOConfig, SFTConfig
 
 from .. import UserError
@@ -15,7 +15,7 @@ from ..objective.annealing import Annealing, AnnealingSettings
 from ..objective.estimators import SCORES
 from ..objective.forward_process import NoiseSettings, check_noise
 from ..objective.modes import MODES
-from ..objective.settings import SEEDS, check_settings, check_value, setting
+from ..objective.settings import SEEDS, check_settings, check_value, setting, user_settings
 
 COUNT, SHARE, POSITIVE, NOT_NEGATIVE = {"min": 1}, {"min": 0, "below": 1}, {"above": 0}, {"min": 0}
 STEPS = {"above": 0, "whole": True}  # a number of them, or a share of the run
@@ -40,16 +40,28 @@ INHERITED = {
     "warmup_steps": {"min": 0, "whole": True},
     "label_smoothing": {"min": 0, "below": 0.5},  # at a half both answers are preferred alike
     "max_length": {"min": 2},
+    "pad_to_multiple_of": {"min": 1, "max": 4096},
     "dataloader_num_workers": {"min": 0, "max": PROCESSES},
-    "dataset_num_proc": {"min": 1, "max": PROCESSES},
+    **dict.fromkeys(("dataset_num_proc", "num_threads"), {"min": 1, "max": PROCESSES}),
 }
+CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"}
+PREFERENCE_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
 
 
 def check_trainer(args: TrainingArguments) -> None:
     """Raises UserError for settings of transformers that would do nothing here, or end in an error of its own."""
-    check_value("pad_to_multiple_of", args.pad_to_multiple_of, int | None, {"min": 1, "max": 4096})
     if args.label_smoothing_factor:
         raise UserError("`label_smoothing_factor` belongs to a loss that is not computed here; leave it out.")
+    with user_settings("`optim_args`"):  # as transformers reads it
+        dict(part.split("=") for part in (args.optim_args or "a=1").split(","))
+    with user_settings("`lr_scheduler_kwargs`"):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, args.lr_scheduler_kwargs)
+    if unknown := set(args.activation_checkpointing_kwargs or ()) - CHECKPOINTING:
+        raise UserError(f"`gradient_checkpointing_kwargs`: unknown key(s) {sorted(unknown)}.")
     if args.fp16 and args.device.type == "cpu":
         raise UserError("`fp16` needs a GPU; leave it out, or set `bf16`.")
     if args.load_best_model_at_end and args.eval_strategy == "no":
@@ -60,6 +72,8 @@ def set_trl_defaults(args: TrainingArguments) -> None:
     """What every config of ours does before TRL looks at it."""
     if args.bf16 is None and not torch.cuda.is_available():
         args.bf16 = False
+    if str(args.pad_to_multiple_of).isdecimal():  # TRL's own command line hands text over
+        args.pad_to_multiple_of = int(args.pad_to_multiple_of)
     # TRL still sets the old names, which transformers deprecates: handed over here, both names keep working.
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),
@@ -224,6 +238,7 @@ class DiffusionDPOConfig(ConversionSettings, DPOConfig):
             )
         super().__post_init__()
         check_trainer(self)
+        check_value("loss_type", self.loss_type, list[str], {"choices": PREFERENCE_LOSSES})
         for first, last in (("initial_draws", "num_draws"), ("initial_diffusion_steps", "num_steps")):
             low, high = getattr(self, first), getattr(self, last)
             if low is not None and high is not None and low > high:

@@ -97,6 +97,11 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
         )
     rows = peft_config.trainable_token_indices
     groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
+    size = base_of(model).get_input_embeddings().weight.shape[0]
+    if wrong := [token for group in groups.values() for token in group if not 0 <= token < size]:
+        raise UserError(
+            f"`peft_config`: `trainable_token_indices` {wrong} are no rows of the embedding, which has {size}."
+        )
     new = [token for token in (record.mask_token_id, record.tail_token_id) if token is not None]
     for group in groups.values():
         group += [token for token in new if token not in group]
