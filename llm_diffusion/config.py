@@ -296,8 +296,6 @@ def _check_pipelines(hp: HyperParameters) -> None:
     """Rules between settings: of the two pipelines, of lossless models, and of models from nothing."""
     from trl import SFTConfig
 
-    from .generation.config import DiffusionGenerationConfig
-    from .generation.inference import check_autoregressive
     from .models.loading import check_scratch
 
     stages, lossless = stages_of(hp), hp.training.get("attention") == "lossless"
@@ -310,17 +308,24 @@ def _check_pipelines(hp: HyperParameters) -> None:
         check_scratch(hp.scratch, hp.max_length)
         if hp.use_lora or hp.use_qlora:
             raise UserError("`scratch`: a model from nothing trains all its weights; set `use_lora` to false.")
+    _check_generation(hp)
     if hp.pipeline == "diffusion":
-        with user_settings("`generation`"):
-            DiffusionGenerationConfig(**hp.generation)
         return
     if prefers:
         raise UserError("`pipeline`='arm' has no preferences; leave 'dpo' out, TRL has a trainer of its own.")
     own = {key for settings in (hp.training, *stages) for key in settings} & set(training_hints())
     if foreign := sorted(own - {f.name for f in dataclasses.fields(SFTConfig)}):
         raise UserError(f"{foreign} belong to `pipeline`='diffusion'; leave them out.")
-    with user_settings("`generation`"):
-        check_autoregressive(hp.generation)
+
+
+def _check_generation(hp: HyperParameters) -> None:
+    from .generation.config import DiffusionGenerationConfig
+    from .generation.inference import check_autoregressive
+
+    try:
+        check_autoregressive(hp.generation) if hp.pipeline == "arm" else DiffusionGenerationConfig(**hp.generation)
+    except Exception as error:  # transformers has several
+        raise UserError(f"`generation`: {' '.join(str(error).split())}") from error
 
 
 # -- what is generated from the declarations

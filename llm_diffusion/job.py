@@ -27,7 +27,14 @@ from trl import SFTConfig
 
 from . import UserError
 from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
-from .data.datasets import DEBUG_EXAMPLES, PLAIN_CHAT_TEMPLATE, load_preference_splits, load_splits
+from .data.datasets import (
+    DEBUG_EXAMPLES,
+    PLAIN_CHAT_TEMPLATE,
+    first_rows,
+    load_preference_splits,
+    load_splits,
+    readable,
+)
 from .evaluation.answers import AnswerReport, evaluate_answers
 from .evaluation.metrics import AnswersCallback
 from .evaluation.report import decoding, show_autoregressive, show_ends, show_job
@@ -237,7 +244,8 @@ class Data:
 
 def load_data(hp: HyperParameters) -> Data:
     shares = {"test_size": hp.test_size, "seed": hp.seed, "limit": DEBUG_EXAMPLES if hp.debug else hp.max_examples}
-    data = Data(*load_splits(hp.dataset, **shares))
+    every_token = all(stage.get("completion_only_loss") is False for stage in stages_of(hp))
+    data = Data(*load_splits(hp.dataset, every_token=every_token, **shares))
     logger.info(f"data: {len(data.train):,} examples to train on, {len(data.test):,} held out")
     if not any(stage["name"] == DPO for stage in stages_of(hp)):
         return data
@@ -266,18 +274,6 @@ def generated_beside(output: Path) -> Path:
 
 def answer_limit(hp: HyperParameters) -> int:
     return hp.generation.get("max_new_tokens", 128)
-
-
-def first_rows(dataset: Dataset, n: int) -> Dataset:
-    return dataset.select(range(min(n, len(dataset))))
-
-
-def readable(test: Dataset, n: int, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The first `n` rows; tokens of a prepared dataset as text."""
-    rows = list(first_rows(test, n))
-    if "input_ids" not in test.column_names:
-        return rows
-    return [{"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)} for row in rows]
 
 
 # -- 3. the model
@@ -321,7 +317,7 @@ def train(
 ) -> dict[str, list[dict]]:
     """Runs the stages; returns their log histories. `load`: loads a saved stage, to resume."""
     model, tokenizer = loaded
-    examples = list(first_rows(data.test, hp.eval_answers)) if hp.pipeline == "diffusion" else []
+    examples = readable(data.test, hp.eval_answers, tokenizer) if hp.pipeline == "diffusion" else []
 
     def add_callbacks(trainer: Any, stage: Stage) -> None:
         trainer.add_callback(LogLinesCallback(logger.info, stage.name))

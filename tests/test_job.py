@@ -119,17 +119,17 @@ def test_pairs_are_checked_before_the_phases_before_them_begin(tmp_path, row, na
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"lr_scheduler_type": "sudden"}, "settings of `pretrain`"),
-        ({"sft_config": {"optim": "sudden"}}, "settings of `sft`"),
+        ({"lr_scheduler_type": "sudden"}, "`lr_scheduler_type`"),
+        ({"sft_config": {"debug": "sudden"}}, "settings of `sft`"),
         ({"min_mask_probability": 0.9, "max_mask_probability": 0.1}, "`min_mask_probability`"),
         ({"annealing": "soft", "annealing_schedule": "sudden"}, "`annealing_schedule`"),
-        ({"phases": ["dpo"], "dpo_config": {"num_draws": 0}}, "`num_draws`"),
-        ({"phases": ["dpo"], "dpo_config": {"beta": 0}}, "`beta`"),
+        ({"phases": ["dpo"], "dpo_config": {"num_draws": 0}}, "`dpo_config.num_draws`"),
+        ({"phases": ["dpo"], "dpo_config": {"beta": 0}}, "`dpo_config.beta`"),
     ],
 )
 def test_settings_that_a_trainer_refuses_are_named(given, named, tmp_path):
-    hp = build(given)
     with pytest.raises(UserError, match=named):
+        hp = build(given)
         for stage in stages_of(hp):
             make_stage(hp, stage, tmp_path, "cpu", "none")
 
@@ -138,7 +138,7 @@ def test_settings_that_a_trainer_refuses_are_named(given, named, tmp_path):
     ("given", "device", "named"),
     [
         ({}, "mps", "`quantization`"),
-        ({"qlora_config": {"bnb_4bit_compute_dtype": "bfloat17"}}, "cpu", "`qlora_config`"),
+        ({"qlora_config": {"bnb_4bit_compute_dtype": "bfloat17"}}, "cpu", "`qlora_config.bnb_4bit_compute_dtype`"),
         ({"qlora_config": {"load_in_4bit": "yes"}}, "cpu", "`qlora_config`"),
     ],
 )

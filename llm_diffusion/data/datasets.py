@@ -8,20 +8,23 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
 from ..objective.settings import read_path
-from .rows import SHAPES, Place, form_of, prompt_and_answer, read_pair, read_row, split_row
+from .rows import SHAPES, Place, form_of, prompt_and_answer, read_pair, read_row, says_something, split_row
 from .tiny import tiny_dataset
 from .tokens import check_pair_columns
 
 logger = logging.getLogger(__name__)
 
 DEBUG_EXAMPLES = 100
+SPLITS = ("train", "test", "validation")
 # For tokenizers without a chat template of their own (Phi-2, GPT-2); ends an answer with the end token.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}"
@@ -31,7 +34,9 @@ PLAIN_CHAT_TEMPLATE = (
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
-def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | None = None) -> tuple[Dataset, Dataset]:
+def load_splits(
+    name: str, *, test_size: float | int, seed: int, limit: int | None = None, every_token: bool = False
+) -> tuple[Dataset, Dataset]:
     """Train and test split of a dataset.
 
     Args:
@@ -39,18 +44,26 @@ def load_splits(name: str, *, test_size: float | int, seed: int, limit: int | No
         test_size: share (below 1) or number of examples held out, where the data has no test split of its own.
         seed: of the split.
         limit: use this many training examples at most.
+        every_token: whether conversations are trained on as a whole, so that none needs an answer.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no usable column, no example.
     """
     if name == "tiny":
         n_test = int(test_size) if test_size >= 1 else 500
-        return tiny_dataset(limit or 100_000, seed), _first(tiny_dataset(n_test, seed, "test"), limit)
+        return tiny_dataset(limit or 100_000, seed), first_rows(tiny_dataset(n_test, seed, "test"), limit)
     splits = load_any(name)
     if "train" not in splits:
         raise UserError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
     _check_columns(splits["train"], name)
-    return _held_out(_checked(splits, name, "dataset", _is_example), name, test_size, seed, limit)
+    form = form_of(splits["train"].column_names)
+    if others := [split for split in SPLITS if split in splits and form_of(splits[split].column_names) != form]:
+        columns = splits[others[0]].column_names
+        raise UserError(
+            f"`dataset`: {name!r} has rows of `{form}`, but its split {others[0]!r} has the columns {columns}."
+        )
+    usable = _is_text if every_token else _is_example
+    return _held_out(_checked(splits, name, "dataset", usable), name, test_size, seed, limit)
 
 
 def load_preference_splits(
@@ -73,9 +86,10 @@ def load_preference_splits(
 
 def _checked(splits: DatasetDict, name: str, field: str, is_usable: Callable[..., bool]) -> DatasetDict:
     """The splits without rows that hold nothing; the others can be read. Before any is shuffled: rows have their numbers of the file."""
-    used = {split: splits[split] for split in ("train", "test", "validation") if split in splits}
+    used = {split: splits[split] for split in SPLITS if split in splits}
     for split, rows in used.items():
-        used[split] = rows.filter(is_usable, with_indices=True, fn_kwargs={"field": field})
+        named = {"field": field, "split": split if len(used) > 1 else ""}
+        used[split] = rows.filter(is_usable, with_indices=True, fn_kwargs=named)
         if (left := len(used[split])) < len(rows):
             logger.warning("%s, split %s: %d of %d rows: no text", name, split, len(rows) - left, len(rows))
     if len(used["train"]) == 0:
@@ -83,17 +97,22 @@ def _checked(splits: DatasetDict, name: str, field: str, is_usable: Callable[...
     return DatasetDict(used)
 
 
-def _is_example(example: dict[str, Any], row: int, field: str) -> bool:
+def _is_text(example: dict[str, Any], row: int, field: str, split: str) -> bool:
     """Whether a row holds something. UserError: it cannot be read."""
-    form, place = form_of(example), Place(field, row)
+    return bool(read_row(example, form_of(example), Place(field, row, split)).get("text", "-").strip())
+
+
+def _is_example(example: dict[str, Any], row: int, field: str, split: str) -> bool:
+    """The same of a row whose answers are trained on, if it has turns."""
+    form, place = form_of(example), Place(field, row, split)
     read = read_row(example, form, place)
     if "text" in read or "input_ids" in read:
         return bool(read.get("text", "-").strip())
     return bool(split_row(read, form, place))
 
 
-def _is_pair(example: dict[str, Any], row: int, field: str) -> bool:
-    return bool(read_pair(example, Place(field, row)))
+def _is_pair(example: dict[str, Any], row: int, field: str, split: str) -> bool:
+    return bool(read_pair(example, Place(field, row, split)))
 
 
 def _held_out(
@@ -105,11 +124,26 @@ def _held_out(
             raise UserError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")
         held_out = test_size if test_size < 1 else min(int(test_size), len(train) - 1)
         train, test = train.train_test_split(test_size=held_out, seed=seed).values()
-    return _first(train, limit), _first(test, limit)
+    return first_rows(train, limit), first_rows(test, limit)
 
 
-def _first(rows: Dataset, limit: int | None) -> Dataset:
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+def first_rows(rows: Dataset, n: int | None) -> Dataset:
+    return rows if n is None else rows.select(range(min(n, len(rows))))
+
+
+def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """The first `n` rows; as text those without an answer, tokens of a prepared dataset or turns that no assistant follows."""
+    return [_readable(row, tokenizer) for row in first_rows(test, n)]
+
+
+def _readable(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    if "input_ids" in row:
+        return {"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)}
+    with suppress(UserError):
+        prompt_and_answer(row, Place("dataset"))
+        return row
+    read = read_row(row, form_of(row), Place("dataset"))
+    return {"text": tokenizer.apply_chat_template(read["messages"], tokenize=False, **read["template"])}
 
 
 def load_examples(name: str, limit: int | None = None) -> list[dict]:
@@ -133,6 +167,8 @@ def load_examples(name: str, limit: int | None = None) -> list[dict]:
 def _can_be_asked(example: dict[str, Any], place: Place) -> bool:
     """Whether a row is no blank text. UserError: there is no prompt with an answer in it."""
     prompt, answer, _ = prompt_and_answer(example, place)
+    if form_of(example) == "completion" and not says_something(answer):
+        raise place.error("completion", "is empty", "an answer is needed to compare with")
     return not isinstance(prompt, str) or bool((prompt + str(answer)).strip())
 
 
@@ -157,7 +193,7 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if path.exists() or name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
         kind, files = data_files(name)
-        splits = {Path(f).stem: f for f in files if Path(f).stem in ("train", "test", "validation")}
+        splits = {Path(f).stem: f for f in files if Path(f).stem in SPLITS}
         return _load(name, kind, data_files=splits if splits and path.is_dir() else files)
     return _load(name, name, *filter(None, [configuration]))
 
@@ -181,5 +217,6 @@ def _load(name: str, *args: str, **options: object) -> DatasetDict:
     try:
         return load_dataset(*args, **options)
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
+        error = error.__cause__ or error  # of "an error occurred while generating the dataset"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"`dataset`: {name!r} could not be loaded: {reason}") from error

@@ -13,11 +13,13 @@ What Arrow adds, a null in place of every key that other rows have, is taken awa
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 from .. import UserError
 from ..models.special_tokens import shared_length
+from ..objective.modes import IGNORE_INDEX
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"} | {
@@ -25,18 +27,20 @@ _NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 }
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 CONVERSATIONS = ("messages", "conversations")
+LONGEST = 10_000_000  # characters; tokenizers take hundreds of bytes of memory for each, and end the process when there is none left
 SHAPES = "`messages`, `prompt` with `completion`, `text` or `input_ids` (`llm-diffusion prepare-data`)"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row is from: the name of its dataset as the user knows it, and its number there."""
+    """Where a row is from: the name of its dataset as the user knows it, its number there, and which of several splits that is."""
 
     field: str
     row: int | None = None
+    split: str = ""
 
     def error(self, column: str, found: str, wanted: str) -> UserError:
-        of_row = "" if self.row is None else f" of row {self.row}"
+        of_row = "" if self.row is None else f" of row {self.row}{self.split and f' of split `{self.split}`'}"
         return UserError(f"`{self.field}`: `{column}`{of_row} {found}; {wanted}.")
 
 
@@ -73,7 +77,7 @@ def read_row(example: dict[str, Any], form: str, place: Place) -> dict[str, Any]
     else:
         if not isinstance(example.get(form), str):
             raise place.error(form, f"is {_kind(example.get(form))}", "a text is needed")
-        row = {"text": example[form]}
+        row = {"text": _short(example[form], form, place)}
     return row | {"template": template_of(example, place)}
 
 
@@ -88,13 +92,24 @@ def template_of(example: dict[str, Any], place: Place) -> dict[str, Any]:
     tools = _parsed(example.get("tools"))
     if isinstance(tools, list):
         tools = [_parsed(tool) for tool in tools]
-    elif tools:
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise place.error("tools", f"is {_kind(tools)}", "a list of functions is needed, or one as JSON")
-    return without_nulls(example.get("chat_template_kwargs") or {}) | ({"tools": without_nulls(tools)} if tools else {})
+    options = example.get("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise place.error("chat_template_kwargs", f"is {_kind(options)}", "a mapping is needed")
+    return without_nulls(options) | ({"tools": without_nulls(tools)} if tools else {})
 
 
 def _side(value: Any, column: str, place: Place) -> str | list[dict]:
-    return value if isinstance(value, str) else read_turns(value, column, place)
+    return _short(value, column, place) if isinstance(value, str) else read_turns(value, column, place)
+
+
+def _short(text: str, column: str, place: Place) -> str:
+    if len(text) > LONGEST:
+        raise place.error(
+            column, f"has a text of {len(text):,} characters", f"split it; {LONGEST:,} can be read at once"
+        )
+    return text
 
 
 def read_turns(turns: Any, column: str, place: Place) -> list[dict]:
@@ -115,19 +130,26 @@ def _read_turn(turn: dict[str, Any], column: str, place: Place) -> dict[str, Any
         turn = {"role": turn.pop("from"), "content": turn.pop("value", None)} | turn
     if "role" not in turn:
         raise place.error(column, f"has a turn with the keys {sorted(turn)}", "`role` and `content` are needed")
-    role = _NAMES.get(turn["role"], turn["role"])
-    if role not in ROLES:
-        raise place.error(column, f"has a turn of the role {turn['role']!r}", f"the roles are {', '.join(ROLES)}")
-    calls = [_read_call(call) for call in turn.pop("tool_calls", None) or []]
+    role = turn["role"] if isinstance(turn["role"], str) else None
+    if (role := _NAMES.get(role, role)) not in ROLES:
+        raise place.error(column, f"has a turn of the role {turn['role']!r:.40}", f"the roles are {', '.join(ROLES)}")
+    calls = turn.pop("tool_calls", None) or []
+    if not isinstance(calls, list) or not all(isinstance(_inner(call), dict) for call in calls):
+        raise place.error(column, f"has `tool_calls` that are {_kind(calls)}", "a list of calls is needed")
+    calls = [_read_call(call) for call in calls]
     content = _read_content(turn.get("content"), column, place)
     if content is None and not calls and role != "tool":  # a tool may give nothing back
         raise place.error(column, f"has a turn of the role {role!r} without content", "a text is needed")
     return turn | {"role": role, "content": content or ""} | ({"tool_calls": calls} if calls else {})
 
 
+def _inner(call: Any) -> Any:
+    return call.get("function", call) if isinstance(call, dict) else None
+
+
 def _read_call(call: dict[str, Any]) -> dict[str, Any]:
     """Arguments as JSON are what OpenAI's servers give; templates would quote them again."""
-    inner = call.get("function", call)
+    inner = _inner(call)
     if "arguments" in inner:
         inner = {**inner, "arguments": _parsed(inner["arguments"])}
     return {**call, "function": inner} if "function" in call else inner
@@ -136,7 +158,7 @@ def _read_call(call: dict[str, Any]) -> dict[str, Any]:
 def _read_content(content: Any, column: str, place: Place) -> str | None:
     """The text of a content, of its parts if it has some."""
     if content is None or isinstance(content, str):
-        return content
+        return content and _short(content, column, place)
     if not isinstance(content, list):
         raise place.error(column, f"has a content that is {_kind(content)}", "a text is needed, or text parts")
     texts = []
@@ -147,21 +169,31 @@ def _read_content(content: Any, column: str, place: Place) -> str | None:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise place.error(column, f"has a content part of the type {kind!r}", "these models read text alone")
         texts.append(part)
-    return "".join(texts)
+    return _short("".join(texts), column, place)
 
 
 def _tokens(example: dict[str, Any], place: Place) -> dict[str, Any]:
     row: dict[str, Any] = {}
-    for name in ("input_ids", "labels", "completion_mask", "assistant_masks"):
+    for name in ("input_ids", "labels", "completion_mask", "assistant_masks", "attention_mask"):
         if name not in example:
             continue
+        is_mask = "mask" in name
         try:
-            row[name] = [int(value) for value in example[name]]
+            row[name] = [operator.index(value) for value in example[name]]
+            if not is_mask and any(isinstance(value, bool) for value in example[name]):
+                raise TypeError
         except (TypeError, ValueError):
-            raise place.error(name, f"is {_kind(example[name])}", "a list of numbers is needed, one a token") from None
+            wanted = "a list of whole numbers is needed, one a token"
+            raise place.error(name, f"is {_kind(example[name])}", wanted) from None
         if not row[name] or len(row[name]) != len(row["input_ids"]):
             found = f"has {len(row[name])} values beside {len(row['input_ids'])} tokens"
             raise place.error(name, found, "one a token is needed, and at least one")
+        known = {0, 1} if is_mask else {IGNORE_INDEX} if name == "labels" else set()
+        if wrong := [value for value in row[name] if value not in known and (is_mask or value < 0)]:
+            wanted = "tokens are 0 or more, labels tokens or -100, masks 0 and 1"
+            raise place.error(name, f"has the value {wrong[0]}", wanted)
+    if 0 in row.get("attention_mask", ()):
+        raise place.error("attention_mask", "hides tokens", "rows are needed as they are without padding")
     return row
 
 
@@ -251,6 +283,7 @@ def _pair_side(value: Any, column: str, place: Place) -> str | list[dict]:
     side = value if value is None or value == [] else _side(value, column, place)
     if not side or not says_something(side):
         raise place.error(column, "is empty", "an answer is needed to compare")
+    _check_last(side, column, place)
     return side
 
 

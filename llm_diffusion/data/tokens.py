@@ -84,6 +84,8 @@ def tokenised_row(example: dict[str, Any], form: str, how: Tokenising, place: Pl
     merged = 0
     if form == "input_ids":
         ids, labels = row["input_ids"], _given_labels(row, how)
+        if (highest := max(*ids, *labels)) >= (size := len(how.tokenizer)):
+            raise place.error(form, f"has the token {highest}", f"the tokenizer has the tokens 0 to {size - 1}")
     elif "text" in row:
         ids = _ended(text_ids(how.tokenizer, row["text"]), how) if row["text"].strip() else []
         labels = list(ids)
@@ -244,7 +246,7 @@ def read_dataset(dataset: Any, name: str) -> Any:
         UserError: it is none, has splits, is empty, or transforms its rows as they are read.
     """
     if isinstance(dataset, list):
-        dataset = Dataset.from_list(dataset)
+        dataset = _table(dataset, name)
     if isinstance(dataset, dict):
         raise UserError(f"`{name}`: it has the splits {sorted(dataset)}; pass one of them.")
     if not isinstance(dataset, Dataset | IterableDataset):
@@ -260,6 +262,18 @@ def read_dataset(dataset: Any, name: str) -> Any:
         if first.get(column) not in (None, []):
             raise Place(name, 0).error(column, f"holds {column}", "these models read text alone")
     return dataset
+
+
+def _table(rows: list[Any], name: str) -> Dataset:
+    try:
+        return Dataset.from_list(rows)
+    except Exception as error:  # of Arrow, which names no row
+        for number, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise UserError(f"`{name}`: row {number} is {row!r:.60}; a mapping is needed.") from error
+            if form := form_of(row):
+                read_row(row, form, Place(name, number))
+        raise UserError(f"`{name}`: its rows are not of one kind: {' '.join(str(error).split())}.") from error
 
 
 def tokenised(

@@ -206,7 +206,7 @@ def continue_autoregressive(
 def check_autoregressive(settings: dict[str, Any]) -> None:
     """Raises UserError for settings that `continue_autoregressive` does not know, those of unmasking for one."""
     if unknown := sorted(set(settings) - set(vars(GenerationConfig())) - {"seed"}):
-        raise UserError(f"`generation`: {unknown} are no settings of left-to-right decoding; leave them out.")
+        raise UserError(f"{unknown} are no settings of left-to-right decoding; leave them out.")
     check_given(settings)
 
 

@@ -81,7 +81,6 @@ def _check_tree(value: Any, name: str, depth: int = 0) -> None:
     for place, inner in enumerate(value) if isinstance(value, list) else ():
         _check_tree(inner, f"{name}[{place}]", depth + 1)
     for key, inner in value.items() if isinstance(value, dict) else ():
-        if not isinstance(key, str):
+        if not isinstance(key, str) or not key.isprintable():
             raise UserError(f"`{name}`: keys must be text, got {key!r:.80}; quote it.")
-        _check_tree(key, name, depth + 1)
         _check_tree(inner, f"{name}.{key}" if depth else key, depth + 1)
