@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -217,6 +218,6 @@ def _load(name: str, *args: str, **options: object) -> DatasetDict:
     try:
         return load_dataset(*args, **options)
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
-        error = error.__cause__ or error  # of "an error occurred while generating the dataset"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        # "An error occurred while generating the dataset" says nothing, what is behind it does.
+        reason = textwrap.shorten(f"{str(error) or type(error).__name__} {error.__cause__ or ''}", 300)
         raise UserError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
