@@ -277,9 +277,7 @@ def _read_nested(hp: HyperParameters) -> None:
         read = {k: read_setting(f"{name}.{k}", v, hints[k], bounds.get(k, {})) for k, v in given.items()}
         setattr(hp, name, read)
     if hp.use_qlora and not (hp.qlora_config.get("load_in_4bit") or hp.qlora_config.get("load_in_8bit")):
-        raise UserError(
-            "`qlora_config`: neither `load_in_4bit` nor `load_in_8bit` is true; set one, or leave `use_qlora`."
-        )
+        raise UserError("`qlora_config`: set `load_in_4bit` or `load_in_8bit` to true, or leave `use_qlora` out.")
     with user_settings("`lora_config`"):
         LoraConfig(**hp.lora_config)
     for key in ("target_modules", "exclude_modules"):
@@ -338,7 +336,7 @@ def settings_page() -> str:
     from .objective.forward_process import NoiseSettings
     from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
 
-    intro = "Written by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`."
+    intro = "Written by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`. Numbers are finite, whole ones below 2³¹."
     page = f"# Settings\n\n{intro}\n"
     shared = NoiseSettings, AnnealingSettings, ConversionSettings
     for kind in (HyperParameters, DiffusionSFTConfig, *shared, DiffusionDPOConfig):

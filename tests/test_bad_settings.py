@@ -24,7 +24,7 @@ from llm_diffusion.presets.files import DEEPEST, read_mapping
 from llm_diffusion.training.preparation import prepare_adapter
 
 NAN, INFINITE, HUGE = math.nan, math.inf, 10**30
-MANY = 4 * os.cpu_count() + 1  # processes
+MANY = max(8, 4 * os.cpu_count()) + 1  # processes
 
 
 def checked(source):
@@ -158,7 +158,7 @@ BAD = {
     "token_ids.eos": ("x",),
     "scratch.n_embd": (0, HUGE),
     "model_init_kwargs": ("x", [1]),
-    "gradient_checkpointing_kwargs": ({"x": 1}, 5),
+    "gradient_checkpointing_kwargs": (5,),
     "lr_scheduler_kwargs": ({"x": 1}, "x"),
     "optim_args": ("x", "a=1,b"),
     # decoding

@@ -10,6 +10,7 @@ import logging
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,9 @@ def load_splits(
     _check_columns(splits["train"], name)
     form = form_of(splits["train"].column_names)
     if others := [split for split in SPLITS if split in splits and form_of(splits[split].column_names) != form]:
-        columns = splits[others[0]].column_names
-        raise UserError(
-            f"`dataset`: {name!r} has rows of `{form}`, but its split {others[0]!r} has the columns {columns}."
-        )
-    usable = _is_text if every_token else _is_example
+        found = f"but its split {others[0]!r} has the columns {splits[others[0]].column_names}"
+        raise UserError(f"`dataset`: {name!r} has rows of `{form}`, {found}.")
+    usable = partial(_is_example, every_token=every_token)
     return _held_out(_checked(splits, name, "dataset", usable), name, test_size, seed, limit)
 
 
@@ -98,16 +97,11 @@ def _checked(splits: DatasetDict, name: str, field: str, is_usable: Callable[...
     return DatasetDict(used)
 
 
-def _is_text(example: dict[str, Any], row: int, field: str, split: str) -> bool:
-    """Whether a row holds something. UserError: it cannot be read."""
-    return bool(read_row(example, form_of(example), Place(field, row, split)).get("text", "-").strip())
-
-
-def _is_example(example: dict[str, Any], row: int, field: str, split: str) -> bool:
-    """The same of a row whose answers are trained on, if it has turns."""
+def _is_example(example: dict[str, Any], row: int, field: str, split: str, every_token: bool = False) -> bool:
+    """Whether a row holds something. UserError: it cannot be read, or has no answer to train on."""
     form, place = form_of(example), Place(field, row, split)
     read = read_row(example, form, place)
-    if "text" in read or "input_ids" in read:
+    if every_token or "text" in read or "input_ids" in read:
         return bool(read.get("text", "-").strip())
     return bool(split_row(read, form, place))
 

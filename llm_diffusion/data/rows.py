@@ -106,9 +106,7 @@ def _side(value: Any, column: str, place: Place) -> str | list[dict]:
 
 def _short(text: str, column: str, place: Place) -> str:
     if len(text) > LONGEST:
-        raise place.error(
-            column, f"has a text of {len(text):,} characters", f"split it; {LONGEST:,} can be read at once"
-        )
+        raise place.error(column, f"has {len(text):,} characters", f"split it; {LONGEST:,} can be read at once")
     return text
 
 
@@ -180,7 +178,7 @@ def _tokens(example: dict[str, Any], place: Place) -> dict[str, Any]:
         is_mask = "mask" in name
         try:
             row[name] = [operator.index(value) for value in example[name]]
-            if not is_mask and any(isinstance(value, bool) for value in example[name]):
+            if not is_mask and isinstance(next(iter(example[name]), None), bool):
                 raise TypeError
         except (TypeError, ValueError):
             wanted = "a list of whole numbers is needed, one a token"
@@ -189,9 +187,10 @@ def _tokens(example: dict[str, Any], place: Place) -> dict[str, Any]:
             found = f"has {len(row[name])} values beside {len(row['input_ids'])} tokens"
             raise place.error(name, found, "one a token is needed, and at least one")
         known = {0, 1} if is_mask else {IGNORE_INDEX} if name == "labels" else set()
-        if wrong := [value for value in row[name] if value not in known and (is_mask or value < 0)]:
-            wanted = "tokens are 0 or more, labels tokens or -100, masks 0 and 1"
-            raise place.error(name, f"has the value {wrong[0]}", wanted)
+        for value in set(row[name]) - known:
+            if is_mask or value < 0:
+                wanted = "tokens are 0 or more, labels tokens or -100, masks 0 and 1"
+                raise place.error(name, f"has the value {value}", wanted)
     if 0 in row.get("attention_mask", ()):
         raise place.error("attention_mask", "hides tokens", "rows are needed as they are without padding")
     return row

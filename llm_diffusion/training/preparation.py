@@ -99,9 +99,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
     groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
     size = base_of(model).get_input_embeddings().weight.shape[0]
     if wrong := [token for group in groups.values() for token in group if not 0 <= token < size]:
-        raise UserError(
-            f"`peft_config`: `trainable_token_indices` {wrong} are no rows of the embedding, which has {size}."
-        )
+        raise UserError(f"`peft_config`: `trainable_token_indices` {wrong} are none of {size} rows of the embedding.")
     new = [token for token in (record.mask_token_id, record.tail_token_id) if token is not None]
     for group in groups.values():
         group += [token for token in new if token not in group]
@@ -120,9 +118,7 @@ def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: Dif
 def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
     """Refuses adapters that would be frozen, wider than any layer, or train whole modules that the model has not."""
     if config.inference_mode:
-        raise UserError(
-            "`peft_config`: `inference_mode` freezes the adapters, so nothing would be trained; leave it out."
-        )
+        raise UserError("`peft_config`: `inference_mode` leaves nothing to train; leave it out.")
     layers = [module for module in model.modules() if isinstance(module, Linear | Conv1D)]
     shapes = ((m.in_features, m.out_features) if isinstance(m, Linear) else m.weight.shape for m in layers)
     widest = max(map(min, shapes), default=None)
