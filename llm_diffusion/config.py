@@ -249,7 +249,7 @@ def _check_order(hp: HyperParameters) -> None:
     """Names that are folders' too: each once, and the last ones where `stages.stage_folders` expects them."""
     if not hp.phases or any(phase not in PHASES for phase in hp.phases):
         raise UserError(f"`phases` must be a non-empty list of {list(PHASES)}, got {hp.phases}.")
-    stages = [stage.get("name") if isinstance(stage, dict) else None for stage in hp.stages]
+    stages = [stage.get("name") for stage in hp.stages]
     for key, names in (("phases", hp.phases), ("stages", stages)):
         if not all(isinstance(name, str) and name.isidentifier() for name in names) or len(set(names)) < len(names):
             raise UserError(f"`{key}`: each needs a `name` of its own, letters and digits, got {names}.")

@@ -31,6 +31,7 @@ from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
 from ..objective.settings import check_settings, read_path, setting
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
+from .rows import Place, read_row
 
 _CHUNK = 2**20  # tokens of a `.bin` read at once
 
@@ -151,9 +152,9 @@ def _documents(plan: Preparation, tokenizer: PreTrainedTokenizerBase) -> Iterato
     if path.suffix == ".bin":
         yield from _from_bin(path, plan, tokenizer)
         return
-    rows = _streamed(plan, path)
+    rows = enumerate(_streamed(plan, path))
     while batch := list(islice(rows, 256)):
-        texts = [text for text in (_text(row, plan, tokenizer) for row in batch) if text.strip()]
+        texts = [text for text in (_text(number, row, plan, tokenizer) for number, row in batch) if text.strip()]
         if texts:
             # A row longer than the model's context is cut later.
             yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -173,12 +174,15 @@ def _streamed(plan: Preparation, path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"`source`: {plan.source!r} could not be read: {reason}") from error
 
 
-def _text(row: dict[str, Any], plan: Preparation, tokenizer: PreTrainedTokenizerBase) -> str:
+def _text(number: int, row: dict[str, Any], plan: Preparation, tokenizer: PreTrainedTokenizerBase) -> str:
+    place = Place("source", number)
     if plan.text_field in row:
-        return row[plan.text_field] or ""
+        text = row[plan.text_field]
+        return "" if text is None else read_row({"text": text}, "text", place)["text"]
     if "messages" in row:
-        template = tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
-        return tokenizer.apply_chat_template(row["messages"], tokenize=False, chat_template=template)
+        read = read_row(row, "messages", place)
+        template = {"chat_template": tokenizer.chat_template or PLAIN_CHAT_TEMPLATE, **read["template"]}
+        return tokenizer.apply_chat_template(read["messages"], tokenize=False, **template)
     raise UserError(
         f"`source`: {plan.source!r} has the columns {sorted(row)}; name that of the text by `--text-field`."
     )

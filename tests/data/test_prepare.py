@@ -125,6 +125,9 @@ def test_the_job_trains_on_what_was_prepared(tmp_path, tokenizer, ids):
         ("bad.jsonl", (), "could not be read"),
         ("late", (), "could not be read"),
         ("late.bin", (), "has token 60000"),
+        ("ints.jsonl", (), "`text` of row 1 is 5"),
+        ("turns.jsonl", (), "`messages` of row 0 is 'x'"),
+        ("roles.jsonl", (), "`messages` of row 0 has a turn of the role 'king'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, monkeypatch, source, options, said):
@@ -133,6 +136,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, tokenizer, ids, monk
     (tmp_path / "odd.bin").write_bytes(b"abc")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": \n')
+    (tmp_path / "ints.jsonl").write_text('{"text": null}\n{"text": 5}\n')
+    (tmp_path / "turns.jsonl").write_text('{"messages": "x"}\n')
+    (tmp_path / "roles.jsonl").write_text('{"messages": [{"role": "king", "content": "a"}]}\n')
     # Far behind what is read first.
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "1.jsonl").write_text('{"text": "a b"}\n' * 300)
