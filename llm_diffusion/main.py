@@ -322,7 +322,7 @@ def prefer(source: str, output: str, from_model: str | None, answers: bool, seed
 @click.option("--samples", type=COUNT, default=128, show_default=True, help="Of the noise, a text or completion.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of all noise.")
 @click.option("--batch-size", type=COUNT, default=16, show_default=True, help="Rows at once.")
-@click.option("--max-length", type=click.IntRange(2, LARGEST), help="Tokens of a window.")
+@click.option("--max-length", type=COUNT, help="Tokens of a window.")
 @click.option("--num-fewshot", type=click.IntRange(0, 1000), help="Worked examples before a task's question.")
 @click.option("--chat-template", is_flag=True, help="Ask tasks through the chat template.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API: a model there reads worked answers too.")

@@ -467,7 +467,7 @@ def test_any_decoding_settings_are_settings_or_one_line(given):
         (("prefer", "tiny", "--output", "o", "--from-model", "tiny", "--samples", "0"), "--samples"),
         (("evaluate", "tiny", "--text", "t", "--seed", "-1"), "--seed"),
         (("evaluate", "tiny", "--text", "t", "--samples", "0"), "--samples"),
-        (("evaluate", "tiny", "--text", "t", "--max-length", "1"), "--max-length"),
+        (("evaluate", "tiny", "--text", "t", "--max-length", "0"), "--max-length"),
         (("evaluate", "tiny", "--text", "t", "--limit", str(HUGE)), "--limit"),
         (("evaluate", "tiny", "--text", "t", "--num-fewshot", "-1"), "--num-fewshot"),
         (("evaluate", "tiny", "--text", "~nobody123/a", "--output", "o"), "`--text`"),

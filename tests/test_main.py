@@ -193,7 +193,7 @@ def encoder_only(path: Path) -> str:
 BAD_INPUT = {
     "settings": (lambda p: {"modle": "tiny"}, "`modle`"),
     "a setting of the trainer": (lambda p: {"random_canvas": 5.0}, "`random_canvas`"),
-    "a setting that transformers refuses": (lambda p: {"lr_scheduler_type": "sudden"}, "`pretrain`"),
+    "a setting that transformers refuses": (lambda p: {"lr_scheduler_type": "sudden"}, "`lr_scheduler_type`"),
     "model missing": (lambda p: {"model": str(p / "none")}, "`model`"),
     "model folder empty": (lambda p: {"model": str(p)}, "`model`"),
     "hub unreachable": (lambda p: {"model": "Qwen/Qwen3-0.6B"}, "`model`"),
