@@ -224,8 +224,9 @@ def _read_one(key: str, value: Any, where: str, preferences: bool) -> Any:
     from .training.config import INHERITED
 
     declared = _training_kind(preferences).__dataclass_fields__[key]
-    name, bounds = f"{where}.{key}" if where else key, {**declared.metadata, **INHERITED.get(key, {})}
-    return read_setting(name, value, training_hints(preferences)[key], bounds, default_of(declared))
+    bounds = {**dict(declared.metadata.items()), **INHERITED.get(key, {})}
+    name, hint = f"{where}.{key}" if where else key, training_hints(preferences)[key]
+    return read_setting(name, value, hint, bounds, default_of(declared))
 
 
 def _read_stage(stage: dict[str, Any]) -> dict[str, Any]:

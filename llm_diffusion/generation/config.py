@@ -207,7 +207,7 @@ def check_given(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if name in _OURS:
             field = UnmaskingSettings.__dataclass_fields__[name]
-            check_value(name, value, hints_of(UnmaskingSettings)[name], field.metadata, field.default)
+            check_value(name, value, hints_of(UnmaskingSettings)[name], dict(field.metadata.items()), field.default)
         elif name in _TYPES:
             read_setting(name, value, _TYPES[name], {"min": 0} if "id" in name or "tokens" in name else {})
 

@@ -75,7 +75,7 @@ def check_settings(
     """
     hints = hints_of(declared or type(settings))
     for field in dataclasses.fields(declared or settings):
-        bounds = {**field.metadata, **(inherited or {}).get(field.name, {})}
+        bounds = {**dict(field.metadata.items()), **(inherited or {}).get(field.name, {})}
         check_value(field.name, getattr(settings, field.name), hints[field.name], bounds, default_of(field))
 
 
