@@ -113,6 +113,18 @@ def test_pairs_are_checked_before_the_phases_before_them_begin(tmp_path, row, na
         load_data(build({"dataset": "tiny", "max_examples": 8, "phases": ["dpo"], "preference_dataset": str(file)}))
 
 
+def test_turns_without_an_answer_are_read_where_every_token_is_trained(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 4)
+    given = {"dataset": str(tmp_path / "a.jsonl"), "test_size": 1}
+    assert len(load_data(build({**given, "phases": ["pretrain"]})).train) == 3
+    for other in (
+        {"phases": ["pretrain", "sft"]},
+        {"phases": ["pretrain"], "pretrain_config": {"completion_only_loss": True}},
+    ):
+        with pytest.raises(UserError, match="`messages` of row 0 has no assistant turn"):
+            load_data(build({**given, **other}))
+
+
 # -- what is refused before anything long begins
 
 
