@@ -62,21 +62,17 @@ def hints_of(declared: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
 
 
-def check_settings(
-    settings: Any, declared: type | None = None, inherited: Mapping[str, Mapping[str, Any]] | None = None
-) -> None:
-    """Holds the values of an object against the declarations of its class, or of the dataclass `declared`.
-
-    Args:
-        inherited: bounds of fields that another library declares without.
+def check_settings(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    """Holds the values of a dataclass against their declarations, and those that another library declares without bounds against
+    the `inherited` ones.
 
     Raises:
         UserError: naming the setting, its value and what it may be.
     """
-    hints = hints_of(declared or type(settings))
-    for field in dataclasses.fields(declared or settings):
-        bounds = {**dict(field.metadata.items()), **(inherited or {}).get(field.name, {})}
-        check_value(field.name, getattr(settings, field.name), hints[field.name], bounds, default_of(field))
+    for field in dataclasses.fields(settings):
+        hint, bounds = hints_of(type(settings))[field.name], (inherited or {}).get(field.name, {})
+        bounds = {**dict(field.metadata.items()), **bounds}
+        check_value(field.name, getattr(settings, field.name), hint, bounds, default_of(field))
 
 
 def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any], default: Any = ...) -> None:
