@@ -35,6 +35,7 @@ from .generation.self_generated import answered_by_base, generate_answers, gener
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
+from .models.files import read_json, write_text
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
@@ -105,7 +106,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     model, tokenizer = measure_saved(hp, load, folders, examples, reports)
     if reports:
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
-        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
         show_ends([stage.arguments for stage in stages], model, tokenizer, examples, output / "ends.png")
     samples = readable(data.test, 6, tokenizer)
     show_job(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
@@ -134,7 +135,7 @@ def check_start(hp: HyperParameters, device: str, output: Path, resume: bool) ->
             "`dataset`: 'self' has no preferences; train on them in a run of its own, from what this one saves."
         )
     file = output / SETTINGS
-    if resume and file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
+    if resume and file.exists() and read_json(file) != json.loads(json.dumps(as_dict(hp))):
         raise UserError(
             f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
         )
@@ -326,8 +327,7 @@ def train(
             trainer.add_callback(AnswersCallback(trainer, examples, **decoding(hp, trainer.model)))
 
     def save_settings() -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+        write_text(output / SETTINGS, json.dumps(as_dict(hp), indent=2) + "\n")
         if hp.use_wandb and "WANDB_DIR" in os.environ:
             Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
 

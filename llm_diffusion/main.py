@@ -144,13 +144,14 @@ def analyze(model: str, block: bool, no_checkpointing: bool, download: bool, jso
     from .analysis import analysis_tables
     from .analysis import analyze as analyze_model
     from .models.checkpoints import download as fetch
+    from .models.files import write_text
 
     output = json_path and writable(json_path, "--json")
     attention = "block" if block else "bidirectional"
     analysis = analyze_model(model, attention=attention, gradient_checkpointing=not no_checkpointing, **options)
     console().print(*analysis_tables(analysis))
     if output:
-        output.write_text(json.dumps(dataclasses.asdict(analysis), indent=1) + "\n")
+        write_text(output, json.dumps(dataclasses.asdict(analysis), indent=1) + "\n")
     if download:
         console().print(f"weights: {fetch(model)}", markup=False)
 
@@ -219,6 +220,7 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
     if not (watch or picture):
         return click.echo("\n".join(inference.generate(list(prompts))))
     from .generation.streaming import Watch
+    from .models.files import write_text
 
     terminal = console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
     for prompt in prompts:
@@ -227,8 +229,7 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
         if terminal is None:
             click.echo(answer)
     if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_text(view.svg(), encoding="utf-8")
+        write_text(picture, view.svg())
 
 
 @cli.command("side-by-side")
@@ -278,7 +279,9 @@ def prefer(source: str, output: str, from_model: str | None, answers: bool, seed
 
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
     """
-    writable(output, "--output")
+    target = writable(output, "--output")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
     if (answers or options["judge"]) and from_model is None:
         raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
     quiet_libraries()

@@ -250,6 +250,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "--limit"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
         (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "`chosen`"),
+        (("prefer", "{same}", "--output", "{same}"), "is the source"),
         (("prepare-data", "{same}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
     ],
 )

@@ -12,7 +12,6 @@ The result is an ordinary saved dataset of `input_ids`, with the splits `train` 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
+from ..models.files import whole
 from ..objective.settings import check_settings, setting
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
 
@@ -77,20 +77,10 @@ def prepare(plan: Preparation, output: Path, log: Callable[[str], None] = lambda
     first = next(documents, None)
     if first is None:
         raise UserError(f"`source`: {plan.source!r} has no document.")
-    building, cache = output.with_name(output.name + ".partial"), output.with_name(output.name + ".cache")
-    for folder in (building, cache):
-        shutil.rmtree(folder, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        _write(plan, chain([first], documents), tokenizer, cache).save_to_disk(str(building))
+    with whole(output) as building:
+        _write(plan, chain([first], documents), tokenizer, building.with_name("cache")).save_to_disk(str(building))
         record = {**asdict(plan), "vocabulary": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
         (building / "prepared.json").write_text(json.dumps(record, indent=1) + "\n")
-        if output.exists():
-            output.rmdir()
-        building.rename(output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(cache, ignore_errors=True)
     return DatasetDict.load_from_disk(str(output))
 
 

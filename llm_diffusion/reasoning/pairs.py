@@ -28,6 +28,7 @@ from typing import Any
 from datasets import Dataset
 
 from .. import UserError
+from ..models.files import write_text
 from .arithmetic_errors import UNIT_FACTORS, Trace, Wrong
 from .problems import WORKED_FORMS, Problem, is_right, load_records, read_problem
 from .text_errors import LENGTH_BOUND, WEIGHTS, errors_of
@@ -148,11 +149,7 @@ def is_declared(trace: Trace, kind: str, wrong: Wrong) -> bool:
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line; the file appears when all of it is written."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(Path(path).expanduser(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def checked_pairs(rows: Iterable[dict]) -> Dataset:

@@ -37,7 +37,7 @@ def test_joined_rows_hold_every_token_in_order(tmp_path, tokenizer, ids):
         assert got == flat[: len(flat) // 16 * 16]
         assert plan.counts == {"train": {"documents": 40, "rows": len(flat) // 16, "tokens": len(flat) - 40}}
         assert all(len(row) == 16 for row in splits["train"]["input_ids"])
-        assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.cache"))
+        assert not list(tmp_path.glob(".unfinished*"))
 
 
 def test_padded_rows_are_a_document_each(tmp_path, tokenizer, ids):

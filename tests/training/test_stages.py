@@ -19,7 +19,8 @@ from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.record import read_record
 from llm_diffusion.training.stages import Stage, run_stages, select_parameters
 
-LORA = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+# With dropout, whose draws must not depend on which stages this process has trained.
+LORA = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def arguments(folder, **settings):
@@ -174,14 +175,36 @@ def stopping(name):
     return lambda trainer, stage: trainer.add_callback(Stop()) if stage.name == name else None
 
 
-@pytest.mark.parametrize("stopped", ["attention", "diffusion", "recovery"])
-def test_a_stopped_run_goes_on_to_the_same_end(base, whole, tmp_path, stopped):
+def stopping_when_saved(name):
+    """Ends it when the stage's model is written, and what says that the stage is finished is not."""
+
+    def on_built(trainer, stage):
+        def save(path, _internal_call=False, plain=trainer.save_model):
+            plain(path, _internal_call=_internal_call)
+            if not _internal_call:
+                raise KeyboardInterrupt
+
+        if stage.name == name:
+            trainer.save_model = save
+
+    return on_built
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [stopping("attention"), stopping("diffusion"), stopping("recovery"), stopping_when_saved("attention")],
+    ids=["first", "second", "third", "first is saved"],
+)
+def test_a_stopped_run_goes_on_to_the_same_end(base, whole, tmp_path, stops):
     output = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        run(base, output, recipe(output), on_built=stopping(stopped))
+        run(base, output, recipe(output), on_built=stops)
     resumed = run(base, output, recipe(output), load=load)
     losses = [[row["loss"] for row in history if "loss" in row] for history in whole[1].values()]
     assert [[row["loss"] for row in history if "loss" in row] for history in resumed.values()] == losses
+    for name in ("attention_model", "diffusion_model", "sft_model"):
+        one, other = (folder / name / "adapter_model.safetensors" for folder in (output, whole[0]))
+        assert one.read_bytes() == other.read_bytes(), name
     # And once more: all stages are finished.
     assert json.dumps(run(base, output, recipe(output), load=load)) == json.dumps(resumed)
 
@@ -264,7 +287,7 @@ def test_a_plain_config_is_trained_by_trl_and_prompts_are_clean(random_llama, to
     rows, seen = Dataset.from_list([{"messages": turns}] * 2), []
     stages = [Stage("sft", "everything", plain(tmp_path / "sft"))]
     run_stages(random_llama(), tokenizer, stages, (rows, rows), tmp_path, on_built=lambda *built: seen.append(built[0]))
-    assert type(seen[0]) is SFTTrainer
+    assert type(seen[0]).compute_loss is SFTTrainer.compute_loss
     (batch,) = seen[0].get_train_dataloader()
     assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]).startswith(" Tom")
 

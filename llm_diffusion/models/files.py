@@ -1,0 +1,61 @@
+"""Files that are never half there: what is written gets its name when all of it is on the disk, and one run at a time has a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from .. import UserError
+
+UNFINISHED = ".unfinished"  # begins the names of folders in which something is written
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """Where to write what is the file, or the folder, `path` when the block ends; all of it, or what was there before."""
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(mkdtemp(prefix=f"{UNFINISHED}-", dir=path.parent))
+    try:
+        yield aside / path.name
+        put_in_place(aside / path.name, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk has room again
+
+
+def put_in_place(written: Path, path: Path) -> None:
+    """Gives a file or folder of the same disk its name, once all of it would survive a power cut."""
+    for part in (written, *written.rglob("*")):
+        _sync(part)
+    if path.is_dir():  # which no rename replaces
+        shutil.rmtree(path)
+    written.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    with suppress(OSError):  # some network disks sync no folders
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with whole(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError, naming the file, where it does not hold JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is damaged ({error}); remove it, or bring a whole copy back.") from error
