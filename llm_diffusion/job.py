@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from .generation.self_generated import answered_by_base, generate_answers, gener
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
-from .models.files import read_json, write_text
+from .models.files import UNFINISHED, locked, read_json, write_text
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
@@ -51,15 +53,27 @@ NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_
 # Settings of the main job that are the trainers' by the same name.
 SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
+# Settings that the weights do not depend on, so that a run may go on with others; those of logging and of the hub too.
+HARMLESS = {"output_dir", "device", "num_threads", "dataloader_num_workers", "use_wandb", "wandb_config", "report_to"}
+HARMLESS |= {"run_name", "disable_tqdm", "log_level", "prompts", "eval_examples", "push_to_hub", "save_total_limit"}
 SELF, SELF_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
 
 
 def run(hp: HyperParameters, resume: bool = False) -> None:
     """The main job; `resume` goes on with a stopped one."""
+    first, output = among_processes(), Path(hp.output_dir).expanduser()
+    check_writable(output, "output_dir")
+    with locked(output / ".lock", f"`output_dir`: {str(output)!r}") if first else nullcontext():
+        for left in output.glob(f"{UNFINISHED}*") if first else ():  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        _run(hp, output, first, resume)
+
+
+def _run(hp: HyperParameters, output: Path, first: bool, resume: bool) -> None:
     started = time.perf_counter()
 
     # 1. Whatever can be refused without data and model is refused now.
-    first, device, output = among_processes(), hp.device or best_device(), Path(hp.output_dir).expanduser()
+    device = hp.device or best_device()
     check_start(hp, device, output, resume)
     report_to = start_wandb(hp)
     stages = [make_stage(hp, stage, output, device, report_to) for stage in stages_of(hp)]
@@ -129,16 +143,37 @@ def check_start(hp: HyperParameters, device: str, output: Path, resume: bool) ->
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
     check_device(device)
-    check_writable(output, "output_dir")
     if hp.dataset == SELF and any(stage["name"] == DPO for stage in stages_of(hp)):
         raise UserError(
             "`dataset`: 'self' has no preferences; train on them in a run of its own, from what this one saves."
         )
+    check_same_run(hp, output, "`--resume`" if resume else "`output_dir`")
+
+
+def check_same_run(hp: HyperParameters, output: Path, key: str) -> None:
+    """Refuses a folder in which another run has trained, whose checkpoints this one would mix with its own or forget."""
+    if not any(output.glob("*_model")) and not any(output.glob("*/checkpoint-*")):
+        return
     file = output / SETTINGS
-    if resume and file.exists() and read_json(file) != json.loads(json.dumps(as_dict(hp))):
+    if not file.exists():
         raise UserError(
-            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
+            f"{key}: {str(output)!r} holds what a run has trained, but not its settings; choose another folder, or remove it."
         )
+    # Settings that came with a newer version have their defaults there.
+    there = shaping(as_dict(HyperParameters()) | read_json(file, dict))
+    here = shaping(json.loads(json.dumps(as_dict(hp))))
+    for name in sorted(there.keys() | here.keys()):
+        if (one := there.get(name)) != (other := here.get(name)):
+            raise UserError(
+                f"{key}: {str(file)!r} holds other settings than this run: `{name}` is {one!r} there, {other!r} here; give the same, "
+                "choose another `output_dir`, or remove that folder."
+            )
+
+
+def shaping(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, nested ones too, on which the weights depend."""
+    kept = {k: v for k, v in settings.items() if k not in HARMLESS and not k.startswith(("logging_", "hub_"))}
+    return {key: shaping(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def check_writable(folder: Path, key: str) -> None:

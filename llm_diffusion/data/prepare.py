@@ -12,6 +12,7 @@ The result is an ordinary saved dataset of `input_ids`, with the splits `train` 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
-from ..models.files import whole
+from ..models.files import UNFINISHED, locked, whole
 from ..objective.settings import check_settings, setting
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
 
@@ -68,6 +69,11 @@ def prepare(plan: Preparation, output: Path, log: Callable[[str], None] = lambda
     Raises:
         ValueError, OSError: the source cannot be read, has no document, or the folder is in use.
     """
+    with locked(output.with_name(f".{output.name}.lock"), f"`--output`: {str(output)!r}"):
+        return _prepare(plan, output, log)
+
+
+def _prepare(plan: Preparation, output: Path, log: Callable[[str], None]) -> DatasetDict:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"`--output`: {str(output)!r} is not empty; choose another folder, or remove it.")
     tokenizer = from_hub(AutoTokenizer, resolve_path(plan.model))
@@ -77,6 +83,8 @@ def prepare(plan: Preparation, output: Path, log: Callable[[str], None] = lambda
     first = next(documents, None)
     if first is None:
         raise UserError(f"`source`: {plan.source!r} has no document.")
+    for left in output.parent.glob(f"{UNFINISHED}-{output.name}-*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with whole(output) as building:
         _write(plan, chain([first], documents), tokenizer, building.with_name("cache")).save_to_disk(str(building))
         record = {**asdict(plan), "vocabulary": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}

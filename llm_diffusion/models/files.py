@@ -21,7 +21,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     """Where to write what is the file, or the folder, `path` when the block ends; all of it, or what was there before."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(mkdtemp(prefix=f"{UNFINISHED}-", dir=path.parent))
+    aside = Path(mkdtemp(prefix=f"{UNFINISHED}-{path.name}-", dir=path.parent))
     try:
         yield aside / path.name
         put_in_place(aside / path.name, path)
@@ -53,9 +53,47 @@ def write_text(path: str | Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Raises UserError, naming the file, where it does not hold JSON."""
+def read_json(path: Path, kind: type = object) -> Any:
+    """Raises UserError, naming the file, where it does not hold JSON of a `kind`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"no {kind.__name__} is in it")
+        return found
     except ValueError as error:
         raise UserError(f"{str(path)!r} is damaged ({error}); remove it, or bring a whole copy back.") from error
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Refuses a second process while the first is in the block; the lock is the system's, so no crash leaves it behind.
+
+    Raises:
+        UserError: `what` is in use, by which process.
+    """
+    import fcntl  # Windows has none
+
+    made = [folder for folder in file.parents if not folder.exists()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as held:
+        try:
+            fcntl.lockf(
+                held, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # unlike flock's not inherited by data workers, which outlive a kill
+            busy = not os.path.samestat(os.fstat(held.fileno()), file.stat())
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            busy = True
+        except OSError:  # a disk that knows no locks
+            busy = False
+        if busy:
+            held.seek(0)
+            raise UserError(f"{what} is in use by process {held.read()}; wait for its end, or choose another folder.")
+        held.truncate(0)
+        print(os.getpid(), end="", file=held, flush=True)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            with suppress(OSError):  # something is in them
+                for folder in made:
+                    folder.rmdir()

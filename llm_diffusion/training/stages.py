@@ -107,7 +107,7 @@ def run_stages(
         data, preferences: rows to train and to evaluate on; the second for stages that train on preferences.
         peft_config: adapters for the first stage to make.
         on_built: adds callbacks to a stage's trainer.
-        on_start: called when everything that can be checked has been, before the first step.
+        on_start: called when everything that can be checked has been, and an earlier run is forgotten; before the first step.
         load: loads a saved stage; given, a stopped run is resumed.
 
     Returns the log history of every stage.
@@ -118,16 +118,16 @@ def run_stages(
     finished = 0
     while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():
         finished += 1
-    histories = {stage.name: read_json(folders[stage.name] / LOG) for stage in stages[:finished]}
+    histories = {stage.name: read_json(folders[stage.name] / LOG, list) for stage in stages[:finished]}
     if finished == len(stages):
         return histories
     if finished:
         (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
     run = _Run(model, tokenizer, data, preferences, peft_config, on_built)
     run.build_ahead(stages[finished:])
-    on_start()
     if load is None:
         _forget(stages, folders)
+    on_start()
     for stage in stages[finished:]:
         trainer, folder = run.trainer(stage), folders[stage.name]
         set_seed(stage.arguments.seed)  # whatever ran before: it may have been another process

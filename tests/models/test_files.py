@@ -2,6 +2,9 @@
 
 import os
 import resource
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -9,7 +12,7 @@ import pytest
 from llm_diffusion import UserError
 from llm_diffusion.evaluation.report import write_report
 from llm_diffusion.generation.self_generated import GenerationCache
-from llm_diffusion.models.files import read_json, whole, write_text
+from llm_diffusion.models.files import locked, read_json, whole, write_text
 from llm_diffusion.models.record import save_generation_config, save_record
 from llm_diffusion.reasoning.pairs import write_rows
 from llm_diffusion.training.stages import plot_loss
@@ -103,9 +106,57 @@ def test_json_that_is_none_is_named(tmp_path):
     (tmp_path / "a.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"a\.json' is damaged"):
         read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[]")
+    assert read_json(tmp_path / "a.json", list) == []
+    with pytest.raises(UserError, match="no dict is in it"):
+        read_json(tmp_path / "a.json", dict)
 
 
 def test_permissions_are_as_usual(tmp_path):
     write_text(tmp_path / "a", "")
     (tmp_path / "b").write_text("")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+HOLDER = """
+import multiprocessing, sys, time
+from pathlib import Path
+from llm_diffusion.models.files import locked
+with locked(Path(sys.argv[1]), "`output_dir`"):
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_ends_even_by_a_crash(tmp_path):
+    """Whose data workers live on for some seconds, and hold no lock."""
+    file = tmp_path / "new" / "out" / ".lock"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(file)], stdout=subprocess.PIPE, text=True)
+    try:
+        worker = int(holder.stdout.readline())
+        with (
+            pytest.raises(UserError, match=f"`output_dir` is in use by process {holder.pid};"),
+            locked(file, "`output_dir`"),
+        ):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(file, "`output_dir`"):
+            assert file.read_text() == str(os.getpid())
+    finally:
+        holder.kill()
+        holder.wait()
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_lock_leaves_nothing(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for folder in (tmp_path / "kept", tmp_path / "new" / "out"):
+        with locked(folder / ".lock", "`output_dir`"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept"]
+    with locked(tmp_path / "new" / "out" / ".lock", "`output_dir`"):
+        (tmp_path / "new" / "out" / "result").write_text("")
+    assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["result"]
