@@ -45,6 +45,7 @@ from .models.special_tokens import use_tokens
 from .objective.settings import user_settings
 from .reasoning.pairs import preference_pairs
 from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
+from .training.resuming import StopCallback
 from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -358,6 +359,7 @@ def train(
 
     def add_callbacks(trainer: Any, stage: Stage) -> None:
         trainer.add_callback(LogLinesCallback(logger.info, stage.name))
+        trainer.add_callback(StopCallback(logger.warning))
         if examples:
             trainer.add_callback(AnswersCallback(trainer, examples, **decoding(hp, trainer.model)))
 

@@ -13,6 +13,7 @@ import difflib
 import json
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -24,7 +25,7 @@ from typing import Any
 import click
 from loguru import logger
 
-from . import UserError
+from . import Terminated, UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
 from .objective.settings import merge
 from .presets import preset_names, read_preset
@@ -52,13 +53,26 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the user can put right is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            click.echo(f"stopped by {number.name}", err=True)
+            sys.exit(128 + number)
         except Exception as error:
             if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
                 raise
             click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
             sys.exit(2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
 
 
 def declared(flag: str, name: str, **options: Any) -> Callable:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
 import shutil
+import signal
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .. import UserError
+from .. import Terminated, UserError
 from ..models.files import UNFINISHED, put_in_place, read_json
 
 logger = logging.getLogger(__name__)
@@ -66,6 +71,47 @@ class ResumableTrainerMixin:
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+
+class StopCallback(TrainerCallback):
+    """On SIGTERM or Ctrl-C a trainer saves at the end of its step, says how to go on, and stops; a second one ends the process at once."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.signal, self.process, self.before = say, 0, os.getpid(), {}
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.signal:
+            raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
+
+    def _stop(self, number: int, frame: Any) -> None:
+        if self.signal:
+            os._exit(128 + number)
+        if os.getpid() == self.process:  # no data worker, which inherits this
+            self.signal = number
+            os.write(2, b"stopping when this step is saved; once more to end at once\n")  # a logger may be at work
+
+    def _is_asked(self, args: Any) -> bool:
+        """Whether any process got a signal: all of them stop at the same step."""
+        if args.world_size > 1:
+            asked = torch.tensor(self.signal, device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.signal = int(asked)
+        return bool(self.signal)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = self._is_asked(args) or control.should_save
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_asked(args):
+            command = shlex.join([*sys.orig_argv, *({"--resume"} - set(sys.orig_argv))])
+            command = "the same command and `--resume`" if args.world_size > 1 else command
+            self.say(f"step {state.global_step} is saved; go on with: {command}")
+            self.on_train_end()
 
 
 def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
