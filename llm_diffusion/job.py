@@ -25,7 +25,6 @@ from peft import LoraConfig, PeftModel
 from torch.nn import Linear, Module
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
-from trl import SFTConfig
 
 from . import UserError
 from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
@@ -37,15 +36,16 @@ from .generation.self_generated import answered_by_base, generate_answers, gener
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
-from .models.files import UNFINISHED, locked, read_json, write_text
+from .models.files import UNFINISHED, check_writable, locked, write_text
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
 from .models.special_tokens import use_tokens
-from .objective.settings import user_settings
+from .objective.settings import redacted, user_settings
 from .reasoning.pairs import preference_pairs
-from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
-from .training.resuming import StopCallback
+from .training.config import CausalSFTConfig, DiffusionDPOConfig, DiffusionSFTConfig
+from .training.resuming import StopCallback, check_same_run
+from .training.services import check_hub, start_wandb
 from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -54,9 +54,6 @@ NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_
 # Settings of the main job that are the trainers' by the same name.
 SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
-# Settings that the weights do not depend on, so that a run may go on with others; those of logging and of the hub too.
-HARMLESS = {"output_dir", "device", "num_threads", "dataloader_num_workers", "use_wandb", "wandb_config", "report_to"}
-HARMLESS |= {"run_name", "disable_tqdm", "log_level", "prompts", "eval_examples", "push_to_hub", "save_total_limit"}
 SELF, SELF_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
 
 
@@ -76,9 +73,11 @@ def _run(hp: HyperParameters, output: Path, first: bool, resume: bool) -> None:
     # 1. Whatever can be refused without data and model is refused now.
     device = hp.device or best_device()
     check_start(hp, device, output, resume)
-    report_to = start_wandb(hp)
+    report_to = start_wandb(hp.wandb_config, hp.debug) if hp.use_wandb else str(hp.training.get("report_to", "none"))
     stages = [make_stage(hp, stage, output, device, report_to) for stage in stages_of(hp)]
     options = loader_options(hp, device)
+    if any(stage.arguments.push_to_hub for stage in stages):
+        check_hub()
     log_settings(hp)
 
     # 2. Data: texts or conversations, and pairs where a stage takes them.
@@ -148,42 +147,9 @@ def check_start(hp: HyperParameters, device: str, output: Path, resume: bool) ->
         raise UserError(
             "`dataset`: 'self' has no preferences; train on them in a run of its own, from what this one saves."
         )
-    check_same_run(hp, output, "`--resume`" if resume else "`output_dir`")
-
-
-def check_same_run(hp: HyperParameters, output: Path, key: str) -> None:
-    """Refuses a folder in which another run has trained, whose checkpoints this one would mix with its own or forget."""
-    if not any(output.glob("*_model")) and not any(output.glob("*/checkpoint-*")):
-        return
-    file = output / SETTINGS
-    if not file.exists():
-        raise UserError(
-            f"{key}: {str(output)!r} holds what a run has trained, but not its settings; choose another folder, or remove it."
-        )
-    # Settings that came with a newer version have their defaults there.
-    there = shaping(as_dict(HyperParameters()) | read_json(file, dict))
-    here = shaping(json.loads(json.dumps(as_dict(hp))))
-    for name in sorted(there.keys() | here.keys()):
-        if (one := there.get(name)) != (other := here.get(name)):
-            raise UserError(
-                f"{key}: {str(file)!r} holds other settings than this run: `{name}` is {one!r} there, {other!r} here; give the same, "
-                "choose another `output_dir`, or remove that folder."
-            )
-
-
-def shaping(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, nested ones too, on which the weights depend."""
-    kept = {k: v for k, v in settings.items() if k not in HARMLESS and not k.startswith(("logging_", "hub_"))}
-    return {key: shaping(value) if isinstance(value, dict) else value for key, value in kept.items()}
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Refuses a folder that cannot be written, without making it: nothing is left behind when the run fails to start."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
+    check_same_run(
+        as_dict(hp), as_dict(HyperParameters()), output / SETTINGS, "`--resume`" if resume else "`output_dir`"
+    )
 
 
 def loader_options(hp: HyperParameters, device: str) -> dict[str, Any]:
@@ -221,36 +187,14 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         # TRL's defaults: bf16 is emulated on most CPUs, and it still sets the old name, of which transformers warns.
         settings.setdefault("bf16", torch.cuda.is_available())
         settings.setdefault("activation_checkpointing", settings.get("gradient_checkpointing", True))
-        kind = SFTConfig
+        kind = CausalSFTConfig
     with user_settings(f"settings of `{stage['name']}`"):
         return Stage(stage["name"], stage["trains"], kind(str(output / stage["name"]), **settings))
 
 
-def start_wandb(hp: HyperParameters) -> str:
-    """What to report to; without a login Weights & Biases goes on offline."""
-    if not hp.use_wandb:
-        return str(hp.training.get("report_to", "none"))
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("`use_wandb`: wandb is not installed; run `pip install 'llm-diffusion[wandb]'`.") from error
-    project, entity, path = (hp.wandb_config.get(name) for name in ("project", "entity", "wandb_log_path"))
-    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (project or "llm-diffusion")
-    if entity:
-        os.environ["WANDB_ENTITY"] = entity
-    if path:
-        folder = Path(path).expanduser()
-        check_writable(folder, "wandb_config.wandb_log_path")
-        os.environ["WANDB_DIR"] = str(folder)
-    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
-        logger.warning("wandb: not logged in; going on offline. Run `wandb login`, and `wandb sync` to upload.")
-        os.environ["WANDB_MODE"] = "offline"
-    return "wandb"
-
-
 def log_settings(hp: HyperParameters) -> None:
     logger.info("settings, resolved:")
-    for key, value in as_dict(hp).items():
+    for key, value in redacted(as_dict(hp)).items():
         if value not in (None, {}, [], ""):
             logger.info(f"  {key}: {json.dumps(value)}")
     low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
@@ -364,7 +308,7 @@ def train(
             trainer.add_callback(AnswersCallback(trainer, examples, **decoding(hp, trainer.model)))
 
     def save_settings() -> None:
-        write_text(output / SETTINGS, json.dumps(as_dict(hp), indent=2) + "\n")
+        write_text(output / SETTINGS, json.dumps(redacted(as_dict(hp)), indent=2) + "\n")
         if hp.use_wandb and "WANDB_DIR" in os.environ:
             Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
 

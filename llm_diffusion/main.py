@@ -27,7 +27,7 @@ from loguru import logger
 
 from . import Terminated, UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
-from .objective.settings import merge
+from .objective.settings import merge, redacted
 from .presets import preset_names, read_preset
 
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
@@ -64,7 +64,7 @@ class Commands(click.Group):
         except Exception as error:
             if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
                 raise
-            click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}", err=True)
             sys.exit(2)
         finally:
             for number, handler in before.items():
@@ -111,6 +111,7 @@ def cli(ctx: click.Context, list_presets: bool, resume: bool, **settings: str | 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
     logger.remove()
     form = "<green>{time:HH:mm:ss}</green> {message}"
+    logger.configure(patcher=lambda record: record.update(message=redacted(record["message"])))
     logger.add(sys.stderr, format=form, colorize=sys.stderr.isatty(), level="INFO")
     if ctx.invoked_subcommand is None and list_presets:
         click.echo("\n".join(preset_names()))
@@ -359,7 +360,7 @@ def load_inference(model: str, settings: dict[str, Any]) -> Any:
 
 def writable(path: str, option: str, folder: bool = False) -> Path:
     """Where an option's file, or folder, goes; refused now, not after the work, if it cannot be written there."""
-    from .job import check_writable
+    from .models.files import check_writable
 
     target = Path(path).expanduser()
     check_writable(target if folder else target.parent, option)

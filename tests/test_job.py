@@ -4,7 +4,6 @@ The whole job of the pipeline `diffusion`: see test_main.
 """
 
 import json
-import os
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from llm_diffusion import DiffusionDPOConfig, UserError, load_diffusion_model, probe_attention
 from llm_diffusion.config import as_dict, build, stages_of
-from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, self_generated_data, start_wandb
+from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, self_generated_data
 from llm_diffusion.main import cli
 from llm_diffusion.models.files import write_text
 
@@ -57,16 +56,6 @@ def test_data_that_the_model_writes_itself_is_held_out_from_and_kept(tmp_path):
 def test_a_model_writes_no_preferences(tmp_path):
     with pytest.raises(UserError, match="`dataset`: 'self'"):
         check_start(build({"model": "tiny", "dataset": "self", "phases": ["sft", "dpo"]}), "cpu", tmp_path, False)
-
-
-def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    hp = build({"use_wandb": True, "debug": True, "wandb_config": {"wandb_log_path": str(tmp_path / "w")}})
-    assert start_wandb(hp) == "wandb"
-    assert os.environ["WANDB_MODE"] == "offline" and os.environ["WANDB_PROJECT"] == "debug-llm-diffusion"
 
 
 def test_lora_targets_are_resolved_for_other_architectures():

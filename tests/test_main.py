@@ -20,6 +20,7 @@ from llm_diffusion import UserError, load_diffusion_model
 from llm_diffusion.main import cli, is_users
 from llm_diffusion.models.record import save_record
 
+SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 FAST = {
     "model": "tiny",
     "dataset": "tiny",
@@ -48,9 +49,22 @@ def with_settings(**settings):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
-    result = with_settings(output_dir=str(output), eval_answers=2)
+    tokens = {
+        "hub_token": SECRET,
+        "model_init_kwargs": {"token": SECRET},
+        "sft_config": {"max_steps": 2, "hub_token": SECRET},
+    }
+    result = with_settings(output_dir=str(output), eval_answers=2, save_strategy="steps", save_steps=1, **tokens)
     assert result.exit_code == 0, result.output
+    assert SECRET not in result.output
     return output, result.stdout
+
+
+def test_no_file_of_a_run_has_a_secret_in_it(trained):
+    files = [file for file in trained[0].rglob("*") if file.is_file()]
+    assert {"hyper_parameters.json", "training_args.bin", "README.md"} <= {file.name for file in files}
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+    assert json.loads((trained[0] / "hyper_parameters.json").read_text())["sft_config"]["hub_token"] is None
 
 
 def test_main_job_end_to_end(trained):

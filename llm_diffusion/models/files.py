@@ -97,3 +97,12 @@ def locked(file: Path, what: str) -> Iterator[None]:
             with suppress(OSError):  # something is in them
                 for folder in made:
                     folder.rmdir()
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuses a folder that cannot be written, without making it: nothing is left behind when the run fails to start."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -14,7 +15,7 @@ from ..objective.annealing import Annealing, AnnealingSettings
 from ..objective.estimators import SCORES
 from ..objective.forward_process import NoiseSettings
 from ..objective.modes import MODES
-from ..objective.settings import check_settings, setting
+from ..objective.settings import check_settings, redacted, setting
 
 
 def set_trl_defaults(args: TrainingArguments) -> None:
@@ -30,8 +31,22 @@ def set_trl_defaults(args: TrainingArguments) -> None:
             setattr(args, new, getattr(args, old))
 
 
+class WithoutSecrets:
+    """Settings whose tokens stay in this process: neither `training_args.bin` nor a logger gets them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return redacted(self.__dict__)
+
+    def to_dict(self) -> dict[str, Any]:
+        return redacted(super().to_dict())
+
+
+class CausalSFTConfig(WithoutSecrets, SFTConfig):
+    """TRL's own settings, for training from left to right."""
+
+
 @dataclass
-class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, SFTConfig):
+class DiffusionSFTConfig(WithoutSecrets, ConversionSettings, AnnealingSettings, NoiseSettings, SFTConfig):
     """Settings of `DiffusionSFTTrainer`: every keyword of `trl.SFTConfig`, and these; docs/settings.md has them in tables.
 
     > Parameters that control the conversion of a model that is not converted yet: see `ConversionSettings`
@@ -144,7 +159,7 @@ class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, S
 
 
 @dataclass
-class DiffusionDPOConfig(ConversionSettings, DPOConfig):
+class DiffusionDPOConfig(WithoutSecrets, ConversionSettings, DPOConfig):
     """Settings of `DiffusionDPOTrainer`: every keyword of `trl.DPOConfig`, and these; docs/settings.md has them in tables.
 
     > Parameters that control the score, the estimate that takes the place of a text's log-probability: `score` to `num_steps`

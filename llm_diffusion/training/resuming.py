@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
@@ -22,6 +23,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAM
 
 from .. import Terminated, UserError
 from ..models.files import UNFINISHED, put_in_place, read_json
+from ..objective.settings import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -184,3 +186,39 @@ def _is_whole(file: Path) -> bool:
         return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)
     except (UserError, SafetensorError, OSError):
         return False
+
+
+# Settings that the weights do not depend on, so that a run may go on with others; those of logging and of the hub too.
+HARMLESS = {"output_dir", "device", "num_threads", "dataloader_num_workers", "use_wandb", "wandb_config", "report_to"}
+HARMLESS |= {"run_name", "disable_tqdm", "log_level", "prompts", "eval_examples", "push_to_hub", "save_total_limit"}
+
+
+def check_same_run(settings: dict[str, Any], defaults: dict[str, Any], file: Path, key: str) -> None:
+    """Refuses a folder in which another run has trained, whose checkpoints this one would mix with its own or forget.
+
+    Args:
+        settings: of this run.
+        defaults: of settings that are not in `file`, which an older version wrote.
+        file: the settings of the run in its folder.
+        key: begins the error.
+    """
+    folder = file.parent
+    if not any(folder.glob("*_model")) and not any(folder.glob("*/checkpoint-*")):
+        return
+    if not file.exists():
+        raise UserError(
+            f"{key}: {str(folder)!r} holds what a run has trained, but not its settings; choose another folder, or remove it."
+        )
+    there, here = (_shaping(json.loads(json.dumps(given))) for given in (defaults | read_json(file, dict), settings))
+    for name in sorted(there.keys() | here.keys()):
+        if (one := there.get(name)) != (other := here.get(name)):
+            raise UserError(
+                f"{key}: {str(file)!r} holds other settings than this run: `{name}` is {one!r} there, {other!r} here; give the same, "
+                "choose another `output_dir`, or remove that folder."
+            )
+
+
+def _shaping(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, nested ones too, on which the weights depend."""
+    kept = {k: v for k, v in redacted(settings).items() if k not in HARMLESS and not k.startswith(("logging_", "hub_"))}
+    return {key: _shaping(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -36,6 +36,19 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(tmp_path, tokenizer):
     assert kept["step"] == 0 and len(kept["batch"]["input_ids"]) == 4 and "noise_rows" in kept["batch"]
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_stops_before_the_weights(tmp_path, tokenizer, value, max_grad_norm):
+    """Of a loss that is one; a checkpoint of it would be lost work."""
+    trainer = make(tmp_path, tokenizer, max_steps=3, max_grad_norm=max_grad_norm, save_strategy="steps", save_steps=1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * value)
+    with pytest.raises(FloatingPointError, match=f"the gradient is {value} at step 0.* the weights are as they were"):
+        trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_out_of_memory_says_which_three_settings_to_change(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, peft_config=LORA, max_length=32, random_canvas=0.0)
 
