@@ -13,6 +13,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -30,6 +31,9 @@ from .config import HyperParameters, build, layers, read_mapping, resolve
 from .objective.settings import merge, redacted
 from .presets import preset_names, read_preset
 
+# Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most.
+FAULTS = {"OutOfMemoryError", "SafetensorError", "ArrowException", "TransportError"}
+TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
 
 
@@ -37,8 +41,10 @@ def is_users(error: Exception) -> bool:
     """Whether an error is the user's to put right: a setting, a file, a missing extra, memory, or a run that diverged."""
     if isinstance(error, ImportError):
         return any(name in str(error) for name in EXTRAS)
+    if isinstance(error, UserError | OSError | FloatingPointError | MemoryError):
+        return True
     # By name: importing torch for its class would cost seconds at every start.
-    return isinstance(error, UserError | OSError | FloatingPointError) or type(error).__name__ == "OutOfMemoryError"
+    return any(kind.__name__ in FAULTS for kind in type(error).__mro__) or bool(re.search(TORCH_FAULTS, str(error)))
 
 
 class Commands(click.Group):
