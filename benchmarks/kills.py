@@ -68,44 +68,45 @@ def command(name: str, out: Path, texts: Path) -> list[str]:
 
 def result(out: Path) -> dict[str, bytes]:
     """What the result is made of: weights of every phase, rows of prepared data, pairs. Times and folders' names are left out."""
-    files = [out] if out.is_file() else [*out.glob("*_model/*.safetensors"), *out.glob("*/*.arrow")]
+    files = [out] * out.is_file() + [*out.glob("*_model/*.safetensors"), *out.glob("*/*.arrow")]
     return {str(file.relative_to(out.parent)): file.read_bytes() for file in files}
 
 
-def run(arguments: list[str], out: Path, after: float | None = None) -> tuple[float, float]:
-    """Runs to the end, or kills so many seconds after the work begins; seconds until it began, and until it ended."""
-    started, began = time.perf_counter(), None
+def run(arguments: list[str], out: Path, after: float | None = None) -> tuple[float, bool]:
+    """Runs to the end, or kills so many seconds after the work began; the seconds of work, and whether it was killed."""
+    began = None
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
-            if began is None and (out.exists() or list(out.parent.glob(".unfinished*"))):
+            if began is None and (out.exists() or "--hyper-parameters-json" not in arguments):
                 began = time.perf_counter()
             if after is not None and began is not None and time.perf_counter() - began >= after:
                 process.kill()
             time.sleep(0.001)
         if process.returncode not in (0, -9):
             raise SystemExit(f"{' '.join(arguments)}: {process.stderr.read().decode()}")
-    ended = time.perf_counter()
-    return (began or ended) - started, ended - (began or ended)
+    return time.perf_counter() - (began or 0), process.returncode == -9
 
 
 def kills(name: str, folder: Path, texts: Path, n: int, chance: random.Random) -> Iterator[bool]:
     """Whether each of `n` kills was survived."""
     out = folder / "straight" / "out"
     out.parent.mkdir(parents=True)
-    _, seconds = run(command(name, out, texts), out)
-    want = result(out)
+    seconds, _ = run(command(name, out, texts), out)
+    want, resume = result(out), ["--resume"] * (name in JOBS)
     assert want, f"{name} left nothing in {out}"
-    resume = ["--resume"] * (name in JOBS)
+    first = 0 if name in JOBS else seconds / 2  # the others import for most of their time
     for number in range(n):
-        out = folder / str(number) / "out"
-        out.parent.mkdir()
-        again = command(name, out, texts)
-        for times in range(1 + (chance.random() < 2 / 3)):
-            run([*again, *(resume if times else [])], out, chance.uniform(0, seconds))
-        # What has its name is whole: of a finished phase, or data.
-        early = {} if name in JOBS and not list(out.glob("*_model/stage.json")) else result(out)
+        out, killed = folder / str(number) / "out", False
+        arguments = command(name, out, texts)
+        while not killed:  # the moment may come too late
+            shutil.rmtree(out.parent, ignore_errors=True)
+            out.parent.mkdir()
+            _, killed = run(arguments, out, chance.uniform(first, seconds))
+        if chance.random() < 2 / 3 and not (out.exists() and name in OTHERS):
+            run([*arguments, *resume], out, chance.uniform(first, seconds))
+        early = result(out)  # what has its name is whole
         if name in JOBS or not early:
-            run([*again, *resume], out)
+            run([*arguments, *resume], out)
         yield all(want[file] == found for file, found in early.items()) and result(out) == want
         shutil.rmtree(out.parent)
 
@@ -129,7 +130,7 @@ def main() -> None:
     tried = sum(int(row[1].split()[-1]) for row in rows)
     rows.append(["all", f"{sum(int(row[1].split()[0]) for row in rows)} of {tried}"])
     page = f"# Kills survived\n\n`python benchmarks/kills.py --kills {args.kills} --seed {args.seed}`\n\n"
-    page += table(["command", "survived"], rows) + "\n"
+    page += table([["command", "survived"], *rows]) + "\n"
     print(page)
     if args.output:
         args.output.write_text(page)
