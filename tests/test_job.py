@@ -111,7 +111,7 @@ def test_pairs_are_checked_before_the_phases_before_them_begin(tmp_path, row, na
 def held(folder, work, **changed):
     """A folder in which a run with the default settings has trained."""
     if work:
-        (folder / "sft" / "checkpoint-1").mkdir(parents=True)
+        write_text(folder / "sft" / "checkpoint-1" / "trainer_state.json", "{}")
     write_text(folder / "hyper_parameters.json", json.dumps(as_dict(build({})) | changed))
     return folder
 

@@ -40,12 +40,14 @@ def put_in_place(written: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    with suppress(OSError):  # some network disks sync no folders
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError:
+        if not path.is_dir():  # which some network disks do not sync
+            raise
+    finally:
+        os.close(number)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -77,9 +79,8 @@ def locked(file: Path, what: str) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as held:
         try:
-            fcntl.lockf(
-                held, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # unlike flock's not inherited by data workers, which outlive a kill
+            # Unlike flock's, not inherited by data workers, which outlive a kill.
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             busy = not os.path.samestat(os.fstat(held.fileno()), file.stat())
         except (BlockingIOError, PermissionError, FileNotFoundError):
             busy = True

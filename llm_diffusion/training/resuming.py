@@ -46,7 +46,8 @@ class ResumableTrainerMixin:
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """As there, before the optimiser's step; a non-finite gradient stops the run, unless a scaler of fp16 skips that step."""
         norm = super()._get_grad_norm(*args, **kwargs)
-        if getattr(self.accelerator, "scaler", None) is None and not torch.isfinite(torch.as_tensor(norm)):
+        scaled = getattr(self.accelerator, "scaler", None) is not None
+        if norm is not None and not scaled and not torch.isfinite(torch.as_tensor(norm)):
             raise FloatingPointError(
                 f"the gradient is {float(norm)} at step {self.state.global_step}, though the loss is finite; the weights are as they were "
                 "before it. Lower `learning_rate`, or compute in fp32 instead of a shorter type."
@@ -203,7 +204,7 @@ def check_same_run(settings: dict[str, Any], defaults: dict[str, Any], file: Pat
         key: begins the error.
     """
     folder = file.parent
-    if not any(folder.glob("*_model")) and not any(folder.glob("*/checkpoint-*")):
+    if not any(folder.glob("*_model/stage.json")) and not any(folder.glob(f"*/checkpoint-*/{TRAINER_STATE_NAME}")):
         return
     if not file.exists():
         raise UserError(

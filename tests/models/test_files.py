@@ -1,5 +1,6 @@
 """Files that are whole or not there: whatever fails while they are written, what had the name before stays, and nothing else is left."""
 
+import errno
 import os
 import resource
 import signal
@@ -93,6 +94,19 @@ def test_what_gets_its_name_is_on_the_disk(tmp_path, monkeypatch):
         (aside / "weights").write_text("w")
     assert [named for _, named in synced] == [False, False, True]
     assert synced[1][0].endswith("/model/weights") and synced[2][0] == str(tmp_path)
+
+
+def test_a_disk_that_loses_what_was_written_is_an_error(tmp_path, monkeypatch):
+    """Some say so when the file is synced, and not before."""
+    (tmp_path / "a").write_text("before")
+
+    def lost(number):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError, match="quota"):
+        write_text(tmp_path / "a", "after")
+    assert contents(tmp_path) == {"a": b"before"}
 
 
 def test_a_link_stays_one(tmp_path):
