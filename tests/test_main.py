@@ -243,6 +243,7 @@ BAD_INPUT = {
     ),
     "answers cut off": (lambda p: {"max_length": 4}, "`max_length`"),
     "output under a file": (lambda p: {"output_dir": write(p / "file", "") + "/out"}, "`output_dir`"),
+    "no hub to push to": (lambda p: {"push_to_hub": True}, "`push_to_hub`"),
     "output in a place for no files": (lambda p: {"output_dir": "/proc/out"}, "/proc/out"),
     "adapter cut off": (lambda p: {"model": cut_adapter(p)}, "`model`"),
     "saved dataset cut off": (lambda p: {"dataset": cut_dataset(p)}, "`dataset`"),

@@ -157,6 +157,8 @@ def checkpoint_of(trainer: Any, given: str | bool | None) -> str | None:
     found = [path for path in Path(trainer.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
     for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
         if not (fault := damage(path, trainer)):
+            if trainer.args.save_only_model:
+                logger.warning("`save_only_model`: %s has no optimizer, which starts anew", path)
             return str(path)
         logger.warning("%s is passed over: %s", path, fault)
     return None

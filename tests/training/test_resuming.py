@@ -81,11 +81,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(case, finished, 
         checkpoint_of(asking, str(tmp_path / "checkpoint-3"))
 
 
-def test_without_an_optimizer_by_choice_there_is_nothing_amiss(finished, asking, tmp_path):
+def test_without_an_optimizer_by_choice_it_is_said(finished, asking, tmp_path, caplog):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
     asking.args.output_dir, asking.args.save_only_model = str(tmp_path), True
     assert checkpoint_of(asking, True) == str(tmp_path / "checkpoint-3")
+    assert "has no optimizer, which starts anew" in caplog.records[-1].getMessage()
     asking.args.save_only_model = False
 
 
