@@ -62,7 +62,8 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     first, output = among_processes(), Path(hp.output_dir).expanduser()
     check_writable(output, "output_dir")
     with locked(output / ".lock", f"`output_dir`: {str(output)!r}") if first else nullcontext():
-        for left in list(output.rglob(f"{UNFINISHED}*")) if first else ():  # of a process that was killed
+        # Of a process that was killed.
+        for left in (*output.glob(f"{UNFINISHED}*"), *output.glob(f"*/{UNFINISHED}*")) if first else ():
             shutil.rmtree(left, ignore_errors=True)
         _run(hp, output, first, resume)
 

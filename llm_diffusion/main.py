@@ -60,7 +60,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """What the user can put right is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -77,7 +77,9 @@ class Commands(click.Group):
                 signal.signal(number, handler)
 
 
-def _terminate(number: int, frame: Any) -> None:
+def _terminate(process: int, number: int, frame: Any) -> None:
+    if os.getpid() != process:  # a worker, which inherits this
+        os._exit(128 + number)
     raise Terminated
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -317,6 +318,24 @@ def test_a_fault_of_ours_keeps_its_traceback(fault, monkeypatch):
     monkeypatch.setattr("llm_diffusion.job.run", broken)
     with pytest.raises(type(fault)):
         invoke("tiny")
+
+
+def test_a_worker_is_ended_in_silence(monkeypatch):
+    """A process that the command line forks is ended by SIGTERM, as pools end theirs, and not by an error of its own."""
+    codes = []
+
+    def fork(*arguments):
+        child = os.fork()
+        if child == 0:
+            try:
+                time.sleep(10)
+            finally:
+                os._exit(1)
+        os.kill(child, signal.SIGTERM)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    monkeypatch.setattr("llm_diffusion.job.run", fork)
+    assert invoke("tiny").exit_code == 0 and codes == [128 + signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _prepare(plan: Preparation, output: Path, log: Callable[[str], None]) -> Dat
     first = next(documents, None)
     if first is None:
         raise UserError(f"`source`: {plan.source!r} has no document.")
-    for left in output.parent.glob(f"{UNFINISHED}-{output.name}-*"):  # of a process that was killed
+    for left in output.parent.glob(f"{UNFINISHED}-{escape(output.name)}-????????"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     with whole(output) as building:
         _write(plan, chain([first], documents), tokenizer, building.with_name("cache")).save_to_disk(str(building))

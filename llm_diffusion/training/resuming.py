@@ -92,9 +92,10 @@ class StopCallback(TrainerCallback):
             raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
 
     def _stop(self, number: int, frame: Any) -> None:
-        if self.signal:
+        inherited = os.getpid() != self.process  # by a data worker
+        if self.signal or inherited and number == signal.SIGTERM:
             os._exit(128 + number)
-        if os.getpid() == self.process:  # no data worker, which inherits this
+        if not inherited:
             self.signal = number
             os.write(2, b"stopping when this step is saved; once more to end at once\n")  # a logger may be at work
 
