@@ -325,12 +325,15 @@ def test_a_worker_is_ended_in_silence(monkeypatch):
     codes = []
 
     def fork(*arguments):
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             try:
+                os.write(writer, b"ready")
                 time.sleep(10)
             finally:
                 os._exit(1)
+        os.read(reader, 5)
         os.kill(child, signal.SIGTERM)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
