@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,6 @@ from peft import LoraConfig, PeftModel
 from torch.nn import Linear, Module
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
-from trl import SFTConfig
 
 from . import UserError
 from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
@@ -43,14 +44,17 @@ from .generation.self_generated import answered_by_base, generate_answers, gener
 from .models.attention import in_attention
 from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
+from .models.files import UNFINISHED, check_writable, locked, write_text
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
 from .models.special_tokens import use_tokens
-from .objective.settings import read_path, user_settings
+from .objective.settings import read_path, redacted, user_settings
 from .reasoning.pairs import preference_pairs
-from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
+from .training.config import CausalSFTConfig, DiffusionDPOConfig, DiffusionSFTConfig
 from .training.preparation import check_adapter
+from .training.resuming import StopCallback, check_same_run
+from .training.services import check_hub, start_wandb
 from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders
 
 EVAL_ROWS = 200  # of held-out data, in the evaluations of training
@@ -64,14 +68,26 @@ SELF, SELF_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself,
 
 def run(hp: HyperParameters, resume: bool = False) -> None:
     """The main job; `resume` goes on with a stopped one."""
+    first, output = among_processes(), read_path("output_dir", hp.output_dir)
+    check_writable(output, "output_dir")
+    with locked(output / ".lock", f"`output_dir`: {str(output)!r}") if first else nullcontext():
+        # Of a process that was killed.
+        for left in (*output.glob(f"{UNFINISHED}*"), *output.glob(f"*/{UNFINISHED}*")) if first else ():
+            shutil.rmtree(left, ignore_errors=True)
+        _run(hp, output, first, resume)
+
+
+def _run(hp: HyperParameters, output: Path, first: bool, resume: bool) -> None:
     started = time.perf_counter()
 
     # 1. Whatever can be refused without data and model is refused now.
-    first, device, output = among_processes(), hp.device or best_device(), read_path("output_dir", hp.output_dir)
+    device = hp.device or best_device()
     check_start(hp, device, output, resume)
-    report_to = start_wandb(hp)
+    report_to = start_wandb(hp.wandb_config, hp.debug) if hp.use_wandb else str(hp.training.get("report_to", "none"))
     stages = [make_stage(hp, stage, output, device, report_to) for stage in stages_of(hp)]
     options = loader_options(hp, device)
+    if any(stage.arguments.push_to_hub for stage in stages):
+        check_hub()
     log_settings(hp)
 
     # 2. Data: texts or conversations, and pairs where a stage takes them.
@@ -114,7 +130,7 @@ def run(hp: HyperParameters, resume: bool = False) -> None:
     model, tokenizer = measure_saved(hp, load, folders, examples, reports)
     if reports:
         results = {name: vars(report) | {"mean": report.mean} for name, report in reports.items()}
-        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
         show_ends([stage.arguments for stage in stages], model, tokenizer, examples, output / "ends.png")
     samples = readable(data.test, 6, tokenizer)
     show_job(hp, model, tokenizer, samples, reports, histories, final, time.perf_counter() - started)
@@ -137,25 +153,13 @@ def check_start(hp: HyperParameters, device: str, output: Path, resume: bool) ->
     if hp.num_threads:
         torch.set_num_threads(hp.num_threads)
     check_device(device)
-    check_writable(output, "output_dir")
     if hp.dataset == SELF and any(stage["name"] == DPO for stage in stages_of(hp)):
         raise UserError(
             "`dataset`: 'self' has no preferences; train on them in a run of its own, from what this one saves."
         )
-    file = output / SETTINGS
-    if resume and file.exists() and json.loads(file.read_text()) != json.loads(json.dumps(as_dict(hp))):
-        raise UserError(
-            f"`--resume`: {str(file)!r} holds other settings than this run; give the same, or another `output_dir`."
-        )
-
-
-def check_writable(folder: Path, key: str) -> None:
-    """Refuses a folder that cannot be written, without making it: nothing is left behind when the run fails to start."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
+    check_same_run(
+        as_dict(hp), as_dict(HyperParameters()), output / SETTINGS, "`--resume`" if resume else "`output_dir`"
+    )
 
 
 def loader_options(hp: HyperParameters, device: str) -> dict[str, Any]:
@@ -193,36 +197,14 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         # TRL's defaults: bf16 is emulated on most CPUs, and it still sets the old name, of which transformers warns.
         settings.setdefault("bf16", torch.cuda.is_available())
         settings.setdefault("activation_checkpointing", settings.get("gradient_checkpointing", True))
-        kind = SFTConfig
+        kind = CausalSFTConfig
     with user_settings(f"settings of `{stage['name']}`"):
         return Stage(stage["name"], stage["trains"], kind(str(output / stage["name"]), **settings))
 
 
-def start_wandb(hp: HyperParameters) -> str:
-    """What to report to; without a login Weights & Biases goes on offline."""
-    if not hp.use_wandb:
-        return str(hp.training.get("report_to", "none"))
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("`use_wandb`: wandb is not installed; run `pip install 'llm-diffusion[wandb]'`.") from error
-    project, entity, path = (hp.wandb_config.get(name) for name in ("project", "entity", "wandb_log_path"))
-    os.environ["WANDB_PROJECT"] = ("debug-" if hp.debug else "") + (project or "llm-diffusion")
-    if entity:
-        os.environ["WANDB_ENTITY"] = entity
-    if path:
-        folder = read_path("wandb_config.wandb_log_path", path)
-        check_writable(folder, "wandb_config.wandb_log_path")
-        os.environ["WANDB_DIR"] = str(folder)
-    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
-        logger.warning("wandb: not logged in; going on offline. Run `wandb login`, and `wandb sync` to upload.")
-        os.environ["WANDB_MODE"] = "offline"
-    return "wandb"
-
-
 def log_settings(hp: HyperParameters) -> None:
     logger.info("settings, resolved:")
-    for key, value in as_dict(hp).items():
+    for key, value in redacted(as_dict(hp)).items():
         if value not in (None, {}, [], ""):
             logger.info(f"  {key}: {json.dumps(value)}")
     low, high = hp.training.get("min_mask_probability", 0.0), hp.training.get("max_mask_probability", 1.0)
@@ -321,12 +303,12 @@ def train(
 
     def add_callbacks(trainer: Any, stage: Stage) -> None:
         trainer.add_callback(LogLinesCallback(logger.info, stage.name))
+        trainer.add_callback(StopCallback(logger.warning))
         if examples:
             trainer.add_callback(AnswersCallback(trainer, examples, **decoding(hp, trainer.model)))
 
     def save_settings() -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(json.dumps(as_dict(hp), indent=2) + "\n")
+        write_text(output / SETTINGS, json.dumps(redacted(as_dict(hp)), indent=2) + "\n")
         if hp.use_wandb and "WANDB_DIR" in os.environ:
             Path(os.environ["WANDB_DIR"]).mkdir(parents=True, exist_ok=True)
 

@@ -13,6 +13,8 @@ import difflib
 import json
 import logging
 import os
+import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -24,13 +26,16 @@ from typing import Any
 import click
 from loguru import logger
 
-from . import UserError
+from . import Terminated, UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
-from .objective.settings import LARGEST, SEEDS, merge, read_path
+from .objective.settings import LARGEST, SEEDS, merge, read_path, redacted
 from .presets import preset_names, read_preset
 from .presets.files import NO_TEXT
 
 COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
+# Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most.
+FAULTS = {"OutOfMemoryError", "SafetensorError", "ArrowException", "TransportError"}
+TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
 
 
@@ -38,8 +43,10 @@ def is_users(error: Exception) -> bool:
     """Whether an error is the user's to put right: a setting, a file, a missing extra, memory, or a run that diverged."""
     if isinstance(error, ImportError):
         return any(name in str(error) for name in EXTRAS)
+    if isinstance(error, UserError | OSError | FloatingPointError | MemoryError):
+        return True
     # By name: importing torch for its class would cost seconds at every start.
-    return isinstance(error, UserError | OSError | FloatingPointError) or type(error).__name__ == "OutOfMemoryError"
+    return any(kind.__name__ in FAULTS for kind in type(error).__mro__) or bool(re.search(TORCH_FAULTS, str(error)))
 
 
 class Commands(click.Group):
@@ -56,13 +63,28 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the user can put right is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+            click.echo(f"stopped by {number.name}", err=True)
+            sys.exit(128 + number)
         except Exception as error:
             if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
                 raise
-            click.echo(f"error: {' '.join(str(error).split()) or type(error).__name__}", err=True)
+            click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}", err=True)
             sys.exit(2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _terminate(process: int, number: int, frame: Any) -> None:
+    if os.getpid() != process:  # a worker, which inherits this
+        os._exit(128 + number)
+    raise Terminated
 
 
 def declared(flag: str, name: str, **options: Any) -> Callable:
@@ -101,6 +123,7 @@ def cli(ctx: click.Context, list_presets: bool, resume: bool, **settings: str | 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
     logger.remove()
     form = "<green>{time:HH:mm:ss}</green> {message}"
+    logger.configure(patcher=lambda record: record.update(message=redacted(record["message"])))
     logger.add(sys.stderr, format=form, colorize=sys.stderr.isatty(), level="INFO")
     if ctx.invoked_subcommand is None and list_presets:
         click.echo("\n".join(preset_names()))
@@ -148,13 +171,14 @@ def analyze(model: str, block: bool, no_checkpointing: bool, download: bool, jso
     from .analysis import analysis_tables
     from .analysis import analyze as analyze_model
     from .models.checkpoints import download as fetch
+    from .models.files import write_text
 
     output = None if json_path is None else writable(json_path, "--json")
     attention = "block" if block else "bidirectional"
     analysis = analyze_model(model, attention=attention, gradient_checkpointing=not no_checkpointing, **options)
     console().print(*analysis_tables(analysis))
     if output:
-        output.write_text(json.dumps(dataclasses.asdict(analysis), indent=1) + "\n")
+        write_text(output, json.dumps(dataclasses.asdict(analysis), indent=1) + "\n")
     if download:
         console().print(f"weights: {fetch(model)}", markup=False)
 
@@ -223,6 +247,7 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
     if not (watch or picture):
         return click.echo("\n".join(inference.generate(list(prompts))))
     from .generation.streaming import Watch
+    from .models.files import write_text
 
     terminal = console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
     for prompt in prompts:
@@ -231,8 +256,7 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
         if terminal is None:
             click.echo(answer)
     if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_text(view.svg(), encoding="utf-8")
+        write_text(picture, view.svg())
 
 
 @cli.command("side-by-side")
@@ -282,7 +306,9 @@ def prefer(source: str, output: str, from_model: str | None, answers: bool, seed
 
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
     """
-    writable(output, "--output")
+    target = writable(output, "--output")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
     if (answers or options["judge"]) and from_model is None:
         raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
     quiet_libraries()
@@ -347,7 +373,7 @@ def load_inference(model: str, settings: dict[str, Any]) -> Any:
 
 def writable(path: str, option: str, folder: bool = False) -> Path:
     """Where an option's file, or folder, goes; refused now, not after the work, if it cannot be written there."""
-    from .job import check_writable
+    from .models.files import check_writable
 
     target = read_path(option, path)
     check_writable(target if folder else target.parent, option)

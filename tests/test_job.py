@@ -4,7 +4,8 @@ The whole job of the pipeline `diffusion`: see test_main.
 """
 
 import json
-import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from llm_diffusion import DiffusionDPOConfig, UserError, load_diffusion_model, probe_attention
-from llm_diffusion.config import build, stages_of
-from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, self_generated_data, start_wandb
+from llm_diffusion.config import as_dict, build, stages_of
+from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, self_generated_data
 from llm_diffusion.main import cli
+from llm_diffusion.models.files import write_text
 
 
 def test_debug_limits_the_data_and_marks_the_run(tmp_path):
@@ -54,16 +56,6 @@ def test_data_that_the_model_writes_itself_is_held_out_from_and_kept(tmp_path):
 def test_a_model_writes_no_preferences(tmp_path):
     with pytest.raises(UserError, match="`dataset`: 'self'"):
         check_start(build({"model": "tiny", "dataset": "self", "phases": ["sft", "dpo"]}), "cpu", tmp_path, False)
-
-
-def test_wandb_without_a_login_goes_on_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    hp = build({"use_wandb": True, "debug": True, "wandb_config": {"wandb_log_path": str(tmp_path / "w")}})
-    assert start_wandb(hp) == "wandb"
-    assert os.environ["WANDB_MODE"] == "offline" and os.environ["WANDB_PROJECT"] == "debug-llm-diffusion"
 
 
 def test_lora_targets_are_resolved_for_other_architectures():
@@ -126,6 +118,59 @@ def test_turns_without_an_answer_are_read_where_every_token_is_trained(tmp_path)
 
 
 # -- what is refused before anything long begins
+
+
+def held(folder, work, **changed):
+    """A folder in which a run with the default settings has trained."""
+    if work:
+        write_text(folder / "sft" / "checkpoint-1" / "trainer_state.json", "{}")
+    write_text(folder / "hyper_parameters.json", json.dumps(as_dict(build({})) | changed))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"learning_rate": 1e-5}, "learning_rate"),
+        ({"lora_config": {"r": 4}}, "lora_config"),
+        ({"stages": [{"name": "a"}]}, "stages"),
+        ({"warmup_steps": 3}, "warmup_steps"),
+        ({"num_threads": 2, "device": "cpu", "output_dir": "elsewhere", "dataloader_num_workers": 2}, None),
+        ({"logging_steps": 1, "report_to": "tensorboard", "eval_examples": 3, "hub_model_id": "a/b"}, None),
+        ({"sft_config": {"logging_steps": 1}}, None),
+        ({}, None),
+    ],
+)
+def test_a_folder_of_another_run_is_left_alone(tmp_path, change, named):
+    output, hp = held(tmp_path, True), build(change)
+    for resume in (False, True):
+        if named is None:
+            check_start(hp, "cpu", output, resume)
+            continue
+        key = "`--resume`" if resume else "`output_dir`"
+        with pytest.raises(UserError, match=f"{key}: .* holds other settings than this run: `{named}`"):
+            check_start(hp, "cpu", output, resume)
+    if named:
+        check_start(hp, "cpu", held(tmp_path / "other", False), False)  # nothing was trained there
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 1', "[]", None])
+def test_settings_that_cannot_be_read_are_named(tmp_path, text):
+    file = held(tmp_path, True) / "hyper_parameters.json"
+    file.unlink() if text is None else file.write_text(text)
+    for resume in (False, True):
+        with pytest.raises(
+            UserError, match="not its settings" if text is None else r"hyper_parameters\.json' is damaged"
+        ):
+            check_start(build({}), "cpu", tmp_path, resume)
+
+
+def test_settings_of_an_older_version_are_the_same_run(tmp_path):
+    output = held(tmp_path, True)
+    older = as_dict(build({}))
+    del older["token_ids"]
+    write_text(output / "hyper_parameters.json", json.dumps(older))
+    check_start(build({}), "cpu", output, True)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +276,40 @@ def test_a_finished_run_resumes_to_the_same_and_another_is_refused(trained):
     assert (root / "out" / "sft_model" / "model.safetensors").read_bytes() == before
     other = run("--config", str(root / "config.json"), "--resume", "--hyper-parameters-json", '{"seed": 1}')
     assert other.exit_code == 2 and "`--resume`" in other.stderr
+    before = contents(root / "out")
+    other = run("--config", str(root / "config.json"), "--hyper-parameters-json", '{"seed": 1}')
+    assert other.exit_code == 2 and "`seed` is 42 there, 1 here" in other.stderr.splitlines()[-1]
+    assert contents(root / "out") == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from llm_diffusion.models.files import locked
+with locked(Path(sys.argv[1]), ""):
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_into_the_folder_is_refused(tmp_path):
+    """Of the main job, and of the preparation of data."""
+    (tmp_path / "a.txt").write_text("Tom has 2 apples.")
+    prepare = ["prepare-data", str(tmp_path / "a.txt"), "--model", "tiny", "--output", str(tmp_path / "out")]
+    main = ["tiny", "--hyper-parameters-json", json.dumps({"output_dir": str(tmp_path / "out"), "device": "cpu"})]
+    for lock, command in ((tmp_path / "out" / ".lock", main), (tmp_path / ".out.lock", prepare)):
+        holder = [sys.executable, "-c", HOLDER, str(lock)]
+        with subprocess.Popen(holder, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+            first.stdout.readline()
+            refused = run(*command)
+            assert refused.exit_code == 2, refused.output
+            assert f"is in use by process {first.pid};" in refused.stderr.splitlines()[-1]
+            first.stdin.close()
+    assert not (tmp_path / "out").exists()
 
 
 def test_on_to_diffusion_and_back(trained):

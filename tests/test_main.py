@@ -4,22 +4,30 @@ import importlib.util
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
+import pyarrow
 import pytest
 import torch
 from click.testing import CliRunner
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, Qwen3Config
 
 from llm_diffusion import UserError, load_diffusion_model
 from llm_diffusion.main import cli, is_users
 from llm_diffusion.models.record import save_record
 
+SECRET = "hf_abcdefghijklmnopqrstuvwxyz"
 FAST = {
     "model": "tiny",
     "dataset": "tiny",
@@ -48,9 +56,22 @@ def with_settings(**settings):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
-    result = with_settings(output_dir=str(output), eval_answers=2)
+    tokens = {
+        "hub_token": SECRET,
+        "model_init_kwargs": {"token": SECRET},
+        "sft_config": {"max_steps": 2, "hub_token": SECRET},
+    }
+    result = with_settings(output_dir=str(output), eval_answers=2, save_strategy="steps", save_steps=1, **tokens)
     assert result.exit_code == 0, result.output
+    assert SECRET not in result.output
     return output, result.stdout
+
+
+def test_no_file_of_a_run_has_a_secret_in_it(trained):
+    files = [file for file in trained[0].rglob("*") if file.is_file()]
+    assert {"hyper_parameters.json", "training_args.bin", "README.md"} <= {file.name for file in files}
+    assert [file for file in files if SECRET.encode() in file.read_bytes()] == []
+    assert json.loads((trained[0] / "hyper_parameters.json").read_text())["sft_config"]["hub_token"] is None
 
 
 def test_main_job_end_to_end(trained):
@@ -188,6 +209,23 @@ def encoder_only(path: Path) -> str:
     return str(path / "bert")
 
 
+def cut_adapter(path: Path) -> str:
+    model, tokenizer = load_diffusion_model("tiny", device="cpu")
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter.save_pretrained(path / "adapter")
+    tokenizer.save_pretrained(path / "adapter")
+    save_record(adapter, path / "adapter")
+    truncated(path / "adapter" / "adapter_model.safetensors")
+    return str(path / "adapter")
+
+
+def cut_dataset(path: Path) -> str:
+    Dataset.from_list([{"text": "Tom has"}] * 100).save_to_disk(str(path / "data"))
+    for file in (path / "data").glob("*.arrow"):
+        file.write_bytes(file.read_bytes()[:300])
+    return str(path / "data")
+
+
 # What each room refuses is tested there; these are errors of every room, seen through the whole command line.
 # name -> (settings made from a temporary folder, what the line names)
 BAD_INPUT = {
@@ -211,6 +249,10 @@ BAD_INPUT = {
     ),
     "answers cut off": (lambda p: {"max_length": 4}, "`max_length`"),
     "output under a file": (lambda p: {"output_dir": write(p / "file", "") + "/out"}, "`output_dir`"),
+    "no hub to push to": (lambda p: {"push_to_hub": True}, "`push_to_hub`"),
+    "output in a place for no files": (lambda p: {"output_dir": "/proc/out"}, "/proc/out"),
+    "adapter cut off": (lambda p: {"model": cut_adapter(p)}, "`model`"),
+    "saved dataset cut off": (lambda p: {"dataset": cut_dataset(p)}, "`dataset`"),
     "no such mask": (lambda p: {"mask_token_id": 9999}, "`mask_token_id`"),
     "no such padding": (lambda p: {"token_ids": {"pad": 9999}}, "`token_ids.pad`"),
 }
@@ -255,6 +297,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "--limit"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
         (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "`chosen`"),
+        (("prefer", "{same}", "--output", "{same}"), "is the source"),
         (("prepare-data", "{same}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
     ],
 )
@@ -282,6 +325,27 @@ def test_a_fault_of_ours_keeps_its_traceback(fault, monkeypatch):
         invoke("tiny")
 
 
+def test_a_worker_is_ended_in_silence(monkeypatch):
+    """A process that the command line forks is ended by SIGTERM, as pools end theirs, and not by an error of its own."""
+    codes = []
+
+    def fork(*arguments):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                os.write(writer, b"ready")
+                time.sleep(10)
+            finally:
+                os._exit(1)
+        os.read(reader, 5)
+        os.kill(child, signal.SIGTERM)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    monkeypatch.setattr("llm_diffusion.job.run", fork)
+    assert invoke("tiny").exit_code == 0 and codes == [128 + signal.SIGTERM]
+
+
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
@@ -296,6 +360,63 @@ def test_a_fault_of_ours_keeps_its_traceback(fault, monkeypatch):
 )
 def test_which_errors_are_the_users(error, shown):
     assert is_users(error) is shown
+
+
+class Dying(torch.utils.data.Dataset):
+    """Whose worker the system kills, as it does when memory runs out."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def truncated(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-9])
+    return path
+
+
+def a_full_disk(write, room=1000):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+MANY = {"a": torch.zeros(10_000)}
+FAULTS = {
+    "a killed worker": lambda p: next(iter(torch.utils.data.DataLoader(Dying(), num_workers=1))),
+    "no memory": lambda p: torch.zeros(2**50),
+    "no memory for Python": lambda p: bytearray(2**60),
+    "no space for weights": lambda p: a_full_disk(lambda: save_file(MANY, p / "a.safetensors")),
+    "no space for an optimizer": lambda p: a_full_disk(lambda: torch.save(MANY, p / "a.pt")),
+    "no space for text": lambda p: a_full_disk(lambda: (p / "a.txt").write_text("a" * 2000)),
+    "weights cut off": lambda p: [save_file(MANY, p / "a.safetensors"), load_file(truncated(p / "a.safetensors"))],
+    "a table cut off": lambda p: pyarrow.ipc.open_file(pyarrow.py_buffer(b"ARROW1 and more")),
+    "a file that vanished": lambda p: (p / "none").read_text(),
+    "nobody there": lambda p: httpx.get("http://127.0.0.1:9"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_of_the_machine_are_no_faults_of_ours(case, tmp_path):
+    """As the libraries raise them."""
+    with pytest.raises(Exception) as raised:  # noqa: PT011
+        FAULTS[case](tmp_path)
+    assert is_users(raised.value), raised.value
+
+
+def test_a_disk_that_is_full_in_training_is_one_line_and_loses_nothing(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out"), "logging_steps": 1}
+    results = []
+    a_full_disk(lambda: results.append(with_settings(**settings)), room=20_000)
+    lines = results[0].stderr.splitlines()
+    assert results[0].exit_code == 2 and lines[-1].startswith("error: ") and "Traceback" not in results[0].stderr
+    assert (tmp_path / "out" / "hyper_parameters.json").exists() and not list(tmp_path.rglob("checkpoint-*"))
+    assert not list(tmp_path.rglob(".unfinished*")) and not list(tmp_path.rglob(".lock"))
 
 
 def test_a_text_of_one_token_is_refused_before_anything_is_written(tmp_path):

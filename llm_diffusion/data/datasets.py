@@ -185,6 +185,8 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
             loaded = load_from_disk(str(path))
         except IndexError as error:  # raised for a table without rows
             raise UserError(f"`dataset`: {name!r} is empty.") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"`dataset`: {name!r} is damaged: {' '.join(str(error).split())}") from error
         return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
     if path.exists() or name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
         kind, files = data_files(name)

@@ -17,6 +17,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
+from ..models.files import UNFINISHED, locked, whole
 from ..objective.settings import check_settings, read_path, setting
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
 from .rows import Place, read_row
@@ -67,6 +69,11 @@ def prepare(plan: Preparation, output: Path, log: Callable[[str], None] = lambda
     Raises:
         ValueError, OSError: the source cannot be read, has no document, or the folder is in use.
     """
+    with locked(output.with_name(f".{output.name}.lock"), f"`--output`: {str(output)!r}"):
+        return _prepare(plan, output, log)
+
+
+def _prepare(plan: Preparation, output: Path, log: Callable[[str], None]) -> DatasetDict:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"`--output`: {str(output)!r} is not empty; choose another folder, or remove it.")
     tokenizer = from_hub(AutoTokenizer, resolve_path(plan.model))
@@ -76,20 +83,12 @@ def prepare(plan: Preparation, output: Path, log: Callable[[str], None] = lambda
     first = next(documents, None)
     if first is None:
         raise UserError(f"`source`: {plan.source!r} has no document.")
-    building, cache = output.with_name(output.name + ".partial"), output.with_name(output.name + ".cache")
-    for folder in (building, cache):
-        shutil.rmtree(folder, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        _write(plan, chain([first], documents), tokenizer, cache).save_to_disk(str(building))
+    for left in output.parent.glob(f"{UNFINISHED}-{escape(output.name)}-????????"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with whole(output) as building:
+        _write(plan, chain([first], documents), tokenizer, building.with_name("cache")).save_to_disk(str(building))
         record = {**asdict(plan), "vocabulary": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
         (building / "prepared.json").write_text(json.dumps(record, indent=1) + "\n")
-        if output.exists():
-            output.rmdir()
-        building.rename(output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(cache, ignore_errors=True)
     return DatasetDict.load_from_disk(str(output))
 
 

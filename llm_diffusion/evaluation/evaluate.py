@@ -34,7 +34,7 @@ from ..models.patching import base_of
 from ..models.record import layered, record_of
 from ..models.smollm2 import answering
 from ..objective.estimators import REPLICATES, check_estimator
-from ..objective.settings import read_path
+from ..objective.settings import read_path, redacted
 from ..reasoning.pairs import LLMJudge
 from ..reasoning.problems import load_records
 from .answers import (
@@ -343,7 +343,7 @@ def run(names: Sequence[str], folder: Path, console: Console, **options: Any) ->
     )
     if not first:
         return False
-    named = {name: options[name] for name in ("base", "text", "prompts", "judge", "judge_model")}
+    named = redacted({name: options[name] for name in ("base", "text", "prompts", "judge", "judge_model")})
     results["settings"] = {"model": names[0], "others": list(names[1:]), **named, **results["settings"]}
     write_report(results, folder)
     show(results, console)

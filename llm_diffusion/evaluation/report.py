@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import HyperParameters
 from ..generation.config import decoding_settings
 from ..generation.inference import continue_autoregressive
+from ..models.files import write_text
 from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
 from .metrics import denoising_trace, foresee_ends, plot_ends
@@ -59,9 +60,8 @@ class Section:
 def write_report(results: dict[str, Any], folder: Path) -> None:
     """`results.json` and `report.html` in a folder, which is made."""
     html, text = page(results), json.dumps(results, indent=1) + "\n"  # both, before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(text)
-    (folder / "report.html").write_text(html)
+    write_text(folder / "results.json", text)
+    write_text(folder / "report.html", html)
 
 
 def page(results: dict[str, Any]) -> str:

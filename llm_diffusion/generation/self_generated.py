@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..data.rows import CONVERSATIONS, Place, form_of, prompt_and_answer
 from ..models.conversion import fingerprint
+from ..models.files import write_text
 from ..models.patching import base_of
 from ..models.special_tokens import end_token_ids, prompt_ids
 from ..objective.modes import IGNORE_INDEX
@@ -46,8 +47,7 @@ class GenerationCache:
                 except ValueError:  # the run was killed while it wrote this line
                     continue
                 self.ids[key] = ids
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(map(_as_line, self.ids.items())))
+            write_text(path, "".join(map(_as_line, self.ids.items())))
 
     def key(self, *source: Any) -> str:
         """What is generated from `source` by these weights is stored under."""

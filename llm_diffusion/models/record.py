@@ -23,6 +23,7 @@ from ..objective.modes import MODES, Bidirectional
 from ..objective.noise import NOISE_SCHEDULES
 from ..objective.settings import check_value, read_value, setting
 from .checkpoints import is_adapter, local_file
+from .files import whole, write_text
 from .patching import base_of
 
 SIDECAR = "diffusion_config.json"
@@ -180,7 +181,7 @@ def read_record(path: str | Path) -> DiffusionRecord:
 
 def save_record(model: torch.nn.Module, folder: str | Path) -> None:
     """Writes the record beside an adapter, whose own files cannot carry it."""
-    (Path(folder) / SIDECAR).write_text(json.dumps(record_of(model).to_dict(), indent=2) + "\n")
+    write_text(Path(folder) / SIDECAR, json.dumps(record_of(model).to_dict(), indent=2) + "\n")
 
 
 # -- the model card
@@ -194,8 +195,7 @@ from llm_diffusion.generation.generate import generate_as_loaded as generate  # 
 
 def save_custom_generate(folder: str | Path) -> None:
     """Writes `custom_generate/generate.py` beside a full checkpoint, so that transformers' loaders decode it by unmasking."""
-    (Path(folder) / "custom_generate").mkdir(exist_ok=True)
-    (Path(folder) / "custom_generate" / "generate.py").write_text(GENERATE)
+    write_text(Path(folder) / "custom_generate" / "generate.py", GENERATE)
 
 
 def plain_loader(record: DiffusionRecord, adapter: bool, converted_base: bool) -> str:
@@ -315,4 +315,5 @@ def save_generation_config(model: torch.nn.Module, folder: str | Path, chosen: d
             setattr(config, name, value)
     config._from_model_config = False  # of such files transformers reads its own keys only
     # Not `save_pretrained`, which refuses what some published bases have in theirs.
-    config.to_json_file(Path(folder) / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+    with whole(Path(folder) / GENERATION_CONFIG_NAME) as file:
+        config.to_json_file(file, keys_to_pop=["compile_config"])

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -188,6 +189,19 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     for key, value in high.items():
         merged[key] = merge(low[key], value) if isinstance(value, dict) and isinstance(low.get(key), dict) else value
     return merged
+
+
+SECRETS = {"token", "hub_token", "push_to_hub_token", "use_auth_token", "api_key"}
+CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)|\bhf_[A-Za-z0-9]{20,}")  # of a URL, or the hub's own
+
+
+def redacted(value: Any) -> Any:
+    """Settings, or a text, that may be shown and saved: without tokens, keys and passwords."""
+    if isinstance(value, dict):
+        return {key: None if key in SECRETS else redacted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [redacted(inner) for inner in value]
+    return CREDENTIALS.sub("***", value) if isinstance(value, str) else value
 
 
 def default_of(field: dataclasses.Field) -> Any:

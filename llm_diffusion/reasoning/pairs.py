@@ -28,6 +28,7 @@ from typing import Any
 from datasets import Dataset
 
 from .. import UserError
+from ..models.files import write_text
 from ..objective.settings import read_path
 from .arithmetic_errors import UNIT_FACTORS, Trace, Wrong
 from .problems import WORKED_FORMS, Problem, is_right, load_records, read_problem
@@ -151,11 +152,7 @@ def is_declared(trace: Trace, kind: str, wrong: Wrong) -> bool:
 
 def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line; the file appears when all of it is written."""
-    path = read_path("output", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    unfinished.replace(path)
+    write_text(read_path("output", path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def checked_pairs(rows: Iterable[dict]) -> Dataset:
@@ -282,6 +279,10 @@ class LLMJudge:
     def __init__(self, url: str, model: str, *, key: str | None = None, timeout: float = 120, pause: float = 1) -> None:
         if not re.match(r"https?://[^/\s]+", url):
             raise UserError(f"`judge`: {url!r} is no URL; give one such as 'http://localhost:8000/v1'.")
+        if "@" in url.split("/")[2]:
+            raise UserError(
+                "`judge`: a URL gets into reports; give the key in the variable OPENAI_API_KEY instead of in it."
+            )
         if not model:
             raise UserError("`judge_model` is needed with `judge`: the name of the model there.")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
@@ -309,8 +310,9 @@ class LLMJudge:
         raise ConnectionError(f"`judge`: no label from {self.model!r} at {self.url}, try {attempt + 1}: {reason}.")
 
     def _post(self, body: dict[str, Any]) -> str:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if self.key:  # which no redirect takes elsewhere
+            request.add_unredirected_header("Authorization", f"Bearer {self.key}")
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
             reply = response.read().decode()
         try:

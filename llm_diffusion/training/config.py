@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -15,7 +16,7 @@ from ..objective.annealing import Annealing, AnnealingSettings
 from ..objective.estimators import SCORES
 from ..objective.forward_process import NoiseSettings, check_noise
 from ..objective.modes import MODES
-from ..objective.settings import SEEDS, check_settings, check_value, setting, user_settings
+from ..objective.settings import SEEDS, check_settings, check_value, redacted, setting, user_settings
 
 PROCESSES = max(8, 4 * (os.cpu_count() or 1))
 # What the numbers of TRL's and transformers' configs may be, which declare it nowhere. Their defaults are always right.
@@ -82,8 +83,22 @@ def set_trl_defaults(args: TrainingArguments) -> None:
             setattr(args, new, getattr(args, old))
 
 
+class WithoutSecrets:
+    """Settings whose tokens stay in this process: neither `training_args.bin` nor a logger gets them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return redacted(self.__dict__)
+
+    def to_dict(self) -> dict[str, Any]:
+        return redacted(super().to_dict())
+
+
+class CausalSFTConfig(WithoutSecrets, SFTConfig):
+    """TRL's own settings, for training from left to right."""
+
+
 @dataclass
-class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, SFTConfig):
+class DiffusionSFTConfig(WithoutSecrets, ConversionSettings, AnnealingSettings, NoiseSettings, SFTConfig):
     """Settings of `DiffusionSFTTrainer`: every keyword of `trl.SFTConfig`, and these; docs/settings.md has them in tables.
 
     > Parameters that control the conversion of a model that is not converted yet: see `ConversionSettings`
@@ -196,7 +211,7 @@ class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, S
 
 
 @dataclass
-class DiffusionDPOConfig(ConversionSettings, DPOConfig):
+class DiffusionDPOConfig(WithoutSecrets, ConversionSettings, DPOConfig):
     """Settings of `DiffusionDPOTrainer`: every keyword of `trl.DPOConfig`, and these; docs/settings.md has them in tables.
 
     > Parameters that control the score, the estimate that takes the place of a text's log-probability: `score` to `num_steps`

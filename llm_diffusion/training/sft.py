@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from .. import UserError
@@ -44,6 +44,7 @@ from .preparation import (
     prepare_model,
     read_datasets,
 )
+from .resuming import checkpoint_of
 from .scoring import Scores, by_level, metric_values, score, score_drafts
 from .trainer import DiffusionTrainerMixin, numbered_rows
 
@@ -154,8 +155,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             update_record(self.model, noise_schedule=self.args.noise_schedule)
         self._start = {name: getattr(record, name) for name in self._start}  # what earlier runs and phases did
         self._tokens_seen = torch.zeros((), dtype=torch.long)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        resume_from_checkpoint = checkpoint_of(self, resume_from_checkpoint)
         self._start = counts_before(Path(resume_from_checkpoint)) if resume_from_checkpoint else self._start
         steps = self.args.annealing_steps
         late = steps is not None and self._start["conversion_steps"] >= steps

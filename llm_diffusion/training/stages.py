@@ -17,29 +17,32 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from .. import UserError
 from ..data.tokens import Tokenising, tokenised
 from ..models.attention import in_attention
+from ..models.files import UNFINISHED, read_json, whole
 from ..models.forward import TIME_EMBEDDING
 from ..models.patching import base_of
 from ..models.special_tokens import end_token_ids
 from ..objective.settings import user_settings
 from .config import DiffusionDPOConfig, DiffusionSFTConfig
 from .dpo import DiffusionDPOTrainer
+from .resuming import ResumableTrainerMixin, save_whole
 from .sft import DiffusionSFTTrainer
 
 TRAINS = ("attention", "adapters", "everything")
-LOG = "stage.json"  # written last: a folder that has it is a finished stage
+LOG = "stage.json"  # a folder that has it is a finished stage
 Loaded = tuple[torch.nn.Module, PreTrainedTokenizerBase]
 
 
@@ -104,7 +107,7 @@ def run_stages(
         data, preferences: rows to train and to evaluate on; the second for stages that train on preferences.
         peft_config: adapters for the first stage to make.
         on_built: adds callbacks to a stage's trainer.
-        on_start: called when everything that can be checked has been, before the first step.
+        on_start: called when everything that can be checked has been, and an earlier run is forgotten; before the first step.
         load: loads a saved stage; given, a stopped run is resumed.
 
     Returns the log history of every stage.
@@ -115,26 +118,28 @@ def run_stages(
     finished = 0
     while load is not None and finished < len(stages) and (folders[stages[finished].name] / LOG).exists():
         finished += 1
-    histories = {stage.name: json.loads((folders[stage.name] / LOG).read_text()) for stage in stages[:finished]}
+    histories = {stage.name: read_json(folders[stage.name] / LOG, list) for stage in stages[:finished]}
     if finished == len(stages):
         return histories
     if finished:
         (model, tokenizer), peft_config = load(str(folders[stages[finished - 1].name])), None
     run = _Run(model, tokenizer, data, preferences, peft_config, on_built)
     run.build_ahead(stages[finished:])
-    on_start()
     if load is None:
         _forget(stages, folders)
+    on_start()
     for stage in stages[finished:]:
         trainer, folder = run.trainer(stage), folders[stage.name]
-        trainer.train(resume_from_checkpoint=_checkpoint(stage) if load is not None else None)
+        set_seed(stage.arguments.seed)  # whatever ran before: it may have been another process
+        trainer.train(resume_from_checkpoint=load is not None)
         trainer.evaluate()
-        trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
-        trainer.accelerator.wait_for_everyone()  # the next stage, or the end, may read what was saved
+        save_whole(trainer, partial(_write, trainer, output / UNFINISHED / folder.name), output)
         histories[stage.name] = trainer.state.log_history
     return histories
+
+
+class CausalSFTTrainer(ResumableTrainerMixin, SFTTrainer):
+    """TRL's own training, whose checkpoints are whole."""
 
 
 @dataclass
@@ -177,7 +182,10 @@ class _Run:
         elif isinstance(args, DiffusionSFTConfig):
             kind = DiffusionSFTTrainer
         else:  # the rows are those of our own trainers, so that prompts are not trained on unless every token is
-            kind, how = SFTTrainer, Tokenising.of(self.tokenizer, args, ends=end_token_ids(self.model, self.tokenizer))
+            kind, how = (
+                CausalSFTTrainer,
+                Tokenising.of(self.tokenizer, args, ends=end_token_ids(self.model, self.tokenizer)),
+            )
             train, test = tokenised(train, how, "train_dataset"), tokenised(test, how, "eval_dataset")
             args.completion_only_loss = None  # the labels are there
         peft_config = None if stage.trains == "everything" else self.peft_config
@@ -187,6 +195,12 @@ class _Run:
         trainer.remove_callback(PrinterCallback)  # prints raw dicts
         self.on_built(trainer, stage)
         self.model, self.peft_config, self.trainers[stage.name] = trainer.model, None, trainer
+
+
+def _write(trainer: Any, folder: Path) -> None:
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        (folder / LOG).write_text(json.dumps(trainer.state.log_history) + "\n")
 
 
 def _forget(stages: list[Stage], folders: dict[str, Path]) -> None:
@@ -202,12 +216,6 @@ def _merged(model: torch.nn.Module) -> torch.nn.Module:
     if getattr(base_of(model), "is_quantized", False):
         raise UserError("`stages.trains`: 'everything' cannot train a quantised base; set `use_qlora` to false.")
     return model.merge_and_unload() if isinstance(model, PeftModel) else model
-
-
-def _checkpoint(stage: Stage) -> str | None:
-    """The last checkpoint that was written to its end."""
-    whole = [state.parent for state in Path(stage.arguments.output_dir).glob("checkpoint-*/trainer_state.json")]
-    return str(max(whole, key=lambda folder: int(folder.name.split("-")[1]))) if whole else None
 
 
 NAMES = {
@@ -264,4 +272,5 @@ def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with whole(path) as file:
+        figure.savefig(file, dpi=120)

@@ -1,11 +1,11 @@
 """What every trainer of ours does around its objective: noise that knows its rows, masks in the right type, saving with the record,
-checkpoints that are whole, and no step with a non-finite loss.
+and no step with a non-finite loss.
 """
 
 from __future__ import annotations
 
+import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..analysis import PAGED, ModelMemory, TrainingSetup
 from ..data.tokens import Tokenising
+from ..models.files import write_text
 from ..models.patching import base_of
 from ..models.record import model_card, record_of, save_custom_generate, save_generation_config, save_record
 from .preparation import dataset_field, has_converted_weights
+from .resuming import ResumableTrainerMixin
 
 logger = logging.getLogger(__name__)
-
-UNFINISHED = "unfinished"  # folder of an output folder in which a checkpoint is written
 
 
 def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts: int = 1) -> None:
@@ -41,10 +41,8 @@ def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts
         batch["n_noise_rows"] = seen * processes
 
 
-class DiffusionTrainerMixin:
+class DiffusionTrainerMixin(ResumableTrainerMixin):
     """Goes before a trainer of TRL in the bases of a class."""
-
-    _saving = False
 
     def _tokenised(self, gate: Callable, dataset: Any, tokenizer: Any, args: Any, name: str, **how: Any) -> Any:
         """A dataset through `tokenised` or `tokenised_pairs`, once a machine; `how`: of `Tokenising`."""
@@ -107,20 +105,6 @@ class DiffusionTrainerMixin:
         dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder) / UNFINISHED) if self._saving else folder
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub:  # TRL uploads from where it writes, in its own time
-            super()._save_checkpoint(model, trial)
-            return
-        folder, self._saving = Path(super()._get_output_dir(trial)), True
-        try:
-            save_whole(self, lambda: super(DiffusionTrainerMixin, self)._save_checkpoint(model, trial), folder)
-        finally:
-            self._saving = False
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -130,7 +114,7 @@ class DiffusionTrainerMixin:
                 save_record(self.model, folder)
             elif not record_of(self.model).time_embedding:
                 save_custom_generate(folder)
-            (folder / "README.md").write_text(self._card(folder.name))
+            write_text(folder / "README.md", self._card(folder.name))
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -138,8 +122,7 @@ class DiffusionTrainerMixin:
         """Our card in place of TRL's, whose quick start decodes from left to right."""
         if self.is_world_process_zero():
             name = model_name or self.hub_model_id or Path(self.args.output_dir).name
-            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
-            (Path(self.args.output_dir) / "README.md").write_text(self._card(name, tags))
+            write_text(Path(self.args.output_dir) / "README.md", self._card(name, tags))
 
     def _card(self, name: str, tags: str | list[str] | None = None) -> str:
         base = base_of(self.model)
@@ -150,49 +133,13 @@ class DiffusionTrainerMixin:
 
 def save_bad_batch(folder: Path, step: int, seed: int, batch: dict[str, Any], loss: torch.Tensor) -> FloatingPointError:
     """Keeps the rows that made the loss non-finite; the error that says so."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"bad_batch-{step}.pt"
-    kept = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    torch.save({"step": step, "seed": seed, "batch": kept}, file)
+    file = folder / f"bad_batch-{step}.json"
+    kept = {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    write_text(file, json.dumps({"step": step, "seed": seed, "batch": kept}) + "\n")
     return FloatingPointError(
-        f"the loss is {loss.item()} at step {step}; the weights are as they were before it. Its rows are in {str(file)!r} "
-        "(`torch.load`). Lower `learning_rate` or `max_grad_norm`, compute in bf16 instead of fp16, or look at the rows."
+        f"the loss is {loss.item()} at step {step}; the weights are as they were before it. Its rows are in {str(file)!r}. "
+        "Lower `learning_rate` or `max_grad_norm`, compute in bf16 instead of fp16, or look at the rows."
     )
-
-
-def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
-    """Lets `write` write a checkpoint aside, and gives it its name when it is whole; then old ones go, as many as TRL would.
-
-    A process that dies, or a disk that is full, leaves the checkpoints that were there before.
-    """
-    aside, accelerator = folder / UNFINISHED, trainer.accelerator
-    if accelerator.is_local_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        write()
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk has room again
-        raise
-    accelerator.wait_for_everyone()
-    best = trainer.state.best_model_checkpoint
-    if best is not None and Path(best).parent == aside:
-        trainer.state.best_model_checkpoint = str(folder / Path(best).name)
-        if trainer.args.should_save:
-            trainer.state.save_to_json(str(Path(best) / "trainer_state.json"))
-    if accelerator.is_local_main_process and aside.is_dir():
-        for written in aside.iterdir():
-            shutil.rmtree(folder / written.name, ignore_errors=True)
-            written.rename(folder / written.name)
-        aside.rmdir()
-    accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        rotate_checkpoints(
-            output_dir=str(folder),
-            save_total_limit=trainer.args.save_total_limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
 
 
 def out_of_memory(model: torch.nn.Module, args: Any, shape: torch.Size, error: Exception) -> torch.OutOfMemoryError:

@@ -37,7 +37,16 @@ def test_joined_rows_hold_every_token_in_order(tmp_path, tokenizer, ids):
         assert got == flat[: len(flat) // 16 * 16]
         assert plan.counts == {"train": {"documents": 40, "rows": len(flat) // 16, "tokens": len(flat) - 40}}
         assert all(len(row) == 16 for row in splits["train"]["input_ids"])
-        assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.cache"))
+        assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_what_a_killed_process_left_goes_and_a_neighbours_stays(tmp_path, tokenizer, ids):
+    sources(tmp_path, ids, tokenizer)
+    left, neighbours = tmp_path / ".unfinished-out-abc_1234", tmp_path / ".unfinished-out-2-abc_1234"
+    for folder in (left, neighbours):
+        (folder / "out").mkdir(parents=True)
+    prepare(Preparation(str(tmp_path / "t.txt"), "tiny", length=16), tmp_path / "out")
+    assert list(tmp_path.glob(".*")) == [neighbours]
 
 
 def test_padded_rows_are_a_document_each(tmp_path, tokenizer, ids):

@@ -9,7 +9,7 @@ from llm_diffusion import UserError
 from llm_diffusion.models.record import ConversionSettings
 from llm_diffusion.objective.annealing import AnnealingSettings
 from llm_diffusion.objective.forward_process import NoiseSettings
-from llm_diffusion.objective.settings import allowed, check_settings, setting
+from llm_diffusion.objective.settings import allowed, check_settings, redacted, setting
 
 DECLARED = [
     (kind, field)
@@ -77,3 +77,22 @@ def test_every_setting_has_help_a_default_that_is_allowed_and_bounds_that_hold(k
         setattr(settings, field.name, beyond[bound])
         with pytest.raises(UserError, match=f"`{field.name}`"):
             check_settings(settings)
+
+
+def test_what_is_shown_has_no_secrets():
+    shown = redacted(
+        {
+            "hub_token": "a",
+            "model_init_kwargs": {"token": "b", "revision": "c"},
+            "stages": [{"hub_token": "d"}],
+            "eos_token": "</s>",
+        }
+    )
+    assert shown == {
+        "hub_token": None,
+        "model_init_kwargs": {"token": None, "revision": "c"},
+        "stages": [{"hub_token": None}],
+        "eos_token": "</s>",
+    }
+    text = "GET http://me:pass@host:80/v1?a=b@c failed with hf_ABCDEFGHIJKLMNOPQRSTUVWX, hf_transfer is off; a@b"
+    assert redacted(text) == "GET http://***@host:80/v1?a=b@c failed with ***, hf_transfer is off; a@b"

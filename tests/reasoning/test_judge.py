@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -26,10 +27,18 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:  # what a redirected request becomes
+        self.do_POST()
+
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         self.server.asked.append((self.path, self.headers.get("Authorization"), body))
         reply = self.server.replies.pop(0) if len(self.server.replies) > 1 else self.server.replies[0]
+        if reply == 302:
+            self.send_response(reply)
+            self.send_header("Location", self.server.elsewhere)
+            self.end_headers()
+            return
         if isinstance(reply, int):
             self.send_error(reply)
             return
@@ -74,6 +83,16 @@ def test_one_question_an_answer(serve, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     judge_at(server)("How many?", ANSWER, "30")
     assert server.asked[1][1] is None and server.asked[1][2]["messages"][0] == body["messages"][0]
+
+
+def test_a_redirect_takes_the_key_nowhere(serve) -> None:
+    other = serve(LABEL)
+    server = serve(302)
+    server.elsewhere = other.url
+    with contextlib.suppress(ConnectionError):
+        judge_at(server, key="secret")("q", ANSWER, "30")
+    assert server.asked[0][1] == "Bearer secret"
+    assert [key for _, key, _ in other.asked] == [None] * len(other.asked) and other.asked
 
 
 @pytest.mark.parametrize(
@@ -130,3 +149,6 @@ def test_bad_input() -> None:
         LLMJudge("localhost", "wise")
     with pytest.raises(ValueError, match="`judge_model`"):
         LLMJudge("http://localhost", "")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY") as refused:
+        LLMJudge("http://me:secret@localhost/v1", "wise")
+    assert "secret" not in str(refused.value)

@@ -32,8 +32,21 @@ def test_a_loss_that_is_no_number_stops_before_the_weights(tmp_path, tokenizer):
     with pytest.raises(FloatingPointError, match="nan at step 0; the weights are as they were"):
         trainer.train()
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
-    kept = torch.load(tmp_path / "bad_batch-0.pt")
-    assert kept["step"] == 0 and kept["batch"]["input_ids"].shape[0] == 4 and "noise_rows" in kept["batch"]
+    kept = json.loads((tmp_path / "bad_batch-0.json").read_text())
+    assert kept["step"] == 0 and len(kept["batch"]["input_ids"]) == 4 and "noise_rows" in kept["batch"]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_stops_before_the_weights(tmp_path, tokenizer, value, max_grad_norm):
+    """Of a loss that is one; a checkpoint of it would be lost work."""
+    trainer = make(tmp_path, tokenizer, max_steps=3, max_grad_norm=max_grad_norm, save_strategy="steps", save_steps=1)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    next(trainer.model.parameters()).register_hook(lambda gradient: gradient * value)
+    with pytest.raises(FloatingPointError, match=f"the gradient is {value} at step 0.* the weights are as they were"):
+        trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_out_of_memory_says_which_three_settings_to_change(tmp_path, tokenizer):
@@ -111,7 +124,7 @@ def test_the_best_checkpoint_is_found_by_its_name(tmp_path, tokenizer):
     trainer = make(tmp_path, tokenizer, peft_config=LORA, evaluation=tiny_dataset(4, split="test"), **settings)
     trainer.train()
     best = Path(trainer.state.best_model_checkpoint)
-    assert best.parent == tmp_path and best.is_dir() and not (tmp_path / "unfinished").exists()
+    assert best.parent == tmp_path and best.is_dir() and not (tmp_path / ".unfinished").exists()
     state = json.loads((best / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(best)
 
@@ -147,8 +160,8 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_digit(tmp_path, toke
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert Path(get_last_checkpoint(str(tmp_path / "b"))).name == "checkpoint-2"
-    assert (tmp_path / "b" / "unfinished").exists()
+    assert (tmp_path / "b" / ".unfinished").exists()
     again = make(tmp_path / "b", tokenizer, peft_config=LORA, **settings)
     again.train(resume_from_checkpoint=True)
     assert losses(again)[-3:] == losses(straight)[-3:]
-    assert not (tmp_path / "b" / "unfinished").exists()
+    assert not (tmp_path / "b" / ".unfinished").exists()

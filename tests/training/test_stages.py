@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.record import read_record
 from llm_diffusion.training.stages import Stage, run_stages, select_parameters
 
-LORA = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+# With dropout, whose draws must not depend on which stages this process has trained.
+LORA = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def arguments(folder, **settings):
@@ -174,14 +176,36 @@ def stopping(name):
     return lambda trainer, stage: trainer.add_callback(Stop()) if stage.name == name else None
 
 
-@pytest.mark.parametrize("stopped", ["attention", "diffusion", "recovery"])
-def test_a_stopped_run_goes_on_to_the_same_end(base, whole, tmp_path, stopped):
+def stopping_when_saved(name):
+    """Ends it when the stage's model is written, and what says that the stage is finished is not."""
+
+    def on_built(trainer, stage):
+        def save(path, _internal_call=False, plain=trainer.save_model):
+            plain(path, _internal_call=_internal_call)
+            if not _internal_call:
+                raise KeyboardInterrupt
+
+        if stage.name == name:
+            trainer.save_model = save
+
+    return on_built
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [stopping("attention"), stopping("diffusion"), stopping("recovery"), stopping_when_saved("attention")],
+    ids=["first", "second", "third", "first is saved"],
+)
+def test_a_stopped_run_goes_on_to_the_same_end(base, whole, tmp_path, stops):
     output = tmp_path / "parts"
     with pytest.raises(KeyboardInterrupt):
-        run(base, output, recipe(output), on_built=stopping(stopped))
+        run(base, output, recipe(output), on_built=stops)
     resumed = run(base, output, recipe(output), load=load)
     losses = [[row["loss"] for row in history if "loss" in row] for history in whole[1].values()]
     assert [[row["loss"] for row in history if "loss" in row] for history in resumed.values()] == losses
+    for name in ("attention_model", "diffusion_model", "sft_model"):
+        one, other = (folder / name / "adapter_model.safetensors" for folder in (output, whole[0]))
+        assert one.read_bytes() == other.read_bytes(), name
     # And once more: all stages are finished.
     assert json.dumps(run(base, output, recipe(output), load=load)) == json.dumps(resumed)
 
@@ -200,7 +224,9 @@ def test_the_best_checkpoint_of_a_stage_is_kept(base, tmp_path):
     best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
     best |= {"metric_for_best_model": "eval_nelbo", "greater_is_better": False}
     stages = [Stage("only", "adapters", arguments(tmp_path / "only", **best))]
-    history = run(base, tmp_path, stages, on_built=lambda trainer, stage: trainer.add_callback(Ruin()))["only"]
+    calm = replace(LORA, lora_dropout=0.0)
+    built = {"on_built": lambda trainer, stage: trainer.add_callback(Ruin())}
+    history = run(base, tmp_path, stages, peft_config=calm, **built)["only"]
     bounds = [row["eval_nelbo"] for row in history if "eval_nelbo" in row]
     assert bounds[1] > bounds[0]
     assert bounds[-1] == bounds[0]  # the evaluation at the end is of the kept one
@@ -222,9 +248,11 @@ def test_everything_first_makes_no_adapters(base, tmp_path):
 def test_a_fresh_run_forgets_an_earlier_one(base, whole, tmp_path):
     """Stopped and resumed, it must not go on with what the earlier run left."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    left = []  # when the settings of the new run are written
+    started = {"on_start": lambda: left.extend([*tmp_path.glob("*/stage.json"), *tmp_path.glob("*/checkpoint-*")])}
     with pytest.raises(KeyboardInterrupt):
-        run(base, tmp_path, recipe(tmp_path), on_built=stopping("attention"))
-    assert not list(tmp_path.glob("*_model/stage.json"))
+        run(base, tmp_path, recipe(tmp_path), on_built=stopping("attention"), **started)
+    assert not left and not list(tmp_path.glob("*_model/stage.json"))
     assert [path.name for path in tmp_path.glob("*/checkpoint-*")] == ["checkpoint-1"]
 
 
@@ -264,7 +292,7 @@ def test_a_plain_config_is_trained_by_trl_and_prompts_are_clean(random_llama, to
     rows, seen = Dataset.from_list([{"messages": turns}] * 2), []
     stages = [Stage("sft", "everything", plain(tmp_path / "sft"))]
     run_stages(random_llama(), tokenizer, stages, (rows, rows), tmp_path, on_built=lambda *built: seen.append(built[0]))
-    assert type(seen[0]) is SFTTrainer
+    assert type(seen[0]).compute_loss is SFTTrainer.compute_loss
     (batch,) = seen[0].get_train_dataloader()
     assert tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]).startswith(" Tom")
 
