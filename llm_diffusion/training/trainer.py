@@ -99,9 +99,7 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
     def _in_compute_dtype(self, mask: torch.Tensor) -> torch.Tensor:
         """An additive mask in the type that attention computes in; the most negative number of fp32 is -inf in bf16."""
         # Not `torch.is_autocast_enabled`: accelerate turns autocast on inside the model's forward.
-        mixed = (
-            {"bf16": torch.bfloat16, "fp16": torch.float16} if self.accelerator.native_amp else {}
-        )  # on a CPU no fp16
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 

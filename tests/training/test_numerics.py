@@ -58,18 +58,6 @@ def test_a_first_step_in_half_precision(losses, tokenizer, name, dtype):
     torch.testing.assert_close(found, want, rtol=0.04 if dtype == torch.bfloat16 else 0.01, atol=0)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"attention": "block"}, {"packing": True, "max_length": 64}, {"annealing": "soft"}]
-)
-def test_fp16_on_a_cpu_computes_in_fp32(tmp_path, tokenizer, settings):
-    found = []
-    for fp16 in (True, False):
-        trainer = make(tmp_path, tokenizer, dataset=tiny_dataset(8), fp16=fp16, **settings)
-        trainer.train()
-        found.append(trainer.state.log_history[0]["loss"])
-    assert found[0] == found[1]
-
-
 def test_float16_weights_are_trained_with_a_warning_and_adapters_over_them_without(tmp_path, tokenizer, caplog):
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     for peft_config, warned in ((lora, False), (None, True)):
