@@ -28,6 +28,8 @@ def set_trl_defaults(args: TrainingArguments) -> None:
     ):
         if getattr(args, new) is None:
             setattr(args, new, getattr(args, old))
+    if args.label_smoothing_factor:
+        raise UserError("`label_smoothing_factor`: the bound is one on the NLL of the text itself; leave it at 0.")
 
 
 @dataclass

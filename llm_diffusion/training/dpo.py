@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ from ..models.record import DiffusionRecord, record_of
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig
 from .preparation import (
+    check_optimizer,
     converted,
     make_preference_collator,
     model_is_loaded,
@@ -39,9 +41,12 @@ from .preparation import (
     prepare_adapter,
     prepare_quantised,
     read_datasets,
+    refuse_arguments,
 )
 from .scoring import DiffusionScore, compute_diffusion_score, score_draw
 from .trainer import DiffusionTrainerMixin, numbered_rows
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
@@ -74,28 +79,30 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         model: torch.nn.Module | str,
         ref_model: PreTrainedModel | None = None,
         args: DiffusionDPOConfig | None = None,
-        *,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        *,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        compute_metrics: None = None,
         **kwargs: Any,
     ) -> None:
         args = args or DiffusionDPOConfig("diffusion-dpo")
         if not isinstance(args, DiffusionDPOConfig):
             raise TypeError(f"`args` must be a DiffusionDPOConfig, got {type(args).__name__}.")
-        if compute_metrics is not None:
-            raise UserError(
-                "`compute_metrics` would be given logits of noisy text, which no label belongs to; leave it out."
-            )
+        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
         model, processing_class = converted(model, processing_class, args, quantization_config)
         record = record_of(model)
         if record.mode.drafts:
             raise UserError(
                 "`model`: a drafter's words are verified by its base, whose preferences it cannot change; train a 'bidirectional' or "
                 "'block' model."
+            )
+        if not record.trained:
+            logger.warning(
+                "`model` has seen no noise yet: preferences teach it little; fine-tune it as a diffusion model first"
             )
         train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
         prepare_quantised(model, args)
@@ -120,6 +127,7 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
+        check_optimizer(self.model, self.optimizer)
         self._complete_reference()
         train_rows_alone(self.model)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from peft.utils import set_additional_trainable_modules
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 
 from .. import UserError
@@ -41,6 +42,11 @@ def converted(
     quantization_config: BitsAndBytesConfig | None,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The model and its tokenizer, loaded where they are not given, and converted as `args` want it."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"`model`: the virtual tokens of {type(model.active_peft_config).__name__} move every token away from the hidden state that "
+            "predicts it; use LoRA."
+        )
     conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
     remote = {"trust_remote_code": bool(getattr(args, "trust_remote_code", False))}
     if isinstance(model, str):
@@ -59,7 +65,34 @@ def converted(
         if token is not None:
             setattr(processing_class, name, token)
     convert_to_diffusion(model, processing_class, **conversion)
+    if isinstance(model, PeftModel) and not has_converted_weights(model):
+        keep_mask_row(model)
     return model, processing_class
+
+
+REFUSED = {
+    "data_collator": "the trainer pads rows and draws their noise itself; its settings are in `args`",
+    "compute_loss_func": "the loss is a bound over noisy text, which has no such function; subclass the trainer",
+    "compute_metrics": "it would be given logits of noisy text, which no label belongs to",
+}
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Refuses arguments of TRL's that mean nothing here."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"`{name}`: {REFUSED[name]}; leave it out.")
+
+
+def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses one that was built before the vocabulary grew: it would move tensors that are no longer the model's."""
+    of_model = {id(parameter) for parameter in model.parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    if any(id(parameter) not in of_model for group in groups for parameter in group["params"]):
+        raise UserError(
+            "`optimizers`: the optimizer holds parameters that the model lost when its vocabulary grew by the mask token; convert the "
+            "model with `convert_to_diffusion` first, or name the optimizer by `optim` or `optimizer_cls_and_kwargs`."
+        )
 
 
 @contextmanager
@@ -85,19 +118,47 @@ def read_datasets(train: Any, evaluation: Any) -> tuple[Any, Any]:
     return train, None if evaluation is None else read_dataset(evaluation, "eval_dataset")
 
 
-def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: DiffusionRecord) -> PeftConfig:
-    """Trains the rows of the mask token and of a tail's own token, and the time embedding if there is one, beside the adapters."""
-    peft_config = copy.deepcopy(peft_config)
+def add_rows(model: torch.nn.Module, peft_config: PeftConfig, tokens: list[int]) -> None:
+    """Lets `peft_config` train the rows of `tokens` beside its own, unless it trains, and saves, the whole vocabulary."""
+    vocabulary, whole = base_of(model).get_input_embeddings(), peft_config.target_modules
+    name = next(name for name, module in base_of(model).named_modules() if module is vocabulary)
     if not hasattr(peft_config, "trainable_token_indices"):
         raise UserError(
             f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
         )
+    whole = [] if isinstance(whole, str) else list(whole or [])
+    if any(name.endswith(part) for part in [*whole, *(peft_config.modules_to_save or [])]):
+        return
     rows = peft_config.trainable_token_indices
     groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
-    new = [token for token in (record.mask_token_id, record.tail_token_id) if token is not None]
     for group in groups.values():
-        group += [token for token in new if token not in group]
+        group += [token for token in tokens if token not in group]
     peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
+
+
+def keep_mask_row(model: PeftModel) -> None:
+    """The mask token's row beside a user's own adapters on an autoregressive base, which no checkpoint would hold otherwise."""
+    mask_id, base, name = record_of(model).mask_token_id, base_of(model), model.active_adapter
+    before = getattr(model.active_peft_config, "trainable_token_indices", None)
+    config = copy.deepcopy(model.active_peft_config)  # the user's own may serve again
+    add_rows(model, config, [mask_id])
+    if config.trainable_token_indices == before:
+        return
+    if before is not None:
+        raise UserError(
+            f"`model`: its adapters train the rows {before} of the vocabulary; add the mask token's, {mask_id}, to their "
+            "`trainable_token_indices`."
+        )
+    model.peft_config[name], rows_alone = config, copy.copy(config)
+    rows_alone.modules_to_save = None  # there already
+    tied = {"tie_word_embeddings": base.config.get_text_config().tie_word_embeddings}
+    set_additional_trainable_modules(base, rows_alone, tied, name)
+
+
+def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: DiffusionRecord) -> PeftConfig:
+    """Trains the rows of the mask token and of a tail's own token, and the time embedding if there is one, beside the adapters."""
+    peft_config = copy.deepcopy(peft_config)
+    add_rows(model, peft_config, [row for row in (record.mask_token_id, record.tail_token_id) if row is not None])
     if hasattr(base_of(model), TIME_EMBEDDING):
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
     if peft_config.exclude_modules is None and peft_config.target_modules == "all-linear":

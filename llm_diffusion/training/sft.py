@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch.nn.utils.rnn import pad_sequence
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from trl import SFTTrainer
@@ -37,12 +38,14 @@ from .config import DiffusionSFTConfig
 from .distillation import distilled, teacher_scores, with_own_tokens
 from .preparation import (
     by_length,
+    check_optimizer,
     converted,
     counts_before,
     make_collator,
     model_is_loaded,
     prepare_model,
     read_datasets,
+    refuse_arguments,
 )
 from .scoring import Scores, by_level, metric_values, score, score_drafts
 from .trainer import DiffusionTrainerMixin, numbered_rows
@@ -60,6 +63,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
     `masked_entropy` (nats, of the predictions of masked tokens); with distillation `distillation_loss` and `teacher_ratio`. A drafter
     logs no bound, but `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
+    `compute_metrics` is given the logits and labels of the tokens that evaluation masks, row by row, already in each other's places.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -77,10 +81,12 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self,
         model: torch.nn.Module | str,
         args: DiffusionSFTConfig | None = None,
-        *,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: None = None,
+        *,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
@@ -89,6 +95,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         args = args or DiffusionSFTConfig("diffusion-sft")
         if not isinstance(args, DiffusionSFTConfig):
             raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
+        refuse_arguments(data_collator=data_collator, compute_loss_func=compute_loss_func)
         model, processing_class = converted(model, processing_class, args, quantization_config)
         peft_config = prepare_model(model, processing_class, peft_config, args)
         self.diffusion_collator = make_collator(processing_class, model, args)
@@ -108,6 +115,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
                 data_collator=None if args.packing else self.diffusion_collator,
                 **kwargs,
             )
+        check_optimizer(self.model, self.optimizer)
         self.data_collator = self.diffusion_collator
         if self._mode.drafts:
             ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
@@ -146,6 +154,10 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         return self._start["conversion_steps"] + self.state.global_step
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise UserError(f"`resume_from_checkpoint`: there is no checkpoint in {self.args.output_dir!r} yet.")
         record = record_of(self.model)
         if self.args.annealing is not None:
             update_record(self.model, final_causal_ratio=self.args.final_causal_ratio)
@@ -154,9 +166,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             update_record(self.model, noise_schedule=self.args.noise_schedule)
         self._start = {name: getattr(record, name) for name in self._start}  # what earlier runs and phases did
         self._tokens_seen = torch.zeros((), dtype=torch.long)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        self._start = counts_before(Path(resume_from_checkpoint)) if resume_from_checkpoint else self._start
+        if resume_from_checkpoint:
+            self._start = counts_before(Path(resume_from_checkpoint))
         steps = self.args.annealing_steps
         late = steps is not None and self._start["conversion_steps"] >= steps
         self._annealed = late or record.annealed
@@ -388,9 +399,20 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss; and for `compute_metrics` the logits (B, M, V) and labels (B, M) of masked tokens alone, -100 behind a row's last."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            noisy = self._corrupt(inputs, "eval")
+            scores = self._score(model, noisy, with_teacher=True)
+        rows, bound = scores.at[0], noisy["weights"][scores.at] > 0
+        of_rows = [bound & (rows == row) for row in range(len(inputs["input_ids"]))]
+        tables = ([values[own] for own in of_rows] for values in (scores.logits.float(), noisy["targets"][scores.at]))
+        logits, labels = (pad_sequence(table, batch_first=True, padding_value=IGNORE_INDEX) for table in tables)
+        return loss, logits, labels
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._update_record()
