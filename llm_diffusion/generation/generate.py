@@ -39,7 +39,10 @@ PROCESSORS = {
 NOT_OURS = {
     *("stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "use_model_defaults"),
     *("negative_prompt_ids", "negative_prompt_attention_mask", "past_key_values", "trust_remote_code"),
+    "cache_implementation",
 }
+# Handed over by tokenizers, and by `transformers serve` for stop strings that a request may have.
+IGNORED = {"token_type_ids", "tokenizer"}
 
 
 def generate(
@@ -99,7 +102,7 @@ def _settings(
     base: PreTrainedModel, given: GenerationConfig | None, kwargs: dict[str, Any], prompt_length: int = 0
 ) -> DiffusionGenerationConfig:
     """What the model was saved with < the given config < keywords; special tokens default to the model's."""
-    kwargs = {name: value for name, value in kwargs.items() if name != "token_type_ids"}  # of some tokenizers
+    kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
     for name in NOT_OURS & set(kwargs):
         if kwargs.pop(name):
             raise UserError(f"`{name}` means nothing when decoding by unmasking; leave it out.")

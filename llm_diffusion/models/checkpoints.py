@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
@@ -47,11 +48,15 @@ def from_hub(loader: Any, *arguments: Any, **options: Any) -> Any:
         raise _refusal(arguments[-1], error) from error
 
 
-def _refusal(name: str, error: Exception) -> OSError:
+class CheckpointError(UserError, OSError):
+    """What cannot be loaded; of the type that transformers raises, whichever that is."""
+
+
+def _refusal(name: str, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if Path(name).exists():
-        return OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
-    return OSError(
+    if Path(name).exists() or not isinstance(error, OSError | HFValidationError):
+        return CheckpointError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
+    return CheckpointError(
         f"`model`: {name!r} is neither a folder here nor available from the hub (offline, unknown or gated); check the name, "
         f"log in with `hf auth login`, or give a local folder. The loader's reason: {reason}"
     )

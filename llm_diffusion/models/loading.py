@@ -104,7 +104,7 @@ def load_diffusion_model(
     if adapter:
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
-        grow(model, record.mask_token_id)
+        grow(model, max(record.mask_token_id, len(tokenizer) - 1))
     convert_to_diffusion(model, tokenizer, **conversion)
     # A published diffusion model was trained elsewhere; a checkpoint that descends from a GGUF file has weights of its own.
     update_record(model, gguf_file=gguf_file, **({} if layout is None else {"annealed": True}))

@@ -33,10 +33,14 @@ TYPE_NAMES = {
 
 
 class _Declaration(dict):
-    """Metadata of a field; transformers' HfArgumentParser hands a `copy()` of it to argparse, which knows no bounds."""
+    """Metadata of a field; parsers of TRL and transformers hand a `copy()` or `dict()` of it to argparse, which knows no bounds.
+    `items()` has them all."""
+
+    def keys(self) -> list[str]:
+        return [name for name in ("help", "choices") if name in self]
 
     def copy(self) -> dict[str, Any]:
-        return {name: self[name] for name in ("help", "choices") if name in self}
+        return {name: self[name] for name in self.keys()}
 
 
 def setting(default: Any, help: str, *, choices=None, min=None, max=None, above=None, below=None) -> Any:
@@ -58,7 +62,7 @@ def check_settings(settings: Any, declared: type | None = None) -> None:
     for field in dataclasses.fields(declared or settings):
         value = getattr(settings, field.name)
         if value is not None or field.default is not None:
-            check_value(field.name, value, hints[field.name], field.metadata)
+            check_value(field.name, value, hints[field.name], dict(field.metadata.items()))
 
 
 def check_value(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> None:

@@ -32,6 +32,19 @@ def set_trl_defaults(args: TrainingArguments) -> None:
         raise UserError("`label_smoothing_factor`: the bound is one on the NLL of the text itself; leave it at 0.")
 
 
+def own_config(args: TrainingArguments | None, kind: type[TrainingArguments], name: str) -> TrainingArguments:
+    """Arguments as `kind`, one of ours: TRL's config that it extends, and transformers' own, are read as one; None: its defaults."""
+    if args is None:
+        return kind(name)
+    if not isinstance(args, kind) and type(args) in kind.__mro__:
+        values = args.to_dict()
+        hidden = {name: getattr(args, name) for name in values if name.endswith("_token")}  # eos_token for one
+        return kind(**{**values, **hidden})
+    if not isinstance(args, kind):
+        raise TypeError(f"`args` must be a {kind.__name__}, got {type(args).__name__}.")
+    return args
+
+
 @dataclass
 class DiffusionSFTConfig(ConversionSettings, AnnealingSettings, NoiseSettings, SFTConfig):
     """Settings of `DiffusionSFTTrainer`: every keyword of `trl.SFTConfig`, and these; docs/settings.md has them in tables.
