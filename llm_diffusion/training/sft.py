@@ -28,7 +28,7 @@ from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
 from ..models.patching import base_of
 from ..models.record import record_of, update_record
-from ..models.special_tokens import end_token_ids, set_end_tokens
+from ..models.special_tokens import set_end_tokens
 from ..objective.annealing import Annealing
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
@@ -97,7 +97,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self.diffusion_collator = make_collator(processing_class, model, args)
         self._mode = self.diffusion_collator.record.mode
         # What `_prepare_dataset` needs, which TRL calls before it returns.
-        self._formatting, self._ends_of = formatting_func, base_of(model)
+        self._formatting = formatting_func
         train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
         with model_is_loaded(args):
             super().__init__(
@@ -116,9 +116,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self.data_collator = self.diffusion_collator
         if self._mode.drafts:
             ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
-        # TRL may have changed the tokenizer (`eos_token`, `chat_template_path`).
-        self.diffusion_collator.pad_token_id = processing_class.pad_token_id
-        set_end_tokens(model, processing_class)
+        set_end_tokens(model, processing_class)  # of a cloned template, and where TRL has put its own first
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
         self._annealed = record_of(model).annealed
         train_rows_alone(self.model)
@@ -129,7 +127,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     ) -> Any:
         """Every set that is trained on or evaluated passes here; TRL itself packs and shuffles what comes out of the gate."""
         collator, kinds = self.diffusion_collator, (processing_class, args, dataset_name)
-        collator.eos_token_id = end_token_ids(self._ends_of, processing_class)  # TRL may have changed the template
         how = {"ends": collator.end_token_ids, "chat_template": self.chat_template, "formatting_func": self._formatting}
         splits = packing and args.packing_strategy == "bfd_split"
         if packing:  # canvases before packing, or rows would outgrow what they were packed to
