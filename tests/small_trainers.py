@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer
-from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.data.tiny import tiny_dataset, tiny_examples
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -32,6 +33,24 @@ def tiny_model(tied=True, seed=0):
     with torch.no_grad():  # the default initialisation is so small that every token is equally likely
         model.model.embed_tokens.weight.mul_(10)
     return model
+
+
+def preference_rows(n, seed=0):
+    """Arithmetic answers beside themselves with one digit moved."""
+    rows = []
+    for i, example in zip(range(n), tiny_examples(seed, kinds=("arithmetic",)), strict=False):
+        question, answer = example["messages"]
+        text = answer["content"]
+        places = [j for j, letter in enumerate(text) if letter.isdigit()]
+        j = places[(7 * i) % len(places)]
+        wrong = text[:j] + str((int(text[j]) + 1 + i % 8) % 10) + text[j + 1 :]
+        rejected = [{"role": "assistant", "content": wrong}]
+        rows.append({"prompt": [question], "chosen": [answer], "rejected": rejected})
+    return rows
+
+
+def pairs(n, seed=0):
+    return Dataset.from_list(preference_rows(n, seed))
 
 
 def make(tmp_path, tokenizer, model=None, peft_config=None, dataset=None, evaluation=None, **settings):

@@ -41,7 +41,10 @@ PROCESSORS = {
 NOT_OURS = {
     *("stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus", "assistant_model", "use_model_defaults"),
     *("negative_prompt_ids", "negative_prompt_attention_mask", "past_key_values", "trust_remote_code"),
+    "cache_implementation",
 }
+# Handed over by tokenizers, and by `transformers serve` for stop strings that a request may have.
+IGNORED = {"token_type_ids", "tokenizer"}
 
 
 def generate(
@@ -110,7 +113,7 @@ def _settings(
         raise UserError(
             f"`generation_config` must be a GenerationConfig, got {type(given).__name__}; pass `**settings`."
         )
-    kwargs = {name: value for name, value in kwargs.items() if name != "token_type_ids"}  # of some tokenizers
+    kwargs = {name: value for name, value in kwargs.items() if name not in IGNORED}
     for name in NOT_OURS & set(kwargs):
         if kwargs.pop(name):
             raise UserError(f"`{name}` means nothing when decoding by unmasking; leave it out.")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME
@@ -64,7 +65,7 @@ def check_complete(path: str, **wrong: Any) -> None:
         if names := sorted(names):
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             why = f"tensors {what.replace('_', ' ')}: {shown}"
-            raise OSError(f"`model`: {path!r} is not a loadable checkpoint: {why}.")
+            raise CheckpointError(f"`model`: {path!r} is not a loadable checkpoint: {why}.")
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
@@ -81,11 +82,15 @@ def load_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     return adapted
 
 
-def _refusal(name: str, error: Exception) -> OSError:
+class CheckpointError(UserError, OSError):
+    """What cannot be loaded; of the type that transformers raises, whichever that is."""
+
+
+def _refusal(name: str, error: Exception) -> CheckpointError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if Path(name).exists():
-        return OSError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
-    return OSError(
+    if Path(name).exists() or not isinstance(error, OSError | HFValidationError):
+        return CheckpointError(f"`model`: {name!r} is not a loadable checkpoint: {reason}")
+    return CheckpointError(
         f"`model`: {name!r} is neither a folder here nor available from the hub (offline, unknown or gated); check the name, "
         f"log in with `hf auth login`, or give a local folder. The loader's reason: {reason}"
     )

@@ -56,7 +56,7 @@ from .record import (
     record_of,
     update_record,
 )
-from .special_tokens import check_vocabulary
+from .special_tokens import check_vocabulary, grow
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SCRATCH = ("n_embd", "n_layer", "n_head", "n_positions")
@@ -107,6 +107,7 @@ def load_diffusion_model(
     if adapter:
         base_of(model).config.diffusion = record.to_dict()
         _check_fingerprint(model, record, path)
+        grow(model, len(tokenizer) - 1)  # tokens that its template brought
     new = getattr(model.config, "diffusion", None) is None
     convert_to_diffusion(model, tokenizer, **conversion)
     # A published diffusion model was trained elsewhere; a checkpoint that descends from a GGUF file has weights of its own.

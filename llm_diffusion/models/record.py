@@ -225,7 +225,7 @@ def plain_loader(record: DiffusionRecord, adapter: bool, converted_base: bool) -
 
 CARD = """---
 library_name: {library}
-{base_line}tags:
+{base_line}{data_line}tags:
 {tags}
 ---
 
@@ -241,11 +241,24 @@ print(inference.chat([{{"role": "user", "content": "…"}}]))
 ```
 
 {loader}
-"""
+{figures}"""
 
 
-def model_card(record: DiffusionRecord, name: str, tags: list[str], adapter: bool, converted_base: bool) -> str:
-    """Markdown with the hub's metadata."""
+def model_card(
+    record: DiffusionRecord,
+    name: str,
+    tags: list[str],
+    adapter: bool,
+    converted_base: bool,
+    dataset: str | None = None,
+    figures: dict[str, float] | None = None,
+) -> str:
+    """Markdown with the hub's metadata; `name` is what loads the model, `figures` are those of the last evaluation."""
+    rows = [
+        f"| {key.removeprefix('eval_')} | {value:.4g} |"
+        for key, value in (figures or {}).items()
+        if isinstance(value, int | float) and not key.endswith(("_runtime", "_per_second"))
+    ]
     base, what = record.base_model, "A masked-diffusion language model, converted from"
     if record.mode.drafts:
         what = (
@@ -256,7 +269,8 @@ def model_card(record: DiffusionRecord, name: str, tags: list[str], adapter: boo
     return CARD.format(
         library="peft" if adapter else "transformers",
         base_line=f"base_model: {base}\n" if on_hub else "",
-        tags="\n".join(f"- {tag}" for tag in tags),
+        data_line=f"datasets:\n- {dataset}\n" if dataset else "",
+        tags="\n".join(f"- {tag}" for tag in dict.fromkeys(tags)),
         name=name,
         what=what,
         base=base,
@@ -266,6 +280,7 @@ def model_card(record: DiffusionRecord, name: str, tags: list[str], adapter: boo
         steps=record.conversion_steps,
         tokens=record.training_tokens,
         loader=plain_loader(record, adapter, converted_base),
+        figures="\n".join(["", "| evaluation | |", "|---|---|", *rows, ""]) if rows else "",
     )
 
 

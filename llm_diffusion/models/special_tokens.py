@@ -229,20 +229,30 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def grow(model: PreTrainedModel, token_id: int) -> None:
     """A row of the embedding for the token. Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one."""
-    if token_id >= model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+    known = model.get_input_embeddings().weight.shape[0]
+    if token_id < known:
+        return
+    model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+    # The same numbers whenever it grows, also where an adapter is loaded: the mean of all others, as likely as the average token.
+    for module in filter(None, (model.get_input_embeddings(), model.get_output_embeddings())):
+        for parameter in module.parameters():
+            parameter.data[known:] = parameter.data[:known].float().mean(0).to(parameter.dtype)
 
 
 def add_special_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> int:
-    """A new special token, whose row is the mean of all others."""
-    known = len(tokenizer)
+    """A new special token, whose row is the mean of those before it."""
     tokenizer.add_special_tokens({f"{name}_token": token})
     token_id = getattr(tokenizer, f"{name}_token_id")
     grow(model, token_id)
-    weight = model.get_input_embeddings().weight
-    with torch.no_grad():
-        weight[token_id] = weight[:known].float().mean(0).to(weight.dtype)
+    set_to_mean(model, token_id)
     return token_id
+
+
+@torch.no_grad()
+def set_to_mean(model: torch.nn.Module, token_id: int) -> None:
+    """Makes a token's row the mean of those before it."""
+    weight = base_of(model).get_input_embeddings().weight
+    weight[token_id] = weight[:token_id].float().mean(0).to(weight.dtype)
 
 
 def _existing(tokenizer: PreTrainedTokenizerBase, token_id: int, key: str) -> str:

@@ -39,10 +39,14 @@ TYPE_NAMES = {
 
 
 class _Declaration(dict):
-    """Metadata of a field; transformers' HfArgumentParser hands a `copy()` of it to argparse, which knows no bounds."""
+    """Metadata of a field; parsers of TRL and transformers hand a `copy()` or `dict()` of it to argparse, which knows no bounds.
+    `items()` has them all."""
+
+    def keys(self) -> list[str]:
+        return [name for name in ("help", "choices") if name in self]
 
     def copy(self) -> dict[str, Any]:
-        return {name: self[name] for name in ("help", "choices") if name in self}
+        return {name: self[name] for name in self.keys()}
 
 
 def setting(

@@ -81,6 +81,19 @@ def set_trl_defaults(args: TrainingArguments) -> None:
     ):
         if getattr(args, new) is None:
             setattr(args, new, getattr(args, old))
+    if args.label_smoothing_factor:
+        raise UserError("`label_smoothing_factor`: the bound is one on the NLL of the text itself; leave it at 0.")
+
+
+def own_config(args: TrainingArguments | None, kind: type[TrainingArguments], name: str) -> TrainingArguments:
+    """Arguments as `kind`, one of ours: TRL's config that it extends, and transformers' own, are read as one; None: its defaults."""
+    if args is None or isinstance(args, kind):
+        return args or kind(name)
+    if not isinstance(args, TrainingArguments) or type(args) not in kind.__mro__:
+        raise TypeError(f"`args` must be a {kind.__name__}, got {type(args).__name__}.")
+    values = args.to_dict()
+    hidden = {name: getattr(args, name) for name in values if name.endswith("_token")}  # eos_token for one
+    return kind(**{**values, **hidden})
 
 
 class WithoutSecrets:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,18 +21,21 @@ from accelerate.utils import DistributedType
 from datasets.fingerprint import Hasher
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from .. import UserError
 from ..data.tokens import tokenised_pairs
 from ..models.conversion import convert_to_diffusion
 from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
+from ..models.loading import load_diffusion_model
 from ..models.patching import Patch, base_of, trained_as_before
-from ..models.record import DiffusionRecord, record_of
+from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, record_of
+from ..models.special_tokens import set_to_mean
 from .collator import REFERENCE_COLUMNS
-from .config import DiffusionDPOConfig
+from .config import DiffusionDPOConfig, own_config
 from .preparation import (
+    check_optimizer,
     converted,
     make_preference_collator,
     model_is_loaded,
@@ -39,17 +43,20 @@ from .preparation import (
     prepare_adapter,
     prepare_quantised,
     read_datasets,
+    refuse_arguments,
 )
 from .scoring import DiffusionScore, compute_diffusion_score, score_draw
 from .trainer import DiffusionTrainerMixin, numbered_rows
+
+logger = logging.getLogger(__name__)
 
 
 class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     """`trl.DPOTrainer` whose log-probabilities are scores of a masked-diffusion model. Arguments as there.
 
     `model` may be a name (loaded by `load_diffusion_model`), a converted model, or a `PeftModel` of one. The reference is `ref_model`, a
-    converted model, or without it: with a `peft_config` the model without the new adapters; of a `PeftModel` a frozen copy of its
-    adapters and trained token rows; of a model that trains whole a frozen copy of it.
+    model or a name, converted as the policy is where it is not, or without it: with a `peft_config` the model without the new
+    adapters; of a `PeftModel` a frozen copy of its adapters and trained token rows; of a model that trains whole a frozen copy of it.
 
     Metrics have TRL's names: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`, `logps/chosen` and
     `logps/rejected` (scores in nats), `entropy`, `mean_token_accuracy`, `logits/chosen`, `logits/rejected`; and `draws`, the forwards that
@@ -72,30 +79,30 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     def __init__(
         self,
         model: torch.nn.Module | str,
-        ref_model: PreTrainedModel | None = None,
-        args: DiffusionDPOConfig | None = None,
-        *,
+        ref_model: PreTrainedModel | str | None = None,
+        args: DiffusionDPOConfig | DPOConfig | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: None = None,
+        *,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
-        compute_metrics: None = None,
         **kwargs: Any,
     ) -> None:
-        args = args or DiffusionDPOConfig("diffusion-dpo")
-        if not isinstance(args, DiffusionDPOConfig):
-            raise TypeError(f"`args` must be a DiffusionDPOConfig, got {type(args).__name__}.")
-        if compute_metrics is not None:
-            raise UserError(
-                "`compute_metrics` would be given logits of noisy text, which no label belongs to; leave it out."
-            )
+        args = own_config(args, DiffusionDPOConfig, "diffusion-dpo")
+        refuse_arguments(data_collator=data_collator, compute_metrics=compute_metrics)
         model, processing_class = converted(model, processing_class, args, quantization_config)
         record = record_of(model)
         if record.mode.drafts:
             raise UserError(
                 "`model`: a drafter's words are verified by its base, whose preferences it cannot change; train a 'bidirectional' or "
                 "'block' model."
+            )
+        if not record.trained:
+            logger.warning(
+                "`model` has seen no noise yet: preferences teach it little; fine-tune it as a diffusion model first"
             )
         train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
         prepare_quantised(model, args)
@@ -120,6 +127,8 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
                 peft_config=peft_config,
                 **kwargs,
             )
+        check_optimizer(self.model, self.optimizer)
+        self._count_from(None)
         self._complete_reference()
         train_rows_alone(self.model)
 
@@ -254,13 +263,20 @@ class DiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
 
 def reference_of(
     model: torch.nn.Module,
-    reference: PreTrainedModel | None,
+    reference: PreTrainedModel | str | None,
     adapted: bool,
     tokenizer: PreTrainedTokenizerBase,
     args: DiffusionDPOConfig,
 ) -> PreTrainedModel | None:
     """The model to hand to TRL as the reference; None: adapters off, a copy of them, or scores stored before the first step."""
+    conversion = {name: getattr(record_of(model), name) for name in CONVERSION_OPTIONS}
+    if isinstance(reference, str):
+        options = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        reference, _ = load_diffusion_model(reference, **conversion, **options)
     if reference is not None:
+        if not record_of(reference).converted:
+            convert_to_diffusion(reference, tokenizer, **conversion)
+            set_to_mean(reference, record_of(reference).mask_token_id)  # as in the policy, whose tokenizer knew no mask
         check_reference(reference, record_of(model))
         return reference
     if adapted:
@@ -291,14 +307,9 @@ def check_reference(reference: torch.nn.Module, record: DiffusionRecord) -> None
     """Refuses a reference that cannot be scored as the policy is.
 
     Raises:
-        ValueError: not converted, with another mask token, attention or read-out.
+        ValueError: with another mask token, attention or read-out.
     """
     theirs = record_of(reference)
-    if not theirs.converted:
-        raise UserError(
-            f"`ref_model`: {type(base_of(reference)).__name__} has no mask token and no record of a conversion; convert it with "
-            "`convert_to_diffusion`, load it with `load_diffusion_model`, or leave it out: the policy's start is the reference then."
-        )
     for name in ("mask_token_id", "attention", "block_length", "clean_context", "right_shift_logits"):
         if getattr(theirs, name) != getattr(record, name):
             raise UserError(

@@ -6,13 +6,14 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from peft.utils import set_additional_trainable_modules
 from torch.nn import Linear
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 from transformers.pytorch_utils import Conv1D
@@ -24,9 +25,9 @@ from ..models.checkpoints import from_hub, resolve_path
 from ..models.conversion import convert_to_diffusion, fingerprint
 from ..models.forward import TIME_EMBEDDING, forward_state
 from ..models.loading import load_diffusion_model
-from ..models.patching import base_of
+from ..models.patching import Patch, base_of
 from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, read_record, record_of, update_record
-from ..models.special_tokens import end_token_ids, turn_end_id
+from ..models.special_tokens import end_token_ids, grow, turn_end_id
 from ..objective.forward_process import NoiseSettings
 from ..speculative.training import check_drafter
 from .collator import DataCollatorForDiffusionPreference, DataCollatorForMaskedDiffusion
@@ -43,6 +44,11 @@ def converted(
     quantization_config: BitsAndBytesConfig | None,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The model and its tokenizer, loaded where they are not given, and converted as `args` want it."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"`model`: the virtual tokens of {type(model.active_peft_config).__name__} move every token away from the hidden state that "
+            "predicts it; use LoRA."
+        )
     conversion = {name: getattr(args, name) for name in CONVERSION_OPTIONS}
     remote = {"trust_remote_code": bool(getattr(args, "trust_remote_code", False))}
     if isinstance(model, str):
@@ -61,17 +67,43 @@ def converted(
         if token is not None:
             setattr(processing_class, name, token)
     convert_to_diffusion(model, processing_class, **conversion)
+    if isinstance(model, PeftModel) and not has_converted_weights(model):
+        keep_mask_row(model)
     return model, processing_class
+
+
+REFUSED = {
+    "data_collator": "the trainer pads rows and draws their noise itself; its settings are in `args`",
+    "compute_loss_func": "the loss is a bound over noisy text, which has no such function; subclass the trainer",
+    "compute_metrics": "it would be given logits of noisy text, which no label belongs to",
+}
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Refuses arguments of TRL's that mean nothing here."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"`{name}`: {REFUSED[name]}; leave it out.")
+
+
+def check_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Refuses one that was built before the vocabulary grew: it would move tensors that are no longer the model's."""
+    of_model = {id(parameter) for parameter in model.parameters()}
+    groups = [] if optimizer is None else optimizer.param_groups
+    if any(id(parameter) not in of_model for group in groups for parameter in group["params"]):
+        raise UserError(
+            "`optimizers`: the optimizer holds parameters that the model lost when its vocabulary grew by the mask token; convert the "
+            "model with `convert_to_diffusion` first, or name the optimizer by `optim` or `optimizer_cls_and_kwargs`."
+        )
 
 
 @contextmanager
 def model_is_loaded(args: Any) -> Iterator[None]:
-    """While TRL constructs itself around a model that is there; it would say that `model_init_kwargs` are ignored."""
-    args.model_init_kwargs, given = None, args.model_init_kwargs
-    try:
+    """While TRL constructs itself around a model that is there, with its template: it would apply these again, or call them ignored."""
+    with Patch() as patch:
+        for name in ("model_init_kwargs", "chat_template_path"):
+            patch.set(args, name, None)
         yield
-    finally:
-        args.model_init_kwargs = given
 
 
 def dataset_field(name: str) -> str:
@@ -87,23 +119,77 @@ def read_datasets(train: Any, evaluation: Any) -> tuple[Any, Any]:
     return train, None if evaluation is None else read_dataset(evaluation, "eval_dataset")
 
 
-def prepare_adapter(model: torch.nn.Module, peft_config: PeftConfig, record: DiffusionRecord) -> PeftConfig:
-    """Trains the rows of the mask token and of a tail's own token, and the time embedding if there is one, beside the adapters."""
-    peft_config = copy.deepcopy(peft_config)
-    check_adapter(model, peft_config)
+def add_rows(model: torch.nn.Module, peft_config: PeftConfig, tokens: list[int], added: Iterable[int] = ()) -> None:
+    """Lets `peft_config` train the rows of `tokens` beside its own, unless it trains, and saves, the whole vocabulary.
+
+    Args:
+        added: further tokens, which the model is to write too.
+    """
+    base = base_of(model)
+    tied = base.config.get_text_config().tie_word_embeddings
+    name, head = (name_of(base, module) for module in (base.get_input_embeddings(), base.get_output_embeddings()))
     if not hasattr(peft_config, "trainable_token_indices"):
         raise UserError(
             f"`peft_config`: {type(peft_config).__name__} cannot train the mask token's embedding row; use a LoraConfig."
         )
+    saved, adapted = peft_config.modules_to_save or [], peft_config.target_modules or []
+    if tied and any(part.endswith(tuple(saved)) for part in (name, head) if saved):
+        peft_config.ensure_weight_tying = True  # else PEFT makes two matrices of one
+        return
+    adapts = re.fullmatch(adapted, name) if isinstance(adapted, str) else name.endswith(tuple(adapted))
+    if adapts or name.endswith(tuple(saved)):
+        return
     rows = peft_config.trainable_token_indices
-    groups = rows if isinstance(rows, dict) else {"all": list(rows or [])}
-    size = base_of(model).get_input_embeddings().weight.shape[0]
-    if wrong := [token for group in groups.values() for token in group if not 0 <= token < size]:
-        raise UserError(f"`peft_config`: `trainable_token_indices` {wrong} are none of {size} rows of the embedding.")
-    new = [token for token in (record.mask_token_id, record.tail_token_id) if token is not None]
+    groups = copy.deepcopy(rows) if isinstance(rows, dict) else {name: list(rows or [])}
     for group in groups.values():
-        group += [token for token in new if token not in group]
-    peft_config.trainable_token_indices = groups if isinstance(rows, dict) else groups["all"]
+        group += [token for token in (*tokens, *added) if token not in group]
+    if added and not tied and not head.endswith(tuple(saved)):
+        groups.setdefault(head, list(added))
+    peft_config.trainable_token_indices = groups if isinstance(rows, dict) or len(groups) > 1 else groups[name]
+
+
+def name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str:
+    """The name of a module in a model; "" if it is not there."""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def keep_mask_row(model: PeftModel) -> None:
+    """The mask token's row beside a user's own adapters on an autoregressive base, which no checkpoint would hold otherwise."""
+    mask_id, base, name = record_of(model).mask_token_id, base_of(model), model.active_adapter
+    before = getattr(model.active_peft_config, "trainable_token_indices", None)
+    config = copy.deepcopy(model.active_peft_config)  # the user's own may serve again
+    add_rows(model, config, [mask_id])
+    if config.trainable_token_indices == before:
+        return
+    if before is not None:
+        raise UserError(
+            f"`model`: its adapters train the rows {before} of the vocabulary; add the mask token's, {mask_id}, to their "
+            "`trainable_token_indices`."
+        )
+    model.peft_config[name], rows_alone = config, copy.copy(config)
+    rows_alone.modules_to_save = None  # there already
+    set_additional_trainable_modules(base, rows_alone, base.config.get_text_config().to_dict(), name)
+
+
+def rows_suffice(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the rows that adapters train, and save, are all that the checkpoint of their base lacks of the tokenizer's tokens."""
+    rows, config = getattr(model.active_peft_config, "trainable_token_indices", None) or [], base_of(model).config
+    try:
+        known = type(config).from_pretrained(config.name_or_path).get_text_config().vocab_size
+    except (OSError, ValueError):
+        return False  # PEFT decides
+    trained = set().union(*rows.values()) if isinstance(rows, dict) else set(rows)
+    return bool(trained) and trained.issuperset(range(known, len(tokenizer)))
+
+
+def prepare_adapter(
+    model: torch.nn.Module, peft_config: PeftConfig, record: DiffusionRecord, added: Iterable[int] = ()
+) -> PeftConfig:
+    """Trains the rows of the mask token, of a tail's own token and of `added` ones, and a time embedding, beside the adapters."""
+    peft_config = copy.deepcopy(peft_config)
+    check_adapter(model, peft_config)
+    rows = [row for row in (record.mask_token_id, record.tail_token_id) if row is not None]
+    add_rows(model, peft_config, rows, added)
     if hasattr(base_of(model), TIME_EMBEDDING):
         peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), TIME_EMBEDDING})
     if peft_config.exclude_modules is None and peft_config.target_modules == "all-linear":
@@ -170,8 +256,9 @@ def prepare_model(
     if args.tail == "pad":
         record = update_record(model, tail_token_id=processing_class.pad_token_id)
     prepare_quantised(model, args)
+    added = cloned_tokens(model, processing_class, args)
     if peft_config is not None:
-        peft_config = prepare_adapter(model, peft_config, record)
+        peft_config = prepare_adapter(model, peft_config, record, added)
     adapted, converted_base = peft_config is not None or isinstance(model, PeftModel), has_converted_weights(model)
     if args.uses_teacher or record.mode.drafts:
         given = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
@@ -180,6 +267,23 @@ def prepare_model(
     check_drafter(record, adapted, converted_base, args)
     no_router_loss(model, args)
     return peft_config
+
+
+def cloned_tokens(
+    model: torch.nn.Module, processing_class: PreTrainedTokenizerBase, args: DiffusionSFTConfig
+) -> list[int]:
+    """Takes the chat template of `chat_template_path`; the tokens that it brings. TRL would cut a padded vocabulary, and untie it."""
+    if args.chat_template_path is None:
+        return []
+    if args.chat_template_path.endswith((".jinja", ".j2")):
+        processing_class.chat_template = Path(args.chat_template_path).read_text()
+        return []
+    source, known = from_hub(AutoTokenizer, args.chat_template_path), processing_class.get_vocab()
+    new = [token for token in source.added_tokens_decoder.values() if token.content not in known]
+    processing_class.add_tokens(new)
+    processing_class.chat_template, processing_class.eos_token = source.get_chat_template(), source.eos_token
+    grow(base_of(model), len(processing_class) - 1)
+    return processing_class.convert_tokens_to_ids([token.content for token in new])
 
 
 def make_collator(

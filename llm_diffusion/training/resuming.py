@@ -146,15 +146,22 @@ def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
 
 
 def checkpoint_of(trainer: Any, given: str | bool | None) -> str | None:
-    """The checkpoint to go on from; for True the last one in the trainer's folder that is whole, None where there is none.
+    """The checkpoint to go on from; for True the last whole one.
 
     Raises:
-        UserError: the one that was named is damaged.
+        UserError: the one that was named is damaged, or there is none.
     """
-    if given is not True:
-        if given and (fault := damage(Path(given), trainer)):
-            raise UserError(f"`resume_from_checkpoint`: {str(given)!r} cannot be resumed from: {fault}.")
-        return str(given) if given else None
+    if given is True:
+        if (found := last_checkpoint(trainer)) is None:
+            raise UserError(f"`resume_from_checkpoint`: there is no checkpoint in {trainer.args.output_dir!r} yet.")
+        return found
+    if given and (fault := damage(Path(given), trainer)):
+        raise UserError(f"`resume_from_checkpoint`: {str(given)!r} cannot be resumed from: {fault}.")
+    return str(given) if given else None
+
+
+def last_checkpoint(trainer: Any) -> str | None:
+    """The last checkpoint in the trainer's folder that is whole; None where there is none."""
     found = [path for path in Path(trainer.args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
     for path in sorted(found, key=lambda path: int(path.name[11:]), reverse=True):
         if not (fault := damage(path, trainer)):

@@ -170,6 +170,8 @@ def metric_values(sums: dict[str, float], bounded: bool) -> dict[str, float]:
         "accepted_length": ("accepted", "blocks"),
     }
     values = {name: sums[over] / sums[under] for name, (over, under) in ratios.items() if sums.get(under)}
+    own = {"entropy": "masked_entropy", "mean_token_accuracy": "masked_accuracy"}
+    values |= {theirs: values[ours] for theirs, ours in own.items() if ours in values}  # by TRL's names too
     if not bounded:
         values.pop("nelbo", None)
     if "nelbo" in values:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -28,23 +28,23 @@ from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
 from ..models.patching import base_of
 from ..models.record import record_of, update_record
-from ..models.special_tokens import end_token_ids, set_end_tokens
+from ..models.special_tokens import set_end_tokens
 from ..objective.annealing import Annealing
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
 from ..speculative.training import accepted_lengths, ready_drafter
-from .config import DiffusionSFTConfig
+from .config import DiffusionSFTConfig, own_config
 from .distillation import distilled, teacher_scores, with_own_tokens
 from .preparation import (
     by_length,
+    check_optimizer,
     converted,
-    counts_before,
     make_collator,
     model_is_loaded,
     prepare_model,
     read_datasets,
+    refuse_arguments,
 )
-from .resuming import checkpoint_of
 from .scoring import Scores, by_level, metric_values, score, score_drafts
 from .trainer import DiffusionTrainerMixin, numbered_rows
 
@@ -61,6 +61,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     `masked_accuracy`, `masked_nll`, `masked_nll_low_noise` (up to a third masked), `…_middle_noise`, `…_high_noise`, `mask_ratio`,
     `masked_entropy` (nats, of the predictions of masked tokens); with distillation `distillation_loss` and `teacher_ratio`. A drafter
     logs no bound, but `accepted_length`: tokens that a verified draft would yield, always in evaluation, in training with distillation.
+    `compute_metrics` is given the logits and labels of the tokens that evaluation masks, row by row, already in each other's places.
 
     References: LLaDA (arXiv 2502.09992, eq. 3 and 5), MDLM (arXiv 2406.07524).
 
@@ -77,25 +78,26 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     def __init__(
         self,
         model: torch.nn.Module | str,
-        args: DiffusionSFTConfig | None = None,
-        *,
+        args: DiffusionSFTConfig | TrainingArguments | None = None,
+        data_collator: None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: None = None,
+        *,
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         **kwargs: Any,
     ) -> None:
-        args = args or DiffusionSFTConfig("diffusion-sft")
-        if not isinstance(args, DiffusionSFTConfig):
-            raise TypeError(f"`args` must be a DiffusionSFTConfig, got {type(args).__name__}.")
+        args = own_config(args, DiffusionSFTConfig, "diffusion-sft")
+        refuse_arguments(data_collator=data_collator, compute_loss_func=compute_loss_func)
         model, processing_class = converted(model, processing_class, args, quantization_config)
         peft_config = prepare_model(model, processing_class, peft_config, args)
         self.diffusion_collator = make_collator(processing_class, model, args)
         self._mode = self.diffusion_collator.record.mode
         # What `_prepare_dataset` needs, which TRL calls before it returns.
-        self._formatting, self._ends_of = formatting_func, base_of(model)
+        self._formatting = formatting_func
         train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
         with model_is_loaded(args):
             super().__init__(
@@ -109,15 +111,13 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
                 data_collator=None if args.packing else self.diffusion_collator,
                 **kwargs,
             )
+        check_optimizer(self.model, self.optimizer)
+        self._count_from(None)
         self.data_collator = self.diffusion_collator
         if self._mode.drafts:
             ready_drafter(self.model, self.diffusion_collator.record.mask_token_id, args.gradient_checkpointing)
-        # TRL may have changed the tokenizer (`eos_token`, `chat_template_path`).
-        self.diffusion_collator.pad_token_id = processing_class.pad_token_id
-        set_end_tokens(model, processing_class)
-        self._start = {"conversion_steps": 0, "training_tokens": 0}  # before this run
+        set_end_tokens(model, processing_class)  # of a cloned template, and where TRL has put its own first
         self._sums: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
-        self._tokens_seen = torch.zeros((), dtype=torch.long)
         self._annealed = record_of(model).annealed
         train_rows_alone(self.model)
         add_row_scores(self.model)
@@ -127,7 +127,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     ) -> Any:
         """Every set that is trained on or evaluated passes here; TRL itself packs and shuffles what comes out of the gate."""
         collator, kinds = self.diffusion_collator, (processing_class, args, dataset_name)
-        collator.eos_token_id = end_token_ids(self._ends_of, processing_class)  # TRL may have changed the template
         how = {"ends": collator.end_token_ids, "chat_template": self.chat_template, "formatting_func": self._formatting}
         splits = packing and args.packing_strategy == "bfd_split"
         if packing:  # canvases before packing, or rows would outgrow what they were packed to
@@ -141,40 +140,25 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         whole.max_length = args.max_length if packing else None  # cut already
         return super()._prepare_dataset(dataset, processing_class, whole, packing, None, dataset_name)
 
-    @property
-    def _conversion_step(self) -> int:
-        """Optimiser steps since the conversion: phases share a seed and one annealing, so all of them count."""
-        return self._start["conversion_steps"] + self.state.global_step
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        record = record_of(self.model)
+        resume_from_checkpoint, record = self._count_from(resume_from_checkpoint), record_of(self.model)
         if self.args.annealing is not None:
             update_record(self.model, final_causal_ratio=self.args.final_causal_ratio)
             set_final_causal_ratio(base_of(self.model), self.args.final_causal_ratio)
         if self.args.noise_schedule is not None:
             update_record(self.model, noise_schedule=self.args.noise_schedule)
-        self._start = {name: getattr(record, name) for name in self._start}  # what earlier runs and phases did
-        self._tokens_seen = torch.zeros((), dtype=torch.long)
-        resume_from_checkpoint = checkpoint_of(self, resume_from_checkpoint)
-        self._start = counts_before(Path(resume_from_checkpoint)) if resume_from_checkpoint else self._start
         steps = self.args.annealing_steps
         late = steps is not None and self._start["conversion_steps"] >= steps
         self._annealed = late or record.annealed
         if self.args.annealing is not None and self._annealed:
             logger.warning("the model reached its target in an earlier run: `annealing` is skipped")
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._update_record()
-        return result
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _update_record(self) -> None:
-        tokens, steps = self._tokens_seen.to(self.args.device), self._conversion_step
+        super()._update_record()
         annealing = self._annealing()
-        update_record(
-            self.model,
-            conversion_steps=steps,
-            training_tokens=self._start["training_tokens"] + int(self.accelerator.gather(tokens).sum()),
-            annealed=record_of(self.model).annealed or (annealing is not None and steps >= annealing.total_steps),
-        )
+        if annealing is not None and self._conversion_step >= annealing.total_steps:
+            update_record(self.model, annealed=True)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -217,7 +201,6 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         nll, objective = (torch.stack(column).sum() for column in zip(*parts, strict=True))
         if mode == "eval":
             return nll / (inputs["labels"] != IGNORE_INDEX).sum().clamp(min=1)
-        self._tokens_seen = self._tokens_seen.to(nll.device) + (inputs["attention_mask"] > 0).sum()
         # Distributed training averages gradients over processes; the denominator already counts all of them.
         return objective / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
 
@@ -368,7 +351,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            logs = {**logs, **self._metric_values("train"), **self._annealing_metrics()}
+            tokens = {"num_tokens": self._num_tokens()}
+            logs = {**logs, **self._metric_values("train"), **self._annealing_metrics(), **tokens}
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -388,10 +372,17 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The loss; and for `compute_metrics` the logits (B, M, V) and labels (B, M) of masked tokens alone, -100 behind a row's last."""
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self._update_record()
-        super()._save(output_dir, state_dict)
+            loss = self.compute_loss(model, inputs).detach()
+            if prediction_loss_only:
+                return loss, None, None
+            noisy = self._corrupt(inputs, "eval")
+            scores = self._score(model, noisy, with_teacher=True)
+        rows, bound = scores.at[0], noisy["weights"][scores.at] > 0
+        of_rows = [bound & (rows == row) for row in range(len(inputs["input_ids"]))]
+        tables = ([values[own] for own in of_rows] for values in (scores.logits.float(), noisy["targets"][scores.at]))
+        logits, labels = (pad_sequence(table, batch_first=True, padding_value=IGNORE_INDEX) for table in tables)
+        return loss, logits, labels

@@ -38,7 +38,7 @@ from ..models.special_tokens import end_token_ids
 from ..objective.settings import user_settings
 from .config import DiffusionDPOConfig, DiffusionSFTConfig
 from .dpo import DiffusionDPOTrainer
-from .resuming import ResumableTrainerMixin, save_whole
+from .resuming import ResumableTrainerMixin, last_checkpoint, save_whole
 from .sft import DiffusionSFTTrainer
 
 TRAINS = ("attention", "adapters", "everything")
@@ -131,7 +131,7 @@ def run_stages(
     for stage in stages[finished:]:
         trainer, folder = run.trainer(stage), folders[stage.name]
         set_seed(stage.arguments.seed)  # whatever ran before: it may have been another process
-        trainer.train(resume_from_checkpoint=load is not None)
+        trainer.train(resume_from_checkpoint=None if load is None else last_checkpoint(trainer))
         trainer.evaluate()
         save_whole(trainer, partial(_write, trainer, output / UNFINISHED / folder.name), output)
         histories[stage.name] = trainer.state.log_history

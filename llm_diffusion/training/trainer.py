@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..analysis import PAGED, ModelMemory, TrainingSetup
 from ..data.tokens import Tokenising
 from ..models.files import write_text
-from ..models.patching import base_of
-from ..models.record import model_card, record_of, save_custom_generate, save_generation_config, save_record
-from .preparation import dataset_field, has_converted_weights
-from .resuming import ResumableTrainerMixin
+from ..models.patching import Patch, base_of
+from ..models.record import (
+    model_card,
+    record_of,
+    save_custom_generate,
+    save_generation_config,
+    save_record,
+    update_record,
+)
+from .preparation import counts_before, dataset_field, has_converted_weights, rows_suffice
+from .resuming import ResumableTrainerMixin, checkpoint_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +63,38 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
         """TRL's check of masks that nobody would read, which it makes for its own collator alone."""
         super()._reject_skip_prepare_without_labels(datasets, DataCollatorForLanguageModeling(pad_token_id=0))
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def _conversion_step(self) -> int:
+        """Optimiser steps since the conversion: phases share a seed and one annealing, so all of them count."""
+        return self._start["conversion_steps"] + self.state.global_step
+
+    def _count_from(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to go on from; steps and tokens are counted from what the model had seen before this run."""
+        resume_from_checkpoint = checkpoint_of(self, resume_from_checkpoint)
+        record = record_of(self.model)
+        self._start = {name: getattr(record, name) for name in ("conversion_steps", "training_tokens")}
+        self._tokens_seen = torch.zeros((), dtype=torch.long)
+        if resume_from_checkpoint:
+            self._start = counts_before(Path(resume_from_checkpoint))
+        return resume_from_checkpoint
+
+    def _num_tokens(self) -> int:
+        """Tokens of this run, over all processes."""
+        return int(self.accelerator.gather(self._tokens_seen.to(self.args.device)).sum())
+
+    def _update_record(self) -> None:
+        tokens = self._start["training_tokens"] + self._num_tokens()
+        update_record(self.model, conversion_steps=self._conversion_step, training_tokens=tokens)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As there; says what streams have lost by then, which of other datasets is known before the first step."""
         if any(weight.requires_grad and weight.dtype == torch.float16 for weight in self.model.parameters()):
             logger.warning(
                 "the trained weights are float16, in which Adam's second moments are lost: the loss ends non-finite within a few steps; "
                 "load the model in float32 and set `fp16`, or in bfloat16, or train adapters"
             )
-        result = super().train(*args, **kwargs)
+        result = super().train(resume_from_checkpoint=self._count_from(resume_from_checkpoint), **kwargs)
+        self._update_record()
         self._report_streams()
         return result
 
@@ -87,6 +119,8 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
             raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
         if not torch.isfinite(loss):  # in place of transformers' filter, which hides it: one wait, as there
             raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
+        seen = (inputs["attention_mask"] > 0).sum()
+        self._tokens_seen = self._tokens_seen.to(seen.device) + seen
         return loss
 
     def _model_inputs(self, noisy: dict[str, Any]) -> dict[str, Any]:
@@ -103,30 +137,55 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
         dtype = mixed.get(self.accelerator.mixed_precision, base_of(self.model).dtype)
         return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self._update_record()  # what is pushed has its card first
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        self._update_record()
+        with Patch() as patch:
+            if isinstance(self.model, PeftModel) and rows_suffice(self.model, self.processing_class):
+                rows_alone = partial(self.model.save_pretrained, save_embedding_layers=False)
+                patch.set(self.model, "save_pretrained", rows_alone)
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            save_generation_config(self.model, folder)
-            if isinstance(self.model, PeftModel):
-                save_record(self.model, folder)
-            elif not record_of(self.model).time_embedding:
-                save_custom_generate(folder)
-            write_text(folder / "README.md", self._card(folder.name))
+            self._save_beside(folder, self._card(folder.name))
+
+    def _save_beside(self, folder: Path, card: str) -> None:
+        """What stands beside the weights."""
+        save_generation_config(self.model, folder)
+        if isinstance(self.model, PeftModel):
+            save_record(self.model, folder)
+        elif not record_of(self.model).time_embedding:
+            save_custom_generate(folder)
+        write_text(folder / "README.md", card)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Our card in place of TRL's, whose quick start decodes from left to right."""
         if self.is_world_process_zero():
-            name = model_name or self.hub_model_id or Path(self.args.output_dir).name
-            write_text(Path(self.args.output_dir) / "README.md", self._card(name, tags))
+            folder = Path(self.args.output_dir)
+            card = self._card(model_name or folder.name, tags, dataset_name)
+            folder.mkdir(parents=True, exist_ok=True)
+            if self.args.push_to_hub:  # from where transformers copies the weights to
+                self._save_beside(folder, card)
+            else:
+                write_text(folder / "README.md", card)
 
-    def _card(self, name: str, tags: str | list[str] | None = None) -> str:
-        base = base_of(self.model)
-        more = [tags] if isinstance(tags, str) else list(tags or [])
-        adapter = isinstance(self.model, PeftModel)
-        return model_card(record_of(base), name, [*self._tag_names, *more], adapter, has_converted_weights(self.model))
+    def _card(self, name: str, tags: str | list[str] | None = None, dataset_name: str | None = None) -> str:
+        rows = ({k: v for k, v in row.items() if k.startswith("eval_")} for row in reversed(self.state.log_history))
+        figures = next(filter(None, rows), {})
+        return model_card(
+            record_of(self.model),
+            self.hub_model_id or name,
+            [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            isinstance(self.model, PeftModel),
+            has_converted_weights(self.model),
+            dataset_name,
+            figures,
+        )
 
 
 def save_bad_batch(folder: Path, step: int, seed: int, batch: dict[str, Any], loss: torch.Tensor) -> FloatingPointError:
