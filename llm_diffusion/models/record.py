@@ -80,7 +80,7 @@ class DiffusionRecord:
             value, hint = getattr(record, field.name), _hints()[field.name]
             read_value(f"{where}: {field.name}", value, hint)
             if value is not None or field.default is not None:
-                check_value(f"{where}: {field.name}", value, hint, field.metadata)
+                check_value(f"{where}: {field.name}", value, hint, dict(field.metadata.items()))
         mode, numbers = MODES[record.attention], record.base_fingerprint or []
         if not all(isinstance(number, int | float) for number in numbers):
             raise UserError(f"`{where}: base_fingerprint` must be a list of numbers, got {numbers!r}.")

@@ -67,15 +67,18 @@ def hints_of(declared: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(declared)}
 
 
-def check_settings(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Holds the values of a dataclass against their declarations, and those that another library declares without bounds against
-    the `inherited` ones.
+def check_settings(
+    settings: Any, declared: type | None = None, inherited: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Holds the values of an object against the declarations of its class, or of the dataclass `declared`, and those that another library
+    declares without bounds against the `inherited` ones.
 
     Raises:
         UserError: naming the setting, its value and what it may be.
     """
-    for field in dataclasses.fields(settings):
-        hint, bounds = hints_of(type(settings))[field.name], (inherited or {}).get(field.name, {})
+    declared = declared or type(settings)
+    for field in dataclasses.fields(declared):
+        hint, bounds = hints_of(declared)[field.name], (inherited or {}).get(field.name, {})
         bounds = {**dict(field.metadata.items()), **bounds}
         check_value(field.name, getattr(settings, field.name), hint, bounds, default_of(field))
 
