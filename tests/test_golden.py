@@ -188,7 +188,7 @@ def test_losses_and_gradients_of_training(name, golden, tmp_path):
 )
 def test_tokens_of_decoding(mode, name, settings, golden, models):
     found, stored = decode(*models[mode], settings), golden[f"decode_{name}"]
-    if name == "lossless":  # how far it drafts ahead follows from what passes cost on the machine
+    if mode == "lossless" and "temperature" not in settings:  # greedy drafts follow from what the machine does fast
         for row, accepted in zip(found["tokens"], found["accepted"], strict=True):
             through_end = row.index(2) + 1 if 2 in row else len(row)
             assert sum(n for n in accepted if n > 0) == through_end

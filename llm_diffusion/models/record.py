@@ -8,9 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import typing
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from .. import UserError
 from ..objective.modes import MODES, Bidirectional
 from ..objective.noise import NOISE_SCHEDULES
-from ..objective.settings import check_value, read_value, setting
+from ..objective.settings import hints_of, read_setting, setting
 from .checkpoints import is_adapter, local_file
 from .files import whole, write_text
 from .patching import base_of
@@ -55,7 +53,7 @@ class DiffusionRecord:
     base_fingerprint: list[float] | None = setting(None, "A few of its weights.")
     gguf_file: str | None = setting(None, "Of a base that was unpacked from one.")
     conversion_steps: int = setting(0, "Optimiser steps since the conversion.", min=0)
-    training_tokens: int = setting(0, "Tokens since the conversion.", min=0)
+    training_tokens: int = setting(0, "Tokens since the conversion.", min=0, max=2**63 - 1)
     annealed: bool = setting(
         False, "Whether annealing has reached its target, or the model came from diffusion training elsewhere."
     )
@@ -77,13 +75,9 @@ class DiffusionRecord:
             raise UserError(f"`{where}` lacks {missing}: it is damaged, or was not written by llm_diffusion.")
         record = cls._known(values)
         for field in dataclasses.fields(cls):
-            value, hint = getattr(record, field.name), _hints()[field.name]
-            read_value(f"{where}: {field.name}", value, hint)
-            if value is not None or field.default is not None:
-                check_value(f"{where}: {field.name}", value, hint, dict(field.metadata.items()))
-        mode, numbers = MODES[record.attention], record.base_fingerprint or []
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise UserError(f"`{where}: base_fingerprint` must be a list of numbers, got {numbers!r}.")
+            value, hint, bounds = getattr(record, field.name), hints_of(cls)[field.name], dict(field.metadata.items())
+            read_setting(f"{where}: {field.name}", value, hint, bounds, field.default)
+        mode = MODES[record.attention]
         fits = (record.block_length or 0) >= mode.min_block_length if mode.has_blocks else record.block_length is None
         if record.converted and not fits:
             raise UserError(
@@ -116,11 +110,6 @@ class DiffusionRecord:
     def trained(self) -> bool:
         """Whether it has seen noise: here, or, if there is no record of a conversion, elsewhere."""
         return self.conversion_steps > 0 or self.annealed or not self.converted
-
-
-@cache
-def _hints() -> dict[str, Any]:
-    return typing.get_type_hints(DiffusionRecord)
 
 
 @dataclass

@@ -15,7 +15,13 @@ import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
 from peft.utils import set_additional_trainable_modules
 from torch.nn import Linear
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    TrainerState,
+)
 from transformers.pytorch_utils import Conv1D
 
 from .. import UserError
@@ -175,8 +181,9 @@ def rows_suffice(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the rows that adapters train, and save, are all that the checkpoint of their base lacks of the tokenizer's tokens."""
     rows, config = getattr(model.active_peft_config, "trainable_token_indices", None) or [], base_of(model).config
     try:
-        known = type(config).from_pretrained(config.name_or_path).get_text_config().vocab_size
-    except (OSError, ValueError):
+        saved, _ = PreTrainedConfig.get_config_dict(config.name_or_path)  # of published layouts it is of another class
+        known = (saved.get("text_config") or saved)["vocab_size"]
+    except (OSError, ValueError, KeyError):
         return False  # PEFT decides
     trained = set().union(*rows.values()) if isinstance(rows, dict) else set(rows)
     return bool(trained) and trained.issuperset(range(known, len(tokenizer)))

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from llm_diffusion import UserError
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
-from llm_diffusion.training.resuming import checkpoint_of
+from llm_diffusion.training.resuming import checkpoint_of, last_checkpoint
 
 SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "max_length": 64}
 
@@ -93,7 +93,9 @@ def test_without_an_optimizer_by_choice_it_is_said(finished, asking, tmp_path, c
 def test_no_checkpoint_is_whole(asking, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     asking.args.output_dir = str(tmp_path)
-    assert checkpoint_of(asking, True) is None and checkpoint_of(asking, None) is None
+    assert last_checkpoint(asking) is None and checkpoint_of(asking, None) is None
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        checkpoint_of(asking, True)
 
 
 @pytest.mark.parametrize("damaged", [(), (3,), (2, 3)])
