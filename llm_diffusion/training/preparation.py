@@ -217,6 +217,10 @@ def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
     widest = max(map(min, shapes), default=None)
     if widest is not None and (rank := getattr(config, "r", 0)) > widest:
         raise UserError(f"`peft_config`: `r` ({rank}) is more than any matrix of the model can have ({widest}).")
+    rows, size = getattr(config, "trainable_token_indices", None) or [], len(model.get_input_embeddings().weight)
+    groups = rows.values() if isinstance(rows, dict) else [rows]
+    if wrong := [row for group in groups for row in group if not 0 <= row < size]:
+        raise UserError(f"`peft_config`: `trainable_token_indices` {wrong} are none of {size} rows of the embedding.")
     names = [name for name, _ in model.named_modules()]
     for wanted in getattr(config, "modules_to_save", None) or []:
         if not any(name.endswith(wanted) for name in names):
