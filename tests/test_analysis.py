@@ -125,7 +125,7 @@ def real_step(tmp_path, config, setup):
             report_to="none",
             dataloader_pin_memory=False,
         ),
-        train_dataset=Dataset.from_list([{"input_ids": torch.randint(10, 500, (n,)).tolist()} for n in lengths]),
+        train_dataset=Dataset.from_list([{"input_ids": torch.randint(10, 430, (n,)).tolist()} for n in lengths]),
         processing_class=hf.AutoTokenizer.from_pretrained(TINY_MODEL_PATH),
         peft_config=None
         if setup.kind == "full"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -23,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, Qwen3Config
 
-from llm_diffusion import UserError, load_diffusion_model
+from llm_diffusion import UserError, load_diffusion_model, main
 from llm_diffusion.main import cli, is_users
 from llm_diffusion.models.record import save_record
 
@@ -599,3 +600,17 @@ def test_the_command_line_sends_no_usage_counts():
     )
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_workers_die_of_sigterm_at_once(monkeypatch):
+    """Not by the handler that the command line sets, whose exception leaves a library's pool waiting for them."""
+    before = signal.signal(signal.SIGTERM, main._terminate)
+    try:
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+        worker.terminate()
+        worker.join(30)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert worker.exitcode == -signal.SIGTERM

@@ -239,10 +239,11 @@ def _whole_numbers(example: Mapping[str, Any], name: str, lowest: int) -> list[i
     except (KeyError, OverflowError, RuntimeError, TypeError, ValueError):
         numbers = torch.zeros(())
     whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
-    if numbers.dim() != 1 or not len(numbers) or not whole or int(numbers.min()) < lowest:
+    values = numbers.tolist() if numbers.dim() == 1 and whole else []
+    if min(values, default=lowest - 1) < lowest:
         found = f"{example.get(name)!r:.80}"
         raise UserError(f"`{name}` of an example must be a list of token ids, {lowest} or more, got {found}.")
-    return numbers.tolist()
+    return values
 
 
 def _texts(example: dict[str, Any]) -> list[tuple[list[int], list[int]]]:

@@ -181,7 +181,8 @@ def rows_suffice(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the rows that adapters train, and save, are all that the checkpoint of their base lacks of the tokenizer's tokens."""
     rows, config = getattr(model.active_peft_config, "trainable_token_indices", None) or [], base_of(model).config
     try:
-        saved, _ = PreTrainedConfig.get_config_dict(config.name_or_path)  # of published layouts it is of another class
+        # Of published layouts it is of another class. What was loaded is here already: nothing is asked of the hub.
+        saved, _ = PreTrainedConfig.get_config_dict(resolve_path(config.name_or_path), local_files_only=True)
         known = (saved.get("text_config") or saved)["vocab_size"]
     except (OSError, ValueError, KeyError):
         return False  # PEFT decides

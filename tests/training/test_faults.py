@@ -163,5 +163,7 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_digit(tmp_path, toke
     assert (tmp_path / "b" / ".unfinished").exists()
     again = make(tmp_path / "b", tokenizer, peft_config=LORA, **settings)
     again.train(resume_from_checkpoint=True)
-    assert losses(again)[-3:] == losses(straight)[-3:]
+    assert losses(again)[-3:] == pytest.approx(
+        losses(straight)[-3:], rel=1e-6
+    )  # kernels may round by where memory lies
     assert not (tmp_path / "b" / ".unfinished").exists()
