@@ -128,7 +128,7 @@ def test_a_compiled_model_says_the_same_from_few_graphs(
     for batch in batches:
         batch["input_ids"] %= MASK - 1
     settings = {**settings, "max_new_tokens": 18, "pad_token_id": 0, "return_dict_in_generate": True}
-    settings["eos_token_id"] = [*range(2, 8), *range(MASK + 1, model.config.vocab_size)]
+    settings["eos_token_id"] = [*range(2, 8), *range(MASK + 1, min(200, model.config.vocab_size))]
     want = [generate(model, **batch, **settings) for batch in batches]
     assert len({n for output in want for n in output.nfe.tolist()}) > 1 or "revision" in settings
     options = {"backend": "eager", "dynamic": True}
