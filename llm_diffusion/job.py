@@ -51,8 +51,8 @@ from .models.record import CONVERSION_OPTIONS, save_generation_config
 from .models.special_tokens import use_tokens
 from .objective.settings import read_path, redacted, user_settings
 from .reasoning.pairs import preference_pairs
+from .training.adapters import check_adapter
 from .training.config import CausalSFTConfig, DiffusionDPOConfig, DiffusionSFTConfig
-from .training.preparation import check_adapter
 from .training.resuming import StopCallback, check_same_run
 from .training.services import check_hub, start_wandb
 from .training.stages import Loaded, LogLinesCallback, Stage, plot_loss, run_stages, stage_folders

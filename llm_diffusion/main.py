@@ -33,8 +33,9 @@ from .presets import preset_names, read_preset
 from .presets.files import NO_TEXT
 
 COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
-# Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most.
-FAULTS = {"OutOfMemoryError", "SafetensorError", "ArrowException", "TransportError"}
+# Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
+FAULTS = {"UserError", "OSError", "FloatingPointError", "MemoryError"}
+FAULTS |= {"OutOfMemoryError", "SafetensorError", "ArrowException", "TransportError"}
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
 
@@ -43,9 +44,6 @@ def is_users(error: Exception) -> bool:
     """Whether an error is the user's to put right: a setting, a file, a missing extra, memory, or a run that diverged."""
     if isinstance(error, ImportError):
         return any(name in str(error) for name in EXTRAS)
-    if isinstance(error, UserError | OSError | FloatingPointError | MemoryError):
-        return True
-    # By name: importing torch for its class would cost seconds at every start.
     return any(kind.__name__ in FAULTS for kind in type(error).__mro__) or bool(re.search(TORCH_FAULTS, str(error)))
 
 
@@ -122,9 +120,10 @@ def cli(ctx: click.Context, list_presets: bool, resume: bool, **settings: str | 
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when the hub's client is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
     logger.remove()
-    form = "<green>{time:HH:mm:ss}</green> {message}"
     logger.configure(patcher=lambda record: record.update(message=redacted(record["message"])))
-    logger.add(sys.stderr, format=form, colorize=sys.stderr.isatty(), level="INFO")
+    logger.add(
+        sys.stderr, format="<green>{time:HH:mm:ss}</green> {message}", colorize=sys.stderr.isatty(), level="INFO"
+    )
     if ctx.invoked_subcommand is None and list_presets:
         click.echo("\n".join(preset_names()))
     elif ctx.invoked_subcommand is None:
@@ -389,8 +388,7 @@ def console() -> Any:
 
 def quiet_libraries(bars: bool = True) -> None:
     """Progress bars of transformers and datasets are for terminals; a log gets lines instead."""
-    # PEFT asks transformers by an old name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)  # PEFT's
     import datasets
     import transformers
 

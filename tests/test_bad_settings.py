@@ -21,7 +21,7 @@ from llm_diffusion.main import cli
 from llm_diffusion.objective.settings import read_path
 from llm_diffusion.presets import read_preset
 from llm_diffusion.presets.files import DEEPEST, read_mapping
-from llm_diffusion.training.preparation import prepare_adapter
+from llm_diffusion.training.adapters import prepare_adapter
 
 NAN, INFINITE, HUGE = math.nan, math.inf, 10**30
 MANY = max(8, 4 * os.cpu_count()) + 1  # processes

@@ -32,6 +32,7 @@ from ..models.loading import load_diffusion_model
 from ..models.patching import Patch, base_of, trained_as_before
 from ..models.record import CONVERSION_OPTIONS, DiffusionRecord, record_of
 from ..models.special_tokens import set_to_mean
+from .adapters import prepare_adapter
 from .collator import REFERENCE_COLUMNS
 from .config import DiffusionDPOConfig, own_config
 from .preparation import (
@@ -40,7 +41,6 @@ from .preparation import (
     make_preference_collator,
     model_is_loaded,
     no_router_loss,
-    prepare_adapter,
     prepare_quantised,
     read_datasets,
     refuse_arguments,

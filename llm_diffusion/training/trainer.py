@@ -31,7 +31,8 @@ from ..models.record import (
     save_record,
     update_record,
 )
-from .preparation import counts_before, dataset_field, has_converted_weights, rows_suffice
+from .adapters import has_converted_weights, rows_suffice
+from .preparation import counts_before, dataset_field
 from .resuming import ResumableTrainerMixin, checkpoint_of
 
 logger = logging.getLogger(__name__)
