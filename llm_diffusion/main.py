@@ -34,8 +34,7 @@ from .presets.files import NO_TEXT
 
 COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 # Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
-FAULTS = {"UserError", "OSError", "FloatingPointError", "MemoryError"}
-FAULTS |= {"OutOfMemoryError", "SafetensorError", "ArrowException", "TransportError"}
+FAULTS = "UserError OSError FloatingPointError MemoryError OutOfMemoryError SafetensorError ArrowException TransportError".split()
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
 EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
 
