@@ -123,6 +123,15 @@ def check_noise(settings: Any) -> None:
         raise UserError(f"`min_mask_probability` ({low}) must not be above `max_mask_probability` ({high}).")
 
 
+def check_key(seed: int, rows: torch.Tensor | None, n_rows: int | None, n: int) -> None:
+    """Raises UserError for a key that noise of `n` rows cannot be drawn from, see `ForwardProcess.corrupt`."""
+    check_value("seed", seed, int, {"min": 0})
+    if rows is not None and (rows.shape != (n,) or n_rows is None):
+        raise UserError(
+            f"`rows` must be {n} places of the `n_rows` in the global batch, got {tuple(rows.shape)} of {n_rows}."
+        )
+
+
 @dataclass
 class ForwardProcess:
     """Corrupts batches.
@@ -177,10 +186,7 @@ class ForwardProcess:
             `tokens` (B, M), the column of the token that each predicts; `teacher_mask` (B, M) bool, whether the teacher can
             predict it. Further `masked` and `times` (B, L), `first_step` (B,) bool.
         """
-        check_value("seed", seed, int, {"min": 0})
-        if rows is not None and (rows.shape != batch["input_ids"].shape[:1] or n_rows is None):
-            wanted = f"{len(batch['input_ids'])} places of the `n_rows` in the global batch"
-            raise UserError(f"`rows` must be {wanted}, got {tuple(rows.shape)} of {n_rows}.")
+        check_key(seed, rows, n_rows, len(batch["input_ids"]))
         mode = self.mode if block_length is None else dataclasses.replace(self.mode, block_length=block_length)
         training = rows is not None
         keys = rows if training else content_keys(batch["input_ids"], batch["attention_mask"])
