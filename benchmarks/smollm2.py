@@ -10,11 +10,11 @@ between the base's two best logits where it first does: a tie where this is no m
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -54,25 +54,29 @@ def first_gap(model: torch.nn.Module, want: torch.Tensor, found: torch.Tensor) -
 
 
 def print_pass_costs(model: torch.nn.Module) -> None:
-    """Milliseconds of a pass behind 150 tokens, the median of seven: the base and the drafter, on plain and on packed weights in turn."""
+    """Milliseconds of a pass behind 150 tokens, the median of seven: the base, on plain and on packed weights, and the drafter in turn."""
     base, rows, times = base_of(model), (1, 8, 16, 32), defaultdict(list)
+    cases = {
+        "base": (None, nullcontext),
+        "base, packed weights": (None, partial(packed, model)),
+        "drafter, int8": (0, nullcontext),
+    }
     cache = DynamicCache()
     with torch.no_grad(), AdapterSwitch(model, in_int8=True) as switch:
         base(input_ids=torch.ones((1, 150), dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
         for _ in range(8):
-            for weights, context in (("plain", nullcontext()), ("packed", packed(model))):
-                with context:
-                    for n, adapters in itertools.product(rows, ("base", "drafter")):
-                        switch.first = 0 if adapters == "drafter" else None
+            for name, (switch.first, context) in cases.items():
+                with context():
+                    for n in rows:
                         began = time.perf_counter()
                         ids = torch.ones((1, n), dtype=torch.long)
                         base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=n)
-                        times[adapters, weights, n].append(1000 * (time.perf_counter() - began))
+                        times[name, n].append(1000 * (time.perf_counter() - began))
                         cache.crop(-n)
     print(f"\n| milliseconds of a pass over | {' | '.join(f'{n} rows' for n in rows)} |\n|---|{'--:|' * len(rows)}")
-    for adapters, weights in itertools.product(("base", "drafter"), ("plain", "packed")):
-        cells = (f"{median(times[adapters, weights, n][1:]):.0f}" for n in rows)  # the first round warms up
-        print(f"| {adapters}, {weights} weights | {' | '.join(cells)} |")
+    for name in cases:
+        cells = (f"{median(times[name, n][1:]):.0f}" for n in rows)  # the first round warms up
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def main() -> None:
