@@ -61,7 +61,7 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """What the user can put right is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        signal.signal(signal.SIGTERM, partial(_terminate, os.getpid()))
+        signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -78,10 +78,12 @@ class Commands(click.Group):
                 signal.signal(number, handler)
 
 
-def _terminate(process: int, number: int, frame: Any) -> None:
-    if os.getpid() != process:  # a worker, which inherits this
-        os._exit(128 + number)
+def _terminate(number: int, frame: Any) -> None:
     raise Terminated
+
+
+# A forked worker that is about to block would never come to run a handler of Python's, and whoever ends it waits for ever.
+os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
 
 
 def declared(flag: str, name: str, **options: Any) -> Callable:
