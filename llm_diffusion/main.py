@@ -82,8 +82,16 @@ def _terminate(number: int, frame: Any) -> None:
     raise Terminated
 
 
-# A forked worker that is about to block would never come to run a handler of Python's, and whoever ends it waits for ever.
-os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
+def _die_by_default() -> None:
+    """In a forked worker: about to block, it would never come to run a handler of Python's, and whoever ends it would wait for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _unblock()
+
+
+_block, _unblock = (
+    partial(signal.pthread_sigmask, how, [signal.SIGTERM]) for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
+)
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_die_by_default)
 
 
 def declared(flag: str, name: str, **options: Any) -> Callable:
