@@ -7,7 +7,7 @@ With b tokens a block, there are three ways to go on:
     a draft; then its first n - 1 tokens, behind the one known   D(b) + V(n)                     what such drafts yielded so far
     a draft and the next ones for k places where it may end      B(b (1 + k)) + miss D(b)        what drafts yielded, made ahead or not
 
-A drafted token is verified as long as the chance that it is right, as the drafter sees it, is worth more than a row more costs.
+As much of a draft is verified as is worth most: its chances to be right, as the drafter sees them, against what so many rows cost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate, takewhile
+from itertools import accumulate
 
 import torch
 from transformers import DynamicCache
@@ -28,7 +28,7 @@ from .adapters import AdapterSwitch
 
 logger = logging.getLogger(__name__)
 
-VERIFY, DRAFT, BOTH = (1, 4, 8, 24), (8, 24), (16, 32, 72)  # rows of the passes that are timed
+VERIFY, DRAFT, BOTH = (1, 2, 4, 8, 24), (8, 24), (16, 32, 72)  # rows of the passes that are timed
 CONTEXT, REPEATS = 64, 3
 REST = 64  # tokens decoded without drafts before the next one is tried
 MEMORY = 256  # outcomes after which older ones count half
@@ -111,11 +111,13 @@ class DraftSchedule:
     drafts: dict[bool, float] = field(default_factory=dict)  # and how many these were
     resting: int = 0  # tokens left to decode without drafts
     told: bool = False
-    width: float = 0.0  # rows of late in a pass that verifies a draft not made ahead
+    lengths: list[float] = field(
+        default_factory=list
+    )  # how often 0, …, b - 1 tokens of a draft not made ahead were verified
 
     def __post_init__(self) -> None:
         b = self.block_length
-        self.width = self.width or b
+        self.lengths = self.lengths or [0.0] * (b - 1) + [PRIOR]
         self.ends = self.ends or [PRIOR / b] * b
         self.drafts = self.drafts or {True: PRIOR, False: PRIOR}
         self.tokens = self.tokens or {ahead: PRIOR * (b + 1) / 2 for ahead in self.drafts}
@@ -148,7 +150,8 @@ class DraftSchedule:
             seconds = self.costs.both(texts * b * (1 + len(places)))
             seconds += (1 - hit**texts) * self.costs.draft(texts * b)
         else:
-            seconds = self.costs.verify(texts * self.width) + self.costs.draft(texts * b)
+            verified = sum(count * self.costs.verify(texts * (n + 1)) for n, count in enumerate(self.lengths))
+            seconds = verified / sum(self.lengths) + self.costs.draft(texts * b)
         return (hit * ahead + (1 - hit) * behind) / seconds
 
     def length(self, confidence: torch.Tensor) -> int:
@@ -157,12 +160,14 @@ class DraftSchedule:
         Args:
             confidence: (B, b - 1) probability that the drafter gives to each token that it drafted.
         """
-        texts, verify = len(confidence), self.costs.verify
-        right = confidence.cumprod(-1).sum(0).tolist()  # how many of a column are expected to be right
-        token = 1 / (texts * self.rate([], texts))  # seconds that one is worth
-        worth = (gain * token >= verify(texts * (n + 2)) - verify(texts * (n + 1)) for n, gain in enumerate(right))
-        n = sum(takewhile(bool, worth))
-        self.width += 0.05 * (n + 1 - self.width)
+        texts = len(confidence)
+        # Tokens of all texts that are expected to be right among the first n, and the seconds that one is worth.
+        right, token = [0.0, *accumulate(confidence.cumprod(-1).sum(0).tolist())], 1 / (texts * self.rate([], texts))
+        # Not row by row: on some processors two rows cost as much as eight.
+        n = max(range(len(right)), key=lambda n: right[n] * token - self.costs.verify(texts * (n + 1)))
+        self.lengths[n] += 1
+        if sum(self.lengths) > MEMORY:
+            self.lengths = [count / 2 for count in self.lengths]
         return n
 
     def learn(self, accepted: list[int], ahead: list[bool]) -> None:
