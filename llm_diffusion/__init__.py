@@ -27,10 +27,6 @@ class UserError(ValueError):
     """
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends the command line as Ctrl-C does."""
-
-
 _PUBLIC = {
     "load_diffusion_model": "models.loading",
     "convert_to_diffusion": "models.conversion",

@@ -321,10 +321,8 @@ def _check_generation(hp: HyperParameters) -> None:
     from .generation.config import DiffusionGenerationConfig
     from .generation.inference import check_autoregressive
 
-    try:
+    with user_settings("`generation`"):
         check_autoregressive(hp.generation) if hp.pipeline == "arm" else DiffusionGenerationConfig(**hp.generation)
-    except Exception as error:  # transformers has several
-        raise UserError(f"`generation`: {' '.join(str(error).split())}") from error
 
 
 # -- what is generated from the declarations

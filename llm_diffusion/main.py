@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -26,7 +25,7 @@ from typing import Any
 import click
 from loguru import logger
 
-from . import Terminated, UserError
+from . import UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
 from .objective.settings import LARGEST, SEEDS, merge, read_path, redacted
 from .presets import preset_names, read_preset
@@ -60,38 +59,16 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """What the user can put right is one line on stderr and exit code 2; a fault of ours keeps its traceback."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        signal.signal(signal.SIGTERM, _terminate)
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            number = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
-            click.echo(f"stopped by {number.name}", err=True)
-            sys.exit(128 + number)
-        except Exception as error:
-            if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
-                raise
-            click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}", err=True)
-            sys.exit(2)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        from .training.signals import exit_codes_of_signals
 
-
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
-
-
-def _die_by_default() -> None:
-    """In a forked worker: about to block, it would never come to run a handler of Python's, and whoever ends it would wait for ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _unblock()
-
-
-_block, _unblock = (
-    partial(signal.pthread_sigmask, how, [signal.SIGTERM]) for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)
-)
-os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_die_by_default)
+        with exit_codes_of_signals():
+            try:
+                return super().invoke(ctx)
+            except Exception as error:
+                if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
+                    raise
+                click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}", err=True)
+                sys.exit(2)
 
 
 def declared(flag: str, name: str, **options: Any) -> Callable:

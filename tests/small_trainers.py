@@ -53,18 +53,20 @@ def pairs(n, seed=0):
     return Dataset.from_list(preference_rows(n, seed))
 
 
+SETTINGS = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 1,
+    "use_cpu": True,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+}
+
+
 def make(tmp_path, tokenizer, model=None, peft_config=None, dataset=None, evaluation=None, **settings):
-    settings = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        **settings,
-    }
+    settings = SETTINGS | settings
     return DiffusionSFTTrainer(
         tiny_model() if model is None else model,
         DiffusionSFTConfig(str(tmp_path), **settings),

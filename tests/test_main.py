@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import resource
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, Qwen3Config
 
-from llm_diffusion import UserError, load_diffusion_model, main
+from llm_diffusion import UserError, load_diffusion_model
 from llm_diffusion.main import cli, is_users
 from llm_diffusion.models.record import save_record
 
@@ -326,27 +324,6 @@ def test_a_fault_of_ours_keeps_its_traceback(fault, monkeypatch):
         invoke("tiny")
 
 
-def test_a_worker_is_ended_in_silence(monkeypatch):
-    """A process that the command line forks is ended by SIGTERM, as pools end theirs, and not by an error of its own."""
-    codes = []
-
-    def fork(*arguments):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                os.write(writer, b"ready")
-                time.sleep(10)
-            finally:
-                os._exit(1)
-        os.read(reader, 5)
-        os.kill(child, signal.SIGTERM)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-
-    monkeypatch.setattr("llm_diffusion.job.run", fork)
-    assert invoke("tiny").exit_code == 0 and codes == [128 + signal.SIGTERM]
-
-
 @pytest.mark.parametrize(
     ("error", "shown"),
     [
@@ -600,17 +577,3 @@ def test_the_command_line_sends_no_usage_counts():
     )
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_TELEMETRY"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_forked_workers_die_of_sigterm_at_once(monkeypatch):
-    """Not by the handler that the command line sets, whose exception leaves a library's pool waiting for them."""
-    before = signal.signal(signal.SIGTERM, main._terminate)
-    try:
-        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-        worker.start()
-        worker.terminate()
-        worker.join(30)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert worker.exitcode == -signal.SIGTERM

@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
-from ..models.files import UNFINISHED, locked, whole
+from ..models.files import UNFINISHED, atomic, locked
 from ..objective.settings import check_settings, read_path, setting
 from .datasets import PLAIN_CHAT_TEMPLATE, data_files
 from .rows import Place, read_row
@@ -85,7 +85,7 @@ def _prepare(plan: Preparation, output: Path, log: Callable[[str], None]) -> Dat
         raise UserError(f"`source`: {plan.source!r} has no document.")
     for left in output.parent.glob(f"{UNFINISHED}-{escape(output.name)}-????????"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    with whole(output) as building:
+    with atomic(output) as building:
         _write(plan, chain([first], documents), tokenizer, building.with_name("cache")).save_to_disk(str(building))
         record = {**asdict(plan), "vocabulary": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
         (building / "prepared.json").write_text(json.dumps(record, indent=1) + "\n")

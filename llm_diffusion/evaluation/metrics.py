@@ -19,7 +19,7 @@ from .. import UserError
 from ..generation.config import DiffusionGenerationConfig
 from ..generation.generate import generate
 from ..generation.lengths import end_ids, end_probabilities, quantile_lengths
-from ..models.files import whole
+from ..models.files import atomic
 from ..models.patching import base_of, in_eval_mode
 from ..models.sampling import BANNED
 from ..models.special_tokens import answer_end_id, end_token_ids
@@ -278,7 +278,7 @@ def plot_ends(report: EndReport, path: Path) -> None:
     right.set(xlabel="answer shown, %", ylim=(0, 1.02), title="The true end")
     right.grid(alpha=0.3)
     right.legend()
-    with whole(path) as file:
+    with atomic(path) as file:
         figure.savefig(file, dpi=120)
 
 

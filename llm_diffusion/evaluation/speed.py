@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,23 +58,15 @@ def compare_decoding(
         lossless: settings of `generate` by name.
     """
     common = {"max_new_tokens": max_new_tokens, "do_sample": False}
-    ways: dict[str, Callable[..., Any]] = {
-        name: lambda ids, more=more, **limit: generate_autoregressive(model, ids, **common | more | limit)
-        for name, more in AUTOREGRESSIVE.items()
-    } | {
-        name: lambda ids, more=more, **limit: generate(
-            model, ids, return_dict_in_generate=True, **common | more | limit
-        )
-        for name, more in lossless.items()
-    }
+    ways = {name: (generate_autoregressive, more) for name, more in AUTOREGRESSIVE.items()}
+    ways |= {name: (generate, {"return_dict_in_generate": True, **more}) for name, more in lossless.items()}
     results = {name: Timed() for name in ways}
-    device = next(model.parameters()).device
     for number, prompt in enumerate(prompts):
-        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-        for name, run in ways.items():
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=next(model.parameters()).device)
+        for name, (decode, more) in ways.items():
             if number == 0:
-                run(ids, max_new_tokens=min(WARM_UP, max_new_tokens))
-            _add(results[name], run, ids)
+                decode(model, ids, **common | more | {"max_new_tokens": min(WARM_UP, max_new_tokens)})
+            _add(results[name], partial(decode, model, **common, **more), ids)
     return results
 
 

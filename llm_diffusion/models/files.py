@@ -1,4 +1,4 @@
-"""Files that are never half there: what is written gets its name when all of it is on the disk, and one run at a time has a folder."""
+"""Atomic writes, synced and renamed, so that no file or folder is ever half there; and locks, so that one run at a time has a folder."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ UNFINISHED = ".unfinished"  # begins the names of folders in which something is 
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path) -> Iterator[Path]:
     """Where to write what is the file, or the folder, `path` when the block ends; all of it, or what was there before."""
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(mkdtemp(prefix=f"{UNFINISHED}-{path.name}-", dir=path.parent))
     try:
         yield aside / path.name
-        put_in_place(aside / path.name, path)
+        replace_synced(aside / path.name, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # a full disk has room again
 
 
-def put_in_place(written: Path, path: Path) -> None:
+def replace_synced(written: Path, path: Path) -> None:
     """Gives a file or folder of the same disk its name, once all of it would survive a power cut."""
     for part in (written, *written.rglob("*")):
         _sync(part)
@@ -51,7 +51,7 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    with whole(path) as aside:
+    with atomic(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """Copies of a model's weights on a CPU from which a pass over a few rows takes less time, made once and kept beside the model.
 
 packed    the same numbers, in the layout that oneDNN multiplies bf16 by     three quarters of the time, the model's own outputs
-int8      one scale a row, inputs rounded as they come                       a quarter of the time or less; for guesses that are verified
+int8      one scale a row, inputs rounded as they come                       half of the time or less; for drafts, which are verified
 
 torch has them for its compiler and its quantisation alone, so its private names stand here and nowhere else; where they, or what they need
 of the processor, are missing, there is no copy.

@@ -21,7 +21,7 @@ from ..objective.modes import MODES, Bidirectional
 from ..objective.noise import NOISE_SCHEDULES
 from ..objective.settings import hints_of, read_setting, setting
 from .checkpoints import is_adapter, local_file
-from .files import whole, write_text
+from .files import atomic, write_text
 from .patching import base_of
 
 SIDECAR = "diffusion_config.json"
@@ -319,5 +319,5 @@ def save_generation_config(model: torch.nn.Module, folder: str | Path, chosen: d
             setattr(config, name, value)
     config._from_model_config = False  # of such files transformers reads its own keys only
     # Not `save_pretrained`, which refuses what some published bases have in theirs.
-    with whole(Path(folder) / GENERATION_CONFIG_NAME) as file:
+    with atomic(Path(folder) / GENERATION_CONFIG_NAME) as file:
         config.to_json_file(file, keys_to_pop=["compile_config"])

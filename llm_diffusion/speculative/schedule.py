@@ -130,7 +130,9 @@ class DraftSchedule:
         likely = sorted(range(self.block_length), key=lambda place: -self.ends[place])
         rates = [self.rate(likely[:n], texts) for n in range(self.block_length + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
-        if rates[best] >= 1 / self.costs.verify(texts):
+        # Few drafts prove little: they are given up when they are worse by more than chance.
+        doubt = 1 + PRIOR / (sum(self.drafts.values()) - PRIOR)
+        if rates[best] * doubt >= 1 / self.costs.verify(texts):
             return likely[:best]
         self.resting = REST
         if not self.told:

@@ -81,8 +81,6 @@ def set_trl_defaults(args: TrainingArguments) -> None:
     ):
         if getattr(args, new) is None:
             setattr(args, new, getattr(args, old))
-    if args.label_smoothing_factor:
-        raise UserError("`label_smoothing_factor`: the bound is one on the NLL of the text itself; leave it at 0.")
 
 
 def own_config(args: TrainingArguments | None, kind: type[TrainingArguments], name: str) -> TrainingArguments:
@@ -97,10 +95,7 @@ def own_config(args: TrainingArguments | None, kind: type[TrainingArguments], na
 
 
 class WithoutSecrets:
-    """Settings whose tokens stay in this process: neither `training_args.bin` nor a logger gets them."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return redacted(self.__dict__)
+    """Settings whose tokens no logger gets, those in `model_init_kwargs` neither."""
 
     def to_dict(self) -> dict[str, Any]:
         return redacted(super().to_dict())

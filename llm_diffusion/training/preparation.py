@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
-from transformers import (
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedTokenizerBase,
-    TrainerState,
-)
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerState
 
 from .. import UserError
 from ..data.tokens import read_dataset

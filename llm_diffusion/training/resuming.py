@@ -21,9 +21,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .. import Terminated, UserError
-from ..models.files import UNFINISHED, put_in_place, read_json
+from .. import UserError
+from ..models.files import UNFINISHED, read_json, replace_synced
+from ..models.patching import Patch
 from ..objective.settings import redacted
+from .signals import Terminated
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +60,21 @@ class ResumableTrainerMixin:
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / UNFINISHED) if self._saving else folder
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As there; `training_args.bin` gets no token."""
+        with Patch() as patch:
+            for name, value in redacted(vars(self.args)).items():
+                if value != vars(self.args)[name]:
+                    patch.set(self.args, name, value)
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         if self.args.push_to_hub:  # TRL uploads from where it writes, in its own time
             super()._save_checkpoint(model, trial)
             return
         folder, self._saving = Path(super()._get_output_dir(trial)), True
         try:
-            save_whole(self, lambda: super(ResumableTrainerMixin, self)._save_checkpoint(model, trial), folder)
+            save_atomically(self, lambda: super(ResumableTrainerMixin, self)._save_checkpoint(model, trial), folder)
         finally:
             self._saving = False
         if self.args.should_save:
@@ -92,12 +102,12 @@ class StopCallback(TrainerCallback):
             raise Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt
 
     def _stop(self, number: int, frame: Any) -> None:
-        inherited = os.getpid() != self.process  # by a data worker
-        if self.signal or inherited and number == signal.SIGTERM:
+        if os.getpid() != self.process:
+            return  # Ctrl-C, which data workers get too
+        if self.signal:
             os._exit(128 + number)
-        if not inherited:
-            self.signal = number
-            os.write(2, b"stopping when this step is saved; once more to end at once\n")  # a logger may be at work
+        self.signal = number
+        os.write(2, b"stopping when this step is saved; once more to end at once\n")  # a logger may be at work
 
     def _is_asked(self, args: Any) -> bool:
         """Whether any process got a signal: all of them stop at the same step."""
@@ -118,7 +128,7 @@ class StopCallback(TrainerCallback):
             self.on_train_end()
 
 
-def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
+def save_atomically(trainer: Any, write: Callable[[], None], folder: Path) -> None:
     """Lets all processes `write` to `folder / UNFINISHED`, and moves what is there up when it is whole.
 
     A process that dies, or a disk that is full, leaves what was there before.
@@ -140,7 +150,7 @@ def save_whole(trainer: Any, write: Callable[[], None], folder: Path) -> None:
             trainer.state.save_to_json(str(Path(best) / TRAINER_STATE_NAME))
     if accelerator.is_local_main_process and aside.is_dir():
         for written in aside.iterdir():
-            put_in_place(written, folder / written.name)
+            replace_synced(written, folder / written.name)
         aside.rmdir()
     accelerator.wait_for_everyone()
 
@@ -220,7 +230,7 @@ def check_same_run(settings: dict[str, Any], defaults: dict[str, Any], file: Pat
         raise UserError(
             f"{key}: {str(folder)!r} holds what a run has trained, but not its settings; choose another folder, or remove it."
         )
-    there, here = (_shaping(json.loads(json.dumps(given))) for given in (defaults | read_json(file, dict), settings))
+    there, here = (_decisive(json.loads(json.dumps(given))) for given in (defaults | read_json(file, dict), settings))
     for name in sorted(there.keys() | here.keys()):
         if (one := there.get(name)) != (other := here.get(name)):
             raise UserError(
@@ -229,7 +239,7 @@ def check_same_run(settings: dict[str, Any], defaults: dict[str, Any], file: Pat
             )
 
 
-def _shaping(settings: dict[str, Any]) -> dict[str, Any]:
+def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings, nested ones too, on which the weights depend."""
     kept = {k: v for k, v in redacted(settings).items() if k not in HARMLESS and not k.startswith(("logging_", "hub_"))}
-    return {key: _shaping(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return {key: _decisive(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -31,14 +31,14 @@ from trl import SFTConfig, SFTTrainer
 from .. import UserError
 from ..data.tokens import Tokenising, tokenised
 from ..models.attention import in_attention
-from ..models.files import UNFINISHED, read_json, whole
+from ..models.files import UNFINISHED, atomic, read_json
 from ..models.forward import TIME_EMBEDDING
 from ..models.patching import base_of
 from ..models.special_tokens import end_token_ids
 from ..objective.settings import user_settings
 from .config import DiffusionDPOConfig, DiffusionSFTConfig
 from .dpo import DiffusionDPOTrainer
-from .resuming import ResumableTrainerMixin, last_checkpoint, save_whole
+from .resuming import ResumableTrainerMixin, last_checkpoint, save_atomically
 from .sft import DiffusionSFTTrainer
 
 TRAINS = ("attention", "adapters", "everything")
@@ -133,7 +133,7 @@ def run_stages(
         set_seed(stage.arguments.seed)  # whatever ran before: it may have been another process
         trainer.train(resume_from_checkpoint=None if load is None else last_checkpoint(trainer))
         trainer.evaluate()
-        save_whole(trainer, partial(_write, trainer, output / UNFINISHED / folder.name), output)
+        save_atomically(trainer, partial(_write, trainer, output / UNFINISHED / folder.name), output)
         histories[stage.name] = trainer.state.log_history
     return histories
 
@@ -182,10 +182,8 @@ class _Run:
         elif isinstance(args, DiffusionSFTConfig):
             kind = DiffusionSFTTrainer
         else:  # the rows are those of our own trainers, so that prompts are not trained on unless every token is
-            kind, how = (
-                CausalSFTTrainer,
-                Tokenising.of(self.tokenizer, args, ends=end_token_ids(self.model, self.tokenizer)),
-            )
+            kind = CausalSFTTrainer
+            how = Tokenising.of(self.tokenizer, args, ends=end_token_ids(self.model, self.tokenizer))
             train, test = tokenised(train, how, "train_dataset"), tokenised(test, how, "eval_dataset")
             args.completion_only_loss = None  # the labels are there
         peft_config = None if stage.trains == "everything" else self.peft_config
@@ -272,5 +270,5 @@ def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    with whole(path) as file:
+    with atomic(path) as file:
         figure.savefig(file, dpi=120)

@@ -113,7 +113,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def whole() -> str:
+def atomic() -> str:
     return page(RESULTS)
 
 

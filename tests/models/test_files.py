@@ -13,7 +13,7 @@ import pytest
 from llm_diffusion import UserError
 from llm_diffusion.evaluation.report import write_report
 from llm_diffusion.generation.self_generated import GenerationCache
-from llm_diffusion.models.files import locked, read_json, whole, write_text
+from llm_diffusion.models.files import atomic, locked, read_json, write_text
 from llm_diffusion.models.record import save_generation_config, save_record
 from llm_diffusion.reasoning.pairs import write_rows
 from llm_diffusion.training.stages import plot_loss
@@ -69,11 +69,11 @@ def test_answers_that_were_kept_survive_a_full_disk(tmp_path, tiny):
 def test_a_folder_has_its_name_when_it_is_whole(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "model") as aside:
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "model") as aside:
         (aside / "deep").mkdir(parents=True)
         raise KeyboardInterrupt
     assert contents(tmp_path) == {"model/old": b"old"}
-    with whole(tmp_path / "model") as aside:
+    with atomic(tmp_path / "model") as aside:
         (aside / "deep").mkdir(parents=True)
         (aside / "deep" / "new").write_text("new")
         assert contents(tmp_path / "model") == {"old": b"old"}
@@ -89,7 +89,7 @@ def test_what_gets_its_name_is_on_the_disk(tmp_path, monkeypatch):
         sync(number)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with whole(tmp_path / "model") as aside:
+    with atomic(tmp_path / "model") as aside:
         aside.mkdir()
         (aside / "weights").write_text("w")
     assert [named for _, named in synced] == [False, False, True]

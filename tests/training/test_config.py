@@ -23,3 +23,11 @@ def test_trls_parser_reads_them(tmp_path, kind, base, chosen):
     assert isinstance(args, base)
     for again in (args, copy.deepcopy(args), pickle.loads(pickle.dumps(args)), dataclasses.replace(args)):
         assert {name: getattr(again, name) for name in chosen} == chosen
+
+
+def test_a_copy_of_the_settings_keeps_its_tokens_and_no_logger_gets_them(tmp_path):
+    secret = "hf_abcdefghijklmnopqrstuvwxyz"
+    config = DiffusionSFTConfig(str(tmp_path), use_cpu=True, hub_token=secret, model_init_kwargs={"token": secret})
+    again = copy.deepcopy(config)
+    assert again.hub_token == again.model_init_kwargs["token"] == secret
+    assert secret not in str(config.to_dict())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from small_trainers import LORA, pairs, preference_rows, tiny_model
+from small_trainers import LORA, SETTINGS, pairs, preference_rows, tiny_model
 from transformers import AutoTokenizer
 
 from llm_diffusion import (
@@ -74,20 +74,7 @@ def vars_of(config):
 
 def make(tmp_path, model, tokenizer, dataset=None, **settings):
     keywords = {name: settings.pop(name) for name in ("ref_model", "peft_config", "eval_dataset") if name in settings}
-    settings = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "gradient_checkpointing": False,
-        "num_draws": 3,
-        **settings,
-    }
+    settings = SETTINGS | {"per_device_eval_batch_size": 4, "learning_rate": 1e-3, "num_draws": 3} | settings
     return DiffusionDPOTrainer(
         model,
         args=DiffusionDPOConfig(str(tmp_path), **settings),

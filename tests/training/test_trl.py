@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_trainers import LORA, make, pairs, tiny_model
+from small_trainers import SETTINGS as COMMON
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
@@ -31,17 +32,7 @@ from llm_diffusion.models.record import read_record, record_of
 from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.config import own_config
 
-SETTINGS = {
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 3,
-    "max_steps": 1,
-    "use_cpu": True,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "logging_steps": 1,
-    "gradient_checkpointing": False,
-}
+SETTINGS = COMMON | {"per_device_eval_batch_size": 3}
 
 
 def small(folder, tokenizer, rows=None, tied=True):
