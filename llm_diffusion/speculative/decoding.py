@@ -190,9 +190,6 @@ class LosslessDecoder:
             self.cache.crop(-b)
             logits = made if bool(missing.all()) else torch.where(missing[:, None, None], made, logits)
         self.draft, self.draft_probs = self._pick(logits, TOKEN_STREAM, 1)
-        if self.schedule is not None and bool(missing.all()):
-            confidence = (logits.amax(-1) - logits.logsumexp(-1)).exp()
-            self.draft = self.draft[:, : self.schedule.length(confidence)]
 
     def _noise(self, stream: int, n: int, first: int) -> torch.Tensor:
         """(B, n) uniform numbers for the tokens `first` places behind the next one and on."""
@@ -213,10 +210,8 @@ class LosslessDecoder:
             self.draft, self.ahead = self.canvas[self.rows, :0], None
         elif self.ahead is None:
             self._draft(self.canvas.new_empty(0), torch.full_like(self.rows, -1))
-        block = torch.cat([self.token[:, None], self.draft], -1)
+        block, ends = torch.cat([self.token[:, None], self.draft], -1), [outcome + 1 for outcome in outcomes or ()]
         b = block.shape[1]
-        outcomes = outcomes and [outcome for outcome in outcomes if outcome < b]  # the draft may have been cut
-        ends = [outcome + 1 for outcome in outcomes or ()]
         causal = torch.ones((b, b), dtype=torch.bool, device=block.device).tril()
         allowed = torch.cat([self.valid[:, None].expand(-1, b, -1), causal.expand(rows, -1, -1)], -1)
         place = self.length[:, None] + torch.arange(b, device=block.device)

@@ -1,13 +1,11 @@
-"""How much to draft and to verify, from what a pass costs on this machine and how far drafts were right so far.
+"""How much to draft ahead, and whether at all, from what a pass costs on this machine and how far drafts were right so far.
 
 With b tokens a block, there are three ways to go on:
 
-    passes of a cycle                                            seconds, measured               tokens it yields
-    one row, without a draft                                     V(1)                            1
-    a draft; then its first n - 1 tokens, behind the one known   D(b) + V(n)                     what such drafts yielded so far
-    a draft and the next ones for k places where it may end      B(b (1 + k)) + miss D(b)        what drafts yielded, made ahead or not
-
-As much of a draft is verified as is worth most: its chances to be right, as the drafter sees them, against what so many rows cost.
+    passes of a cycle                                                     seconds, measured            tokens it yields
+    one row, without a draft                                              V(1)                         1
+    a draft; then its verification                                        D(b) + V(b)                  what such drafts yielded so far
+    a verification with the next drafts for k places where it may end     B(b (1 + k)) + miss D(b)     the same, made ahead or not
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from .adapters import AdapterSwitch
 
 logger = logging.getLogger(__name__)
 
-VERIFY, DRAFT, BOTH = (1, 2, 4, 8, 24), (8, 24), (16, 32, 72)  # rows of the passes that are timed
+VERIFY, DRAFT, BOTH = (1, 4, 8, 24), (8, 24), (16, 32, 72)  # rows of the passes that are timed
 CONTEXT, REPEATS = 64, 3
 REST = 64  # tokens decoded without drafts before the next one is tried
 MEMORY = 256  # outcomes after which older ones count half
@@ -42,7 +40,7 @@ class Curve:
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
 
-    def __call__(self, rows: float) -> float:
+    def __call__(self, rows: int) -> float:
         at = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         (low, high), (first, last) = self.rows[at - 1 : at + 1], self.seconds[at - 1 : at + 1]
         return first + (last - first) * (rows - low) / (high - low)
@@ -111,13 +109,9 @@ class DraftSchedule:
     drafts: dict[bool, float] = field(default_factory=dict)  # and how many these were
     resting: int = 0  # tokens left to decode without drafts
     told: bool = False
-    lengths: list[float] = field(
-        default_factory=list
-    )  # how often 0, …, b - 1 tokens of a draft not made ahead were verified
 
     def __post_init__(self) -> None:
         b = self.block_length
-        self.lengths = self.lengths or [0.0] * (b - 1) + [PRIOR]
         self.ends = self.ends or [PRIOR / b] * b
         self.drafts = self.drafts or {True: PRIOR, False: PRIOR}
         self.tokens = self.tokens or {ahead: PRIOR * (b + 1) / 2 for ahead in self.drafts}
@@ -152,25 +146,8 @@ class DraftSchedule:
             seconds = self.costs.both(texts * b * (1 + len(places)))
             seconds += (1 - hit**texts) * self.costs.draft(texts * b)
         else:
-            verified = sum(count * self.costs.verify(texts * (n + 1)) for n, count in enumerate(self.lengths))
-            seconds = verified / sum(self.lengths) + self.costs.draft(texts * b)
+            seconds = self.costs.verify(texts * b) + self.costs.draft(texts * b)
         return (hit * ahead + (1 - hit) * behind) / seconds
-
-    def length(self, confidence: torch.Tensor) -> int:
-        """How many tokens of drafts to verify.
-
-        Args:
-            confidence: (B, b - 1) probability that the drafter gives to each token that it drafted.
-        """
-        texts = len(confidence)
-        # Tokens of all texts that are expected to be right among the first n, and the seconds that one is worth.
-        right, token = [0.0, *accumulate(confidence.cumprod(-1).sum(0).tolist())], 1 / (texts * self.rate([], texts))
-        # Not row by row: on some processors two rows cost as much as eight.
-        n = max(range(len(right)), key=lambda n: right[n] * token - self.costs.verify(texts * (n + 1)))
-        self.lengths[n] += 1
-        if sum(self.lengths) > MEMORY:
-            self.lengths = [count / 2 for count in self.lengths]
-        return n
 
     def learn(self, accepted: list[int], ahead: list[bool]) -> None:
         """Of every text how many drafted tokens were right, and whether the draft was made ahead."""
