@@ -321,8 +321,10 @@ def _check_generation(hp: HyperParameters) -> None:
     from .generation.config import DiffusionGenerationConfig
     from .generation.inference import check_autoregressive
 
-    with user_settings("`generation`"):
+    try:
         check_autoregressive(hp.generation) if hp.pipeline == "arm" else DiffusionGenerationConfig(**hp.generation)
+    except Exception as error:  # transformers has several, and ours do not know that they are settings of `generation`
+        raise UserError(f"`generation`: {' '.join(str(error).split())}") from error
 
 
 # -- what is generated from the declarations

@@ -113,7 +113,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def atomic() -> str:
+def whole() -> str:
     return page(RESULTS)
 
 

@@ -60,7 +60,7 @@ def base(random_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def atomic(base, tmp_path_factory):
+def whole(base, tmp_path_factory):
     """The recipe run to its end: where, and the log of every stage."""
     output = tmp_path_factory.mktemp("whole")
     return output, run(base, output, recipe(output))
