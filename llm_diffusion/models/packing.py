@@ -1,7 +1,7 @@
 """Copies of a model's weights on a CPU from which a pass over a few rows takes less time, made once and kept beside the model.
 
-packed    the same numbers, in the layout that oneDNN multiplies bf16 by     three quarters of the time, the model's own outputs
-int8      one scale a row, inputs rounded as they come                       half of the time or less; for drafts, which are verified
+packed    the same numbers, in the layout that oneDNN multiplies few rows by     a half to three quarters of the time, the model's own outputs
+int8      one scale a row, inputs rounded as they come                           half of the time or less; for drafts, which are verified
 
 torch has them for its compiler and its quantisation alone, so its private names stand here and nowhere else; where they, or what they need
 of the processor, are missing, there is no copy.
@@ -29,13 +29,13 @@ _copies: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[list[tuple[int, int]
 
 
 def can_pack(layer: torch.nn.Module) -> bool:
-    """Whether this is a plain linear layer in bf16, on a CPU that multiplies bf16."""
+    """Whether this is a plain linear layer on a CPU, in fp32, or in bf16 where the processor multiplies that."""
     weight = getattr(layer, "weight", None)
     return (
         type(layer) is torch.nn.Linear
-        and weight.dtype == torch.bfloat16
         and weight.device.type == "cpu"
-        and has_fast_bfloat16()
+        and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and has_fast_bfloat16())
+        and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
     )
 
