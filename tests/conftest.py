@@ -1,5 +1,6 @@
 """What several test files share: small random models, and the embedded tokenizer and model."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -7,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from two_processes import launch
 
 from llm_diffusion.models.attention import patch_causal_attention
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
@@ -66,3 +69,17 @@ def tokenizer():
 def tiny():
     """The embedded model, converted, and its tokenizer. Shared: tests must leave both as they are."""
     return load_diffusion_model("tiny", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def in_two_processes(tmp_path_factory, worker_id):
+    """What each piece of two_processes.py found, and printed, in the first process and in the second; pytest's own workers share it."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own if worker_id == "master" else own.parent) / "two_processes"
+    folder.mkdir(exist_ok=True)
+    found = folder / "found.json"
+    with FileLock(folder / "lock"):
+        if not found.exists():
+            found.write_text(json.dumps(launch(folder)))
+    first, second = json.loads(found.read_text())
+    return {name: (first[name], second[name]) for name in first}

@@ -5,14 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from accelerate import PartialState
 from rich.console import Console
 from small_trainers import make
 from transformers import AutoTokenizer
@@ -193,10 +189,15 @@ def test_prompts(tmp_path) -> None:
 
 
 def differing(one, other, path=""):
-    """Paths at which two results differ by more than rounding; speeds apart."""
+    """Paths at which two results differ by more than rounding; speeds and dates apart."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
-        return [p for k in one if "second" not in k for p in differing(one[k], other[k], f"{path}/{k}")]
+        return [
+            p
+            for k in one
+            if "second" not in k and k != "created_at"
+            for p in differing(one[k], other[k], f"{path}/{k}")
+        ]
     if isinstance(one, list):
         assert len(one) == len(other)
         return [p for i, (a, b) in enumerate(zip(one, other, strict=True)) for p in differing(a, b, f"{path}/{i}")]
@@ -242,48 +243,34 @@ def test_what_the_command_refuses_leaves_nothing(options, named, tmp_path) -> No
     assert not (tmp_path / "out").exists()
 
 
-TWO = """
-import json, sys
-from accelerate import PartialState
-from evaluation.test_evaluate import logged_answers
-from llm_diffusion.main import cli
-
-found = logged_answers(sys.argv[1])
-if PartialState().is_main_process:
-    print("LOGGED", json.dumps(found))
-cli(sys.argv[2:])
-"""
+def evaluated(folder):
+    """What a trainer logs, and the results of `evaluate`: tasks, a text twice, with noise of its own, and answers."""
+    model, tokenizer = ld.load_diffusion_model("tiny", device="cpu")
+    update_record(model, conversion_steps=1)
+    puzzles = [{"input": f"{i},2,3,{i + 5}", "output": f"{i}+2={i + 2},{i + 2}+3={i + 5}"} for i in range(3)]
+    texts = [{"text": "Tom has 23 apples."}] * 2 + [{"text": "Sort the letters"}]
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            model.save_pretrained(folder / "model")
+            tokenizer.save_pretrained(folder / "model")
+            for name, rows in {"cd3_test": puzzles, "lambada_test": [texts[0]] * 3, "a": texts}.items():
+                (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", str(folder / "model"), "--prompts", "tiny", "--text", str(folder / "a.jsonl")]
+    command += ["--tasks", "countdown3,lambada_openai", "--data", str(folder), "--num-fewshot", "0", "--limit", "3"]
+    command += ["--settings", '{"max_new_tokens": 6, "threshold": 0.9}', "--samples", "16", "--batch-size", "2"]
+    logged = logged_answers(folder)
+    cli([*command, "--output", str(folder / "out")], standalone_mode=False)
+    PartialState().wait_for_everyone()  # one writes
+    return logged, json.loads((folder / "out" / "results.json").read_text())
 
 
 @pytest.mark.slow  # processes of their own
-def test_two_processes_find_what_one_finds(tmp_path):
+def test_two_processes_find_what_one_finds(tmp_path, in_two_processes):
     """In what a trainer logs, and in the one report that is written."""
-    pytest.importorskip("lm_eval")
-    model, tokenizer = ld.load_diffusion_model("tiny", device="cpu")
-    update_record(model, conversion_steps=1)
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    puzzles = [{"input": f"{i},2,3,{i + 5}", "output": f"{i}+2={i + 2},{i + 2}+3={i + 5}"} for i in range(3)]
-    for name, rows in {"cd3_test": puzzles, "lambada_test": [{"text": "Tom has 23 apples."}] * 3}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # A text twice, with noise of its own.
-    (tmp_path / "a.jsonl").write_text('{"text": "Tom has 23 apples."}\n' * 2 + '{"text": "Sort the letters"}\n')
-    command = ["evaluate", str(tmp_path / "model"), "--prompts", "tiny", "--text", str(tmp_path / "a.jsonl")]
-    command += ["--tasks", "countdown3,lambada_openai", "--data", str(tmp_path), "--num-fewshot", "0", "--limit", "3"]
-    command += ["--settings", '{"max_new_tokens": 6, "threshold": 0.9}', "--samples", "16", "--batch-size", "2"]
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{root}/tests"}
-    (tmp_path / "run.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    launch += [str(tmp_path / "run.py"), str(tmp_path), *command, "--output", str(tmp_path / "two")]
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("report:") == 1
-    (logged,) = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("LOGGED")]
-    assert logged == pytest.approx(logged_answers(tmp_path))
-    alone = CliRunner().invoke(cli, [*command, "--output", str(tmp_path / "one")])
-    assert alone.exit_code == 0, alone.output
-    both, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    first, second = in_two_processes["evaluated"]
+    assert (first["said"] + second["said"]).count("report:") == 1
+    (logged, both), (logged_alone, one) = first["result"], evaluated(tmp_path)
+    assert logged == pytest.approx(logged_alone)
     assert (both["settings"]["processes"], one["settings"]["processes"]) == (2, 1)
     assert len(both["samples"]) == 3 and both["models"]["converted"]["tasks"]
     figures = ("models", "levels", "paired", "worked", "samples")

@@ -1,12 +1,7 @@
 """DiffusionDPOTrainer: equal policies at the start, the exact gradient of all draws, seeded noise, references, saving."""
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -421,38 +416,20 @@ def test_saved_policy_comes_back(tmp_path, attention):
     assert "dpo" in (tmp_path / "saved" / "README.md").read_text()
 
 
-TWO_PROCESSES = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from pathlib import Path
-from transformers import AutoTokenizer
-from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
-import training.test_dpo as t
-model, own = t.converted(AutoTokenizer.from_pretrained(TINY_MODEL_PATH))
-settings = dict(per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, max_steps=3, optim="sgd")
-trainer = t.make({output!r}, model, own, peft_config=t.LORA, learning_rate=0.1, **settings)
-trainer.train()
-if trainer.is_world_process_zero():
-    named = {{name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}}
-    rewards = [row["rewards/margins"] for row in trainer.state.log_history if "loss" in row]
-    Path({result!r}).write_text(json.dumps([named, rewards]))
-"""
+def steps_of_pairs(folder, batch=1, accumulation=2):
+    """Four pairs a step; every draw but the last one is sent back without waiting for the other process."""
+    model, own = converted(AutoTokenizer.from_pretrained(TINY_MODEL_PATH))
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+    trainer = make(folder, model, own, peft_config=LORA, learning_rate=0.1, optim="sgd", **settings)
+    trainer.train()
+    sums = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return sums, [row["rewards/margins"] for row in trainer.state.log_history if "loss" in row]
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path):
-    """Four pairs a step; every draw but the last one is sent back without waiting for the other process."""
-    found = []
-    for processes, batch, accumulation in ((1, 4, 1), (2, 1, 2)):
-        result, script = tmp_path / f"{processes}.json", tmp_path / f"{processes}.py"
-        paths = {"tests": str(Path(__file__).parents[1]), "output": str(tmp_path / "out"), "result": str(result)}
-        script.write_text(TWO_PROCESSES.format(**paths, batch=batch, accumulation=accumulation))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(result.read_text()))
-    (one, rewards), (two, rewards_of_two) = found
+def test_two_processes_take_the_steps_of_one(tmp_path, in_two_processes):
+    one, rewards = steps_of_pairs(tmp_path, 4, 1)
+    two, rewards_of_two = in_two_processes["steps_of_pairs"][0]["result"]
     assert one.keys() == two.keys() and max(map(abs, rewards)) > 1e-3
     assert rewards_of_two == pytest.approx(rewards, rel=1e-2, abs=1e-5)
     for name, value in one.items():

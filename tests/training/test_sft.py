@@ -1,16 +1,12 @@
 """DiffusionSFTTrainer: the loss against a second formula, seeded noise, equal gradients, resuming, saving."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from small_trainers import LORA, make, tiny_model
+from transformers import AutoTokenizer
 
 from llm_diffusion import (
     DiffusionSFTConfig,
@@ -20,6 +16,7 @@ from llm_diffusion import (
     probe_attention,
 )
 from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.objective.attention_masks import annealed, positions
 from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.preparation import by_length
@@ -316,47 +313,30 @@ def test_bad_data_is_refused_before_any_step(tmp_path, tokenizer):
         DiffusionSFTTrainer(tiny_model(), object(), train_dataset=tiny_dataset(2), processing_class=tokenizer)
 
 
-TWO_PROCESSES = """
-import json, sys
-from transformers import AutoTokenizer
-sys.path.insert(0, {tests!r})
-from training.test_sft import LORA, make
-from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
-found = []
-for settings in ({{}}, {{"normalization": "sequence"}}, {{"normalization": "length"}}, {{"normalization": "masked"}},
-                 {{"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5}}):
-    trainer = make({output!r}, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), peft_config=LORA, max_steps=2, learning_rate=1e-2,
-                   per_device_train_batch_size={batch}, gradient_accumulation_steps={accumulation}, **settings)
-    trainer.train()
-    found += [[row["nelbo"], row["grad_norm"]] for row in trainer.state.log_history if "nelbo" in row][:2]
-if trainer.accelerator.is_main_process:
-    open({result!r}, "w").write(json.dumps(found))
-"""
+def losses_of_settings(folder, batch=2, accumulation=2):
+    """Eight rows a step, as two processes of `batch` and `accumulation`, or one, take them."""
+    found = []
+    for settings in (
+        {},
+        {"normalization": "sequence"},
+        {"normalization": "length"},
+        {"normalization": "masked"},
+        {"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5},
+    ):
+        settings = {"max_steps": 2, "learning_rate": 1e-2, "gradient_accumulation_steps": accumulation, **settings}
+        tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+        trainer = make(folder, tokenizer, peft_config=LORA, per_device_train_batch_size=batch, **settings)
+        trainer.train()
+        found += [[row["nelbo"], row["grad_norm"]] for row in trainer.state.log_history if "nelbo" in row][:2]
+    return found
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(tmp_path):
-    found = []
-    for processes, batch, accumulation in ((1, 8, 1), (2, 2, 2)):
-        result, script = tmp_path / f"{processes}.json", tmp_path / f"{processes}.py"
-        script.write_text(
-            TWO_PROCESSES.format(
-                tests=str(Path(__file__).parents[1]),
-                output=str(tmp_path / "out"),
-                batch=batch,
-                accumulation=accumulation,
-                result=str(result),
-            )
-        )
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [*launcher, str(script)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr
-        found.append(torch.tensor(json.loads(result.read_text())))
-    assert found[0].shape == (10, 2)
-    assert len(set(found[0][::2, 1].tolist())) == 5  # the test can tell the settings apart
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+def test_two_processes_have_the_losses_of_one(tmp_path, in_two_processes):
+    one, two = torch.tensor(losses_of_settings(tmp_path, 8, 1)), in_two_processes["losses_of_settings"][0]["result"]
+    assert one.shape == (10, 2)
+    assert len(set(one[::2, 1].tolist())) == 5  # the test can tell the settings apart
+    torch.testing.assert_close(torch.tensor(two), one, rtol=1e-4, atol=1e-5)
 
 
 def test_the_mask_row_joins_the_rows_that_a_user_trains(tmp_path, tokenizer):
