@@ -21,7 +21,6 @@ def run(*arguments):
     return {kind: float(re.search(rf"^  {kind} +([\d.]+)$", result.stdout, re.MULTILINE)[1]) for kind in KINDS}
 
 
-@pytest.mark.slow
 def test_the_shipped_base_is_right_on_what_a_left_to_right_model_can_do():
     scores = run("--output", str(TINY_MODEL_PATH), "--eval-only")
     assert min(scores[kind] for kind in LEFT_TO_RIGHT_KINDS) >= 95

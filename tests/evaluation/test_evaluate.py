@@ -264,7 +264,6 @@ def evaluated(folder):
     return logged, json.loads((folder / "out" / "results.json").read_text())
 
 
-@pytest.mark.slow  # processes of their own
 def test_two_processes_find_what_one_finds(tmp_path, in_two_processes):
     """In what a trainer logs, and in the one report that is written."""
     first, second = in_two_processes["evaluated"]

@@ -123,7 +123,6 @@ def test_the_expectation_over_all_counts_and_sets_is_exact() -> None:
     assert found.nats[0] == pytest.approx(total, abs=4 * found.errors[0])
 
 
-@pytest.mark.slow
 def test_exact_counts_are_within_a_twentieth_of_a_nat_at_128_samples() -> None:
     """RMSE a token over 100 seeds (a text given 100 times has noise of its own each time), and the standard error beside the spread."""
     (row,) = rows_of(BED, 1)

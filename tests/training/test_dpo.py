@@ -426,7 +426,6 @@ def steps_of_pairs(folder, batch=1, accumulation=2):
     return sums, [row["rewards/margins"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path, in_two_processes):
     one, rewards = steps_of_pairs(tmp_path, 4, 1)
     two, rewards_of_two = in_two_processes["steps_of_pairs"][0]["result"]

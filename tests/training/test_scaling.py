@@ -58,7 +58,6 @@ def split_weights(folder):
     return found
 
 
-@pytest.mark.slow
 def test_split_weights_give_the_scores_and_gradients_of_whole_ones(in_two_processes):
     for found in in_two_processes["split_weights"]:
         for (whole, split), off in found["result"]:
@@ -87,7 +86,6 @@ def main_job(folder):
     return json.loads((folder / "out" / "sft_model" / "diffusion_config.json").read_text())
 
 
-@pytest.mark.slow
 def test_the_main_job_runs_in_two_processes(in_two_processes):
     first, second = in_two_processes["main_job"]
     assert (first["said"] + second["said"]).count("from_pretrained") == 1  # one speaks

@@ -148,7 +148,6 @@ def test_resumed_run_has_the_same_losses(tmp_path, tokenizer):
     assert losses(straight)[2:] == losses(again)[-2:]
 
 
-@pytest.mark.slow
 def test_noise_does_not_depend_on_loader_workers(tmp_path, tokenizer):
     runs = []
     for workers in (0, 2):
@@ -331,7 +330,6 @@ def losses_of_settings(folder, batch=2, accumulation=2):
     return found
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tmp_path, in_two_processes):
     one, two = torch.tensor(losses_of_settings(tmp_path, 8, 1)), in_two_processes["losses_of_settings"][0]["result"]
     assert one.shape == (10, 2)
