@@ -30,7 +30,7 @@ case "${1:-}" in
         venv/bin/python -c "import torch, llm_diffusion; print(torch.__version__, torch.cuda.get_device_name())"
         ;;
     *)
-        sed -n '2,9s/^# //p' "$0" >&2
+        sed -n '2,9s/^# //p' prepare.sh >&2
         exit 2
         ;;
 esac
