@@ -349,6 +349,18 @@ def evaluate(models: tuple[str, ...], output: str, **options: Any) -> None:
         click.echo(f"report: {folder / 'report.html'}")
 
 
+@cli.command()
+@click.argument("model")
+@click.option("--format", "form", metavar="NAME", required=True, help="sdar (SGLang, LMDeploy) or gguf (llama.cpp).")
+@click.option("--output", metavar="DIR", required=True, help="A new folder.")
+def export(model: str, form: str, output: str) -> None:
+    """Write MODEL, its adapters merged, in bf16 as another engine loads it."""
+    quiet_libraries()
+    from .serving.export import export as write
+
+    click.echo(f"written: {write(model, form, writable(output, '--output', folder=True))}")
+
+
 def load_inference(model: str, settings: dict[str, Any]) -> Any:
     quiet_libraries()
     from .generation.inference import DiffusionInference

@@ -188,10 +188,11 @@ def generate_autoregressive(model: torch.nn.Module, input_ids: torch.Tensor, **k
         return type(base).generate(base, input_ids, **kwargs)
 
 
-def generate_as_loaded(model: torch.nn.Module, **kwargs: Any) -> Any:
+def generate_as_loaded(inputs: torch.Tensor | None = None, *, model: torch.nn.Module, **kwargs: Any) -> Any:
     """`generate` for a converted checkpoint that transformers' own loader brought: attention is set at the first call.
 
-    This is what `custom_generate/generate.py` beside the weights hands to `from_pretrained`, `generate` and `pipeline`.
+    This is what `custom_generate/generate.py` beside the weights hands to `from_pretrained`, `generate` and `pipeline`, which name the model:
+    what comes first is the prompts.
     """
     base, record = base_of(model), record_of(model)
     if not record.converted:
@@ -200,4 +201,4 @@ def generate_as_loaded(model: torch.nn.Module, **kwargs: Any) -> Any:
         raise UserError("`model`: transformers' loader leaves the time embedding out; use `load_diffusion_model`.")
     if not forward_state(base).attention_set:
         set_attention(base, record)
-    return generate(model, **kwargs)
+    return generate(model, inputs=inputs, **kwargs)

@@ -79,7 +79,7 @@ _DIFFULLAMA_NAMES = {r"^denoise_model\.": "model.", r"^embed_tokens\.": "model.e
 _BLOCKS = {"attention": "block", "clean_context": "block"}
 # Of a model_type: the config of the same layers, the mask token, how it was trained, and its config's name of the block's length with the
 # length where it has none.
-_SAME_LAYERS: dict[str, tuple[type[PreTrainedConfig], int, dict[str, Any], tuple[str, int] | None]] = {
+SAME_LAYERS: dict[str, tuple[type[PreTrainedConfig], int, dict[str, Any], tuple[str, int] | None]] = {
     "Dream": (Qwen2Config, 151666, {"right_shift_logits": True}, None),
     "Fast_dLLM_Qwen": (Qwen2Config, 151665, {**_BLOCKS, "right_shift_logits": True}, ("bd_size", 32)),
     "sdar": (Qwen3Config, 151669, _BLOCKS, ("block_size", 4)),
@@ -173,8 +173,8 @@ def find_layout(path: str) -> Layout | None:
     kind = config.get("model_type")
     if kind == "llada":
         return _llada_moe(config, path) if "num_experts" in config else _llada(config, path)
-    if kind in _SAME_LAYERS:
-        return _same_layers(config, *_SAME_LAYERS[kind])
+    if kind in SAME_LAYERS:
+        return _same_layers(config, *SAME_LAYERS[kind])
     if kind in _WRAPPED and config.get("diffusion") is None:
         return _WRAPPED[kind](path)
     if Path(path).is_dir() and "architectures" not in config:

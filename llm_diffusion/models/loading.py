@@ -52,6 +52,7 @@ from .record import (
     SIDECAR,
     DiffusionRecord,
     autoregressive_config,
+    keep_record,
     read_record,
     record_of,
     update_record,
@@ -135,6 +136,7 @@ def _with_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     if record_of(model).time_embedding and TIME_EMBEDDING not in (adapted.active_peft_config.modules_to_save or ()):
         check_complete(path, missing=[TIME_EMBEDDING])
     train_rows_alone(adapted)  # PEFT would copy the vocabulary at every forward
+    keep_record(adapted)
     return adapted
 
 

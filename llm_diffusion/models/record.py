@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
@@ -171,6 +173,18 @@ def read_record(path: str | Path) -> DiffusionRecord:
 def save_record(model: torch.nn.Module, folder: str | Path) -> None:
     """Writes the record beside an adapter, whose own files cannot carry it."""
     write_text(Path(folder) / SIDECAR, json.dumps(record_of(model).to_dict(), indent=2) + "\n")
+
+
+def keep_record(model: PeftModel) -> None:
+    """Makes `save_pretrained` of adapters, and `push_to_hub`, which uploads what that writes, save what they are loaded by too."""
+    model.save_pretrained = types.MethodType(_save_pretrained, model)  # a bound method follows `copy.deepcopy`
+
+
+def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
+    type(self).save_pretrained(self, save_directory, *args, **options)
+    if options.get("is_main_process", True):
+        save_record(self, save_directory)
+        save_generation_config(self, save_directory)
 
 
 # -- the model card

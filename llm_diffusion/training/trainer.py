@@ -24,6 +24,7 @@ from ..data.tokens import Tokenising
 from ..models.files import write_text
 from ..models.patching import Patch, base_of
 from ..models.record import (
+    keep_record,
     model_card,
     record_of,
     save_custom_generate,
@@ -94,6 +95,8 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
                 "the trained weights are float16, in which Adam's second moments are lost: the loss ends non-finite within a few steps; "
                 "load the model in float32 and set `fp16`, or in bfloat16, or train adapters"
             )
+        if isinstance(self.model, PeftModel):
+            keep_record(self.model)
         result = super().train(resume_from_checkpoint=self._count_from(resume_from_checkpoint), **kwargs)
         self._update_record()
         self._report_streams()

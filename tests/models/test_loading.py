@@ -1,5 +1,6 @@
 """Files and back: bases, checkpoints, adapters and the hub; and autoregressive models from every start."""
 
+import copy
 import shutil
 
 import huggingface_hub
@@ -24,7 +25,7 @@ from llm_diffusion.models.loading import (
 )
 from llm_diffusion.models.loading import load_diffusion_model as load
 from llm_diffusion.models.patching import base_of
-from llm_diffusion.models.record import save_record
+from llm_diffusion.models.record import save_custom_generate, save_record
 from llm_diffusion.objective.attention_masks import annealed
 
 SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -485,6 +486,34 @@ def test_plain_loaders_take_adapters_over_a_converted_base(base, tmp_path):
     for again in (automatic, by_hand, load(str(folder), device="cpu")[0]):
         assert ld.probe_attention(again) == "bidirectional"
         torch.testing.assert_close(logits_of(again), want, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_over_a_converted_base_decodes_by_unmasking_through_peft(base, tmp_path):
+    model, tokenizer = load(str(base()), attention="block", device="cpu")
+    model.save_pretrained(tmp_path / "converted")
+    tokenizer.save_pretrained(tmp_path / "converted")
+    save_custom_generate(tmp_path / "converted")
+    model, tokenizer = load(str(tmp_path / "converted"), device="cpu")
+    folder = save_adapter(perturbed(model, tokenizer.mask_token_id), tokenizer, tmp_path / "adapter")
+    automatic = AutoPeftModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ours, _ = load(str(folder), device="cpu")
+    for settings in ({"max_new_tokens": 9}, {"max_new_tokens": 9, "threshold": 0.3, "eos_token_id": None}):
+        want = ours.generate(input_ids=IDS, **settings)
+        assert torch.equal(automatic.generate(input_ids=IDS, **settings), want)
+    left_to_right = ld.generate_autoregressive(ours, IDS, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert not torch.equal(left_to_right, want)
+
+
+def test_an_adapter_saves_and_pushes_itself_with_its_record(base, tmp_path):
+    """`push_to_hub` of transformers and PEFT uploads what `save_pretrained` writes."""
+    model, tokenizer = load(str(base()), device="cpu")
+    first = save_adapter(perturbed(model, tokenizer.mask_token_id), tokenizer, tmp_path / "first")
+    model, tokenizer = load(str(first), device="cpu")
+    copy.deepcopy(model).save_pretrained(tmp_path / "again")
+    tokenizer.save_pretrained(tmp_path / "again")
+    again, _ = load(str(tmp_path / "again"), device="cpu")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert again.generation_config.mask_token_id == tokenizer.mask_token_id
 
 
 def test_an_adapter_of_another_base_is_refused(base, random_llama, tmp_path):

@@ -300,6 +300,12 @@ def test_what_is_pushed_during_training_loads(tmp_path, monkeypatch, peft_config
     assert torch.equal(again(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
     assert again.generation_config.mask_token_id == tokenizer.mask_token_id
     assert (tmp_path / "hub" / "custom_generate" / "generate.py").is_file() == (peft_config is None)
+    if peft_config is None:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", trust_remote_code=True)
+        assert torch.equal(plain.generate(ids, max_new_tokens=8), again.generate(ids, max_new_tokens=8))
+    else:  # `trainer.model.push_to_hub` uploads this
+        trainer.model.save_pretrained(tmp_path / "own")
+        assert read_record(tmp_path / "own") == record_of(again)
     trainer.push_to_hub(dataset_name="me/rows", tags=["trl", "own"])
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "datasets:\n- me/rows\n" in card and card.count("\n- trl\n") == 1 and "\n- own\n" in card

@@ -1,0 +1,1 @@
+"""Beyond this process: what other engines load, and answers over a network."""
