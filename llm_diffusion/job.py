@@ -31,6 +31,7 @@ from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of,
 from .data.datasets import (
     DEBUG_EXAMPLES,
     PLAIN_CHAT_TEMPLATE,
+    SELF,
     first_rows,
     load_preference_splits,
     load_splits,
@@ -63,7 +64,7 @@ NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_
 # Settings of the main job that are the trainers' by the same name.
 SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
-SELF, SELF_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
+SELF_PROMPTS = 2000  # that the model writes itself, unless `max_examples` says
 
 
 def run(hp: HyperParameters, resume: bool = False) -> None:

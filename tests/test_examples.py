@@ -1,18 +1,21 @@
 """The example scripts, as a user runs them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from llm_diffusion import load_diffusion_model
 from llm_diffusion.data.tiny import KINDS, LEFT_TO_RIGHT_KINDS
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_tiny_base.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPT = EXAMPLES / "train_tiny_base.py"
 
 
 def run(*arguments):
@@ -55,3 +58,32 @@ def test_preferences_in_one_file(tmp_path):
     assert "preferred" in result.stdout
     model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
     assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+
+
+def test_slurm_launches_one_process_a_machine_with_the_arguments_as_given(tmp_path):
+    """With commands of Slurm that do what two machines would see, and an `accelerate` that says what it was given."""
+    programs = {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "accelerate": "printf '%s\\0' \"$@\"; echo",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = str(EXAMPLES / "accelerate" / "slurm.sh")
+    subprocess.run(["bash", "-n", script], check=True)
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(EXAMPLES.parent)}
+    given = ["--preset", "qwen3-4b", "--hyper-parameters-json", '{"dataset": "a b, c\'d"}']
+    done = subprocess.run(["bash", script, *given], capture_output=True, text=True, env=slurm, check=True)
+    launched = [launch_command_parser().parse_args(line.split("\0")[1:-1]) for line in done.stdout.splitlines()]
+    assert [each.machine_rank for each in launched] == [0, 1]
+    for each in launched:
+        assert (each.num_machines, each.num_processes, each.main_process_ip) == (2, 8, "node7")
+        assert each.main_process_port == 23456 and (EXAMPLES.parent / each.config_file).exists()
+        assert each.module and each.training_script == "llm_diffusion.main" and each.training_script_args == given
