@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
 from . import UserError
-from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
+from .config import DPO, SEED_LORA_TARGETS, WANDB, HyperParameters, as_dict, stages_of, training_hints
 from .data.datasets import (
     DEBUG_EXAMPLES,
     PLAIN_CHAT_TEMPLATE,
@@ -182,6 +182,7 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         "dataloader_pin_memory": device.startswith("cuda"),
         "use_cpu": device == "cpu",
         "report_to": report_to,
+        "project": f"{prefix}{hp.wandb_config.get('project') or WANDB['project']}",
         "run_name": f"{prefix}{Path(hp.model).name}-{stage['name']}",
         "logging_steps": 10,
         "save_strategy": "no",
