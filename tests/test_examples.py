@@ -1,5 +1,6 @@
 """The example scripts, as a user runs them."""
 
+import importlib.util
 import json
 import os
 import re
@@ -58,6 +59,95 @@ def test_preferences_in_one_file(tmp_path):
     assert "preferred" in result.stdout
     model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
     assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+
+
+# -- the short ones, in this process: what is at the top of each is made small
+
+SMALL = {
+    "STEPS": 1,
+    "N_CHATS": 12,
+    "BATCH_SIZE": 2,
+    "MICRO_BATCH": 2,
+    "ACCUMULATION": 1,
+    "LENGTH": 256,
+    "BASE_LENGTH": 128,
+}
+SMALL |= {"N_PROMPTS": 2, "N_TEXTS": 1, "N_SAMPLES": 8}
+
+
+def main_of(name, monkeypatch, folder):
+    """Runs an example in a folder."""
+    monkeypatch.chdir(folder)
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for constant in SMALL.keys() & vars(module).keys():
+        setattr(module, constant, SMALL[constant])
+    module.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("qlora", "weights: 1"),
+        ("block", "threshold 0.95: "),
+        ("lossless", "as the base alone: yes"),
+        ("long_context", "longest row: 256 tokens"),
+        ("own_architecture", "attention: bidirectional"),
+    ],
+)
+def test_an_example(name, printed, monkeypatch, tmp_path, capsys):
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    main_of(name, monkeypatch, tmp_path)
+    assert printed in capsys.readouterr().out
+
+
+def test_the_examples_that_build_on_each_other(monkeypatch, tmp_path, capsys):
+    main_of("sft", monkeypatch, tmp_path)
+    assert "held-out bound: " in capsys.readouterr().out
+    main_of("infilling", monkeypatch, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Fill the gap: 3 6") and lines[1].endswith("12 15")
+    main_of("evaluate", monkeypatch, tmp_path)
+    assert "AR base: " in capsys.readouterr().out and (tmp_path / "output/evaluation/report.html").exists()
+
+
+def test_examples_are_short_and_say_how_to_run_them():
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        assert f"python examples/{path.name}" in text.split('"""')[1]
+        assert path == SCRIPT or len(text.splitlines()) < 80
+
+
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_short_and_shows_what_it_printed(path):
+    text = path.read_text()
+    cells = json.loads(text)["cells"]
+    assert len(cells) <= 12 and len(text) < 300_000
+    assert not re.search(r"/(home|root|tmp|work|usr|Users)/", text)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {"stream", "display_data"} == {output["output_type"] for output in outputs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, monkeypatch, tmp_path):
+    """Its code cells, one after the other, with the numbers of its first cell made small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = {}
+    for number, cell in enumerate(
+        cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
+    ):
+        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number + 1}", "exec"), names)
+        if number == 0:
+            names |= {name: value for name, value in SMALL.items() if name in names}
 
 
 def test_slurm_launches_one_process_a_machine_with_the_arguments_as_given(tmp_path):
