@@ -58,7 +58,7 @@ class HyperParameters:
     model: str = setting("Qwen/Qwen3-4B-Instruct-2507", 'Hub name, folder, "tiny" or "smollm2".')
     dataset: str = setting(
         "allenai/tulu-3-sft-mixture-0225",
-        'Hub name, saved dataset, folder or file of txt, JSONL or Parquet, "tiny", or "self": prompts and answers of the model itself.',
+        'Hub name, saved dataset, folder or file of txt, JSONL or Parquet, "tiny", or "self": prompts and answers of the model itself; several with a number or share of rows each: "a:2000, b.jsonl:0.5, tiny".',
     )
     pipeline: str = setting("diffusion", "`arm`: from left to right, TRL's own training.", choices=("diffusion", "arm"))
     epochs: float = setting(1, "Epochs of each phase.", above=0, max=1_000_000)

@@ -27,10 +27,11 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
 from . import UserError
-from .config import DPO, SEED_LORA_TARGETS, HyperParameters, as_dict, stages_of, training_hints
+from .config import DPO, SEED_LORA_TARGETS, WANDB, HyperParameters, as_dict, stages_of, training_hints
 from .data.datasets import (
     DEBUG_EXAMPLES,
     PLAIN_CHAT_TEMPLATE,
+    SELF,
     first_rows,
     load_preference_splits,
     load_splits,
@@ -63,7 +64,7 @@ NOT_FOR_DPO = {"learning_rate", "loss_type", "packing", "padding_free", "metric_
 # Settings of the main job that are the trainers' by the same name.
 SHARED = ("learning_rate", "gradient_accumulation_steps", "max_length", "seed", "dataloader_num_workers")
 SETTINGS = "hyper_parameters.json"
-SELF, SELF_PROMPTS = "self", 2000  # as `dataset`: what the model writes itself, and how much unless `max_examples` says
+SELF_PROMPTS = 2000  # that the model writes itself, unless `max_examples` says
 
 
 def run(hp: HyperParameters, resume: bool = False) -> None:
@@ -181,6 +182,7 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         "dataloader_pin_memory": device.startswith("cuda"),
         "use_cpu": device == "cpu",
         "report_to": report_to,
+        "project": f"{prefix}{hp.wandb_config.get('project') or WANDB['project']}",
         "run_name": f"{prefix}{Path(hp.model).name}-{stage['name']}",
         "logging_steps": 10,
         "save_strategy": "no",

@@ -1,18 +1,22 @@
 """The example scripts, as a user runs them."""
 
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from llm_diffusion import load_diffusion_model
 from llm_diffusion.data.tiny import KINDS, LEFT_TO_RIGHT_KINDS
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "train_tiny_base.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPT = EXAMPLES / "train_tiny_base.py"
 
 
 def run(*arguments):
@@ -54,3 +58,121 @@ def test_preferences_in_one_file(tmp_path):
     assert "preferred" in result.stdout
     model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
     assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+
+
+# -- the short ones, in this process: what is at the top of each is made small
+
+SMALL = {
+    "STEPS": 1,
+    "N_CHATS": 12,
+    "BATCH_SIZE": 2,
+    "MICRO_BATCH": 2,
+    "ACCUMULATION": 1,
+    "LENGTH": 256,
+    "BASE_LENGTH": 128,
+}
+SMALL |= {"N_PROMPTS": 2, "N_TEXTS": 1, "N_SAMPLES": 8}
+
+
+def main_of(name, monkeypatch, folder):
+    """Runs an example in a folder."""
+    monkeypatch.chdir(folder)
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for constant in SMALL.keys() & vars(module).keys():
+        setattr(module, constant, SMALL[constant])
+    module.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("qlora", "weights: 1"),
+        ("block", "threshold 0.95: "),
+        ("lossless", "as the base alone: yes"),
+        ("long_context", "longest row: 256 tokens"),
+        ("own_architecture", "attention: bidirectional"),
+    ],
+)
+def test_an_example(name, printed, monkeypatch, tmp_path, capsys):
+    if name == "qlora":
+        pytest.importorskip("bitsandbytes")
+    main_of(name, monkeypatch, tmp_path)
+    assert printed in capsys.readouterr().out
+
+
+def test_the_examples_that_build_on_each_other(monkeypatch, tmp_path, capsys):
+    main_of("sft", monkeypatch, tmp_path)
+    assert "held-out bound: " in capsys.readouterr().out
+    main_of("infilling", monkeypatch, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Fill the gap: 3 6") and lines[1].endswith("12 15")
+    main_of("evaluate", monkeypatch, tmp_path)
+    assert "AR base: " in capsys.readouterr().out and (tmp_path / "output/evaluation/report.html").exists()
+
+
+def test_examples_are_short_and_say_how_to_run_them():
+    for path in EXAMPLES.glob("*.py"):
+        text = path.read_text()
+        assert f"python examples/{path.name}" in text.split('"""')[1]
+        assert path == SCRIPT or len(text.splitlines()) < 80
+
+
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_short_and_shows_what_it_printed(path):
+    text = path.read_text()
+    cells = json.loads(text)["cells"]
+    assert len(cells) <= 12 and len(text) < 300_000
+    assert not re.search(r"/(home|root|tmp|work|usr|Users)/", text)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {"stream", "display_data"} == {output["output_type"] for output in outputs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, monkeypatch, tmp_path):
+    """Its code cells, one after the other, with the numbers of its first cell made small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    names = {}
+    for number, cell in enumerate(
+        cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"
+    ):
+        exec(compile("".join(cell["source"]), f"{path.name}, code cell {number + 1}", "exec"), names)
+        if number == 0:
+            names |= {name: value for name, value in SMALL.items() if name in names}
+
+
+def test_slurm_launches_one_process_a_machine_with_the_arguments_as_given(tmp_path):
+    """With commands of Slurm that do what two machines would see, and an `accelerate` that says what it was given."""
+    programs = {
+        "scontrol": "echo node7; echo node8",
+        "srun": 'shift; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "accelerate": "printf '%s\\0' \"$@\"; echo",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = str(EXAMPLES / "accelerate" / "slurm.sh")
+    subprocess.run(["bash", "-n", script], check=True)
+    slurm = {
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(EXAMPLES.parent)}
+    given = ["--preset", "qwen3-4b", "--hyper-parameters-json", '{"dataset": "a b, c\'d"}']
+    done = subprocess.run(["bash", script, *given], capture_output=True, text=True, env=slurm, check=True)
+    launched = [launch_command_parser().parse_args(line.split("\0")[1:-1]) for line in done.stdout.splitlines()]
+    assert [each.machine_rank for each in launched] == [0, 1]
+    for each in launched:
+        assert (each.num_machines, each.num_processes, each.main_process_ip) == (2, 8, "node7")
+        assert each.main_process_port == 23456 and (EXAMPLES.parent / each.config_file).exists()
+        assert each.module and each.training_script == "llm_diffusion.main" and each.training_script_args == given

@@ -6,7 +6,9 @@ Rows are read here once, to find what is wrong before anything long begins; the 
 from __future__ import annotations
 
 import itertools
-import logging
+import json
+import os
+import re
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,18 +16,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+import numpy as np
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
 from ..objective.settings import read_path
-from .rows import SHAPES, Place, form_of, prompt_and_answer, read_pair, read_row, says_something, split_row
+from .rows import (
+    MIXED,
+    SHAPES,
+    Place,
+    form_of,
+    own_row,
+    prompt_and_answer,
+    read_pair,
+    read_row,
+    says_something,
+    split_row,
+)
 from .tiny import tiny_dataset
 from .tokens import check_pair_columns
 
-logger = logging.getLogger(__name__)
-
 DEBUG_EXAMPLES = 100
+SELF = "self"  # as `dataset`: what the model writes itself
+TINY_ROWS = 100_000
 SPLITS = ("train", "test", "validation")
 # For tokenizers without a chat template of their own (Phi-2, GPT-2); ends an answer with the end token.
 PLAIN_CHAT_TEMPLATE = (
@@ -42,7 +57,8 @@ def load_splits(
     """Train and test split of a dataset.
 
     Args:
-        name: "tiny" (generated), a saved dataset, a folder or file of txt, JSONL or Parquet, or a hub name.
+        name: "tiny" (generated), a saved dataset, a folder or file of txt, JSONL or Parquet, or a hub name; or a mixture of them,
+            "a:2000, b.jsonl:0.5, tiny".
         test_size: share (below 1) or number of examples held out, where the data has no test split of its own.
         seed: of the split.
         limit: use this many training examples at most.
@@ -51,9 +67,16 @@ def load_splits(
     Raises:
         FileNotFoundError, ValueError: nothing there, no usable column, no example.
     """
+    sources = _sources(name)
+    if sources != {name: None}:
+        return _mixture(sources, test_size, seed, limit, every_token)
     if name == "tiny":
         n_test = int(test_size) if test_size >= 1 else 500
-        return tiny_dataset(limit or 100_000, seed), first_rows(tiny_dataset(n_test, seed, "test"), limit)
+        return tiny_dataset(limit or TINY_ROWS, seed), first_rows(tiny_dataset(n_test, seed, "test"), limit)
+    return _held_out(_trainable(name, every_token), name, test_size, seed, limit)
+
+
+def _trainable(name: str, every_token: bool, field: str = "dataset") -> DatasetDict:
     splits = load_any(name)
     if "train" not in splits:
         raise UserError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
@@ -62,8 +85,87 @@ def load_splits(
     if others := [split for split in SPLITS if split in splits and form_of(splits[split].column_names) != form]:
         found = f"but its split {others[0]!r} has the columns {splits[others[0]].column_names}"
         raise UserError(f"`dataset`: {name!r} has rows of `{form}`, {found}.")
-    usable = partial(_is_example, every_token=every_token)
-    return _held_out(_checked(splits, name, "dataset", usable), name, test_size, seed, limit)
+    return _checked(splits, name, field, partial(_is_example, every_token=every_token))
+
+
+# -- mixtures
+
+Amount = float | int | None  # of a source's rows: a share, a number, all
+
+
+def _sources(name: str) -> dict[str, Amount]:
+    """The sources that `dataset` names; a path that exists is never taken apart."""
+    parts, sources = name.split(","), []
+    while parts:
+        for n in range(len(parts), 0, -1):
+            source, amount = ",".join(parts[:n]).strip(), None
+            if not _exists(source) and (match := re.fullmatch(r"(.*\S)\s*:\s*([-+]?\.?\d[\w.%+-]*)", source)):
+                source, amount = match.groups()
+            if _exists(source):
+                break
+        sources.append((source, amount and _amount(source, amount)))
+        parts = parts[n:]
+    if len(sources) > 1 and ("" in dict(sources) or len(dict(sources)) < len(sources)):
+        raise UserError(f"`dataset`: a mixture names each source once, and none is empty; got {name!r}.")
+    if SELF in dict(sources):
+        raise UserError("`dataset`: 'self' cannot be part of a mixture; `max_examples` says how much is written.")
+    return dict(sources)
+
+
+def _exists(name: str) -> bool:
+    return os.path.exists(os.path.expanduser(name))  # False also for what cannot be a path
+
+
+def _amount(source: str, text: str) -> Amount:
+    with suppress(ValueError):
+        amount = int(text) if text.isdecimal() else float(text)
+        if 0 < amount <= 1 or (isinstance(amount, int) and amount):
+            return amount
+    wanted = "a whole number of rows or a share up to 1 is needed behind the last colon"
+    raise UserError(f"`dataset`: {source!r} has the amount {text!r}; {wanted}.")
+
+
+def _mixture(
+    sources: dict[str, Amount], test_size: float | int, seed: int, limit: int | None, every_token: bool
+) -> tuple[Dataset, Dataset]:
+    """Rows of all sources, shuffled; each gives as many of them as it was asked for, and holds out its part of `test_size`."""
+    chosen = {source: _chosen(source, amount, seed, limit, every_token) for source, amount in sources.items()}
+    total, pairs = 1 if test_size < 1 else sum(len(splits["train"]) for splits in chosen.values()), []
+    for source, splits in chosen.items():
+        held_out = max(1, round(test_size * len(splits["train"]) / total))
+        train, test = _held_out(splits, source, held_out, seed, None)
+        pairs.append((train, first_rows(test, held_out)))
+    (train, n_train), (test, n_test) = (_shuffled(parts, seed, limit) for parts in zip(*pairs, strict=True))
+    for source, rows, held_out in zip(sources, n_train, n_test, strict=True):
+        logger.info(f"`dataset`: {source!r}: {rows:,} rows to train on, {held_out:,} held out")
+    return train, test
+
+
+def _chosen(source: str, amount: Amount, seed: int, limit: int | None, every_token: bool) -> DatasetDict:
+    """Rows of a source, chosen by the seed, in the one column that all sources can have."""
+    n = amount if isinstance(amount, int) else None
+    if source == "tiny":
+        train, test = load_splits(source, test_size=min(n or 500, 500), seed=seed, limit=n or limit)
+        splits = DatasetDict(train=train, test=test)
+    else:
+        splits = _trainable(source, every_token, f"dataset`: `{source}")
+    rows = splits["train"].shuffle(seed=seed)
+    splits["train"] = first_rows(rows, n or max(1, round((amount or 1) * len(rows))))
+    return DatasetDict({k: rows.map(_as_mixed, remove_columns=rows.column_names) for k, rows in splits.items()})
+
+
+def _as_mixed(row: dict[str, Any]) -> dict[str, str]:
+    return {MIXED: json.dumps(dict(row), default=str)}  # dates and the like are not read
+
+
+def _shuffled(parts: tuple[Dataset, ...], seed: int, limit: int | None) -> tuple[Dataset, list[int]]:
+    """The rows of all parts, `limit` at most, and how many there are of each."""
+    of = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    order = np.random.default_rng(seed).permutation(len(of))[:limit]
+    return concatenate_datasets(parts).select(order), np.bincount(of[order], minlength=len(parts)).tolist()
+
+
+# -- checks
 
 
 def load_preference_splits(
@@ -91,7 +193,7 @@ def _checked(splits: DatasetDict, name: str, field: str, is_usable: Callable[...
         named = {"field": field, "split": split if len(used) > 1 else ""}
         used[split] = rows.filter(is_usable, with_indices=True, fn_kwargs=named)
         if (left := len(used[split])) < len(rows):
-            logger.warning("%s, split %s: %d of %d rows: no text", name, split, len(rows) - left, len(rows))
+            logger.warning(f"{name}, split {split}: {len(rows) - left} of {len(rows)} rows: no text")
     if len(used["train"]) == 0:
         raise UserError(f"`{field}`: {name!r} is empty.")
     return DatasetDict(used)
@@ -132,6 +234,7 @@ def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _readable(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    row = own_row(row)
     if "input_ids" in row:
         return {"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)}
     with suppress(UserError):

@@ -28,6 +28,7 @@ _NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "a
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 CONVERSATIONS = ("messages", "conversations")
 LONGEST = 10_000_000  # characters; tokenizers take hundreds of bytes of memory for each, and end the process when there is none left
+MIXED = "mixed_row"  # the one column of a mixture: rows of its sources as JSON, because their columns differ
 SHAPES = "`messages`, `prompt` with `completion`, `text` or `input_ids` (`llm-diffusion prepare-data`)"
 
 
@@ -47,14 +48,17 @@ class Place:
 def form_of(columns: Any, text_field: str = "text") -> str | None:
     """Which columns a row is read from, by the names it has: of several forms the first of this order; None: of none."""
     columns = set(columns)
-    if "input_ids" in columns:
-        return "input_ids"
-    for name in CONVERSATIONS:
+    for name in (MIXED, "input_ids", *CONVERSATIONS):
         if name in columns:
             return name
     if {"prompt", "completion"} <= columns:
         return "completion"
     return text_field if text_field in columns else None
+
+
+def own_row(example: dict[str, Any]) -> dict[str, Any]:
+    """A row as its source has it, whether or not it came in a mixture."""
+    return json.loads(example[MIXED]) if MIXED in example else example
 
 
 def read_row(example: dict[str, Any], form: str, place: Place) -> dict[str, Any]:

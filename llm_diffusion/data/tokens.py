@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..models.special_tokens import chat_ids, prompt_ids, shared_length, text_ids
 from ..objective.modes import IGNORE_INDEX
-from .rows import MEDIA, SHAPES, Place, form_of, read_pair, read_row, split_row
+from .rows import MEDIA, MIXED, SHAPES, Place, form_of, own_row, read_pair, read_row, split_row
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,9 @@ def tokenised_row(example: dict[str, Any], form: str, how: Tokenising, place: Pl
             kind = type(text).__name__
             raise UserError(f"`formatting_func` returned a {kind} for row {place.row}; one text a row is needed.")
         example, form = {"text": text}, "text"
+    if form == MIXED:
+        example = own_row(example)
+        form = form_of(example, how.text_field)
     row = read_row(example, form, place)
     merged = 0
     if form == "input_ids":

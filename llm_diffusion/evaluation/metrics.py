@@ -25,6 +25,7 @@ from ..models.sampling import BANNED
 from ..models.special_tokens import answer_end_id, end_token_ids
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
+from ..training.services import show
 from .answers import (
     BATCH_SIZE,
     AnswerReport,
@@ -302,6 +303,7 @@ class ForeseenEndsCallback(TrainerCallback):
         self.trainer.log({f"eval_end_{name}": value for name, value in report.table[0.0].items()})
         if self.path is not None and state.is_world_process_zero:
             plot_ends(report, self.path)
+            show(self.trainer, "ends", self.path)
 
 
 class AnswersCallback(TrainerCallback):
@@ -310,7 +312,7 @@ class AnswersCallback(TrainerCallback):
         trainer.add_callback(AnswersCallback(trainer, examples, max_new_tokens=128))
 
     Percent of `eval_exact_match` (mean over the kinds, and each) and `eval_eos_accuracy`; all but `eval_samples` are among the metrics of
-    the evaluation too, to choose the best model by. Prompts are split between processes, each with all weights (DDP; not FSDP or ZeRO-3).
+    the evaluation too, to choose the best model by. W&B and Trackio show all answers in a table, `eval/answers`. Prompts are split between processes, each with all weights (DDP; not FSDP or ZeRO-3).
     """
 
     def __init__(self, trainer: Trainer, examples: Sequence[dict], **settings: Any) -> None:
@@ -330,8 +332,10 @@ class AnswersCallback(TrainerCallback):
         }
         if metrics is not None:
             metrics.update(values)
-        shown = [
-            f"{question_of(example)} -> {answer} (reference: {prompt_and_reference(example)[1]})"
-            for example, answer in zip(examples[:LOGGED], report.answers, strict=False)
+        rows = [
+            {"question": question_of(example), "answer": answer, "reference": prompt_and_reference(example)[1]}
+            for example, answer in zip(examples, report.answers, strict=True)
         ]
+        shown = ["{question} -> {answer} (reference: {reference})".format_map(row) for row in rows[:LOGGED]]
         self.trainer.log({**values, "eval_samples": "\n\n".join(shown)})
+        show(self.trainer, "answers", rows)

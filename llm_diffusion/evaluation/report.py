@@ -68,8 +68,10 @@ def page(results: dict[str, Any]) -> str:
     """The page of what `evaluate` returns."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
     environment.filters |= {"cell": cell, "picture": picture}
-    shown = {"model": results["settings"].get("model", "a model"), "notes": results.get("notes", [])}
-    return environment.get_template("report.html.jinja").render(sections=sections(results), **shown)
+    title, names = f"Evaluation of {results['settings'].get('model', 'a model')}", list(results["models"])
+    title += f": {', '.join(names[1:])} beside {names[0]}" if names[1:] else ""
+    shown = {"title": title, "notes": results.get("notes", []), "sections": sections(results)}
+    return environment.get_template("report.html.jinja").render(**shown)
 
 
 def show(results: dict[str, Any], console: Console) -> None:

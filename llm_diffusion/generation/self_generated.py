@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
-from ..data.rows import CONVERSATIONS, Place, form_of, prompt_and_answer
+from ..data.rows import CONVERSATIONS, Place, form_of, own_row, prompt_and_answer
 from ..models.conversion import fingerprint
 from ..models.files import write_text
 from ..models.patching import base_of
@@ -187,11 +187,11 @@ def answered_by_base(
     Raises:
         UserError: other columns, or no answer that comes to its end.
     """
-    if form_of(dataset.column_names) not in (*CONVERSATIONS, "completion"):
-        columns = dataset.column_names
-        raise UserError(f"`answers_from_base` needs chats or prompts with completions, got the columns {columns}.")
     prompts = []
-    for row, example in enumerate(dataset):
+    for row, example in enumerate(map(own_row, dataset)):
+        if form_of(example) not in (*CONVERSATIONS, "completion"):
+            found = f"row {row} has the columns {sorted(example)}"
+            raise UserError(f"`answers_from_base` needs chats or prompts with completions; {found}.")
         prompt, _, template = prompt_and_answer(example, Place("dataset", row))
         prompts.append(prompt_ids(tokenizer, prompt, **template))
     rows = generate_answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, cache=cache)

@@ -1,15 +1,21 @@
-"""Weights & Biases and the hub: reached within seconds, or done without in one line."""
+"""Weights & Biases and the hub: reached within seconds, or done without in one line; and what trackers show beside figures."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
 from huggingface_hub import constants
 from loguru import logger
+from PIL import Image
+from transformers import Trainer
 
 from .. import UserError
 from ..models.files import check_writable
@@ -52,6 +58,22 @@ def start_wandb(config: dict[str, Any], debug: bool) -> str:
         os.environ["WANDB_MODE"] = "offline"
         wandb.teardown()  # it has read the mode by now
     return "wandb"
+
+
+def show(trainer: Trainer, name: str, shown: list[dict[str, str]] | Path) -> None:
+    """Rows of a table, or a picture, as `eval/NAME` of this step in the trackers of `report_to` that take it; call it after `trainer.log`,
+    which starts them. TensorBoard takes no tables."""
+    if not trainer.is_world_process_zero():
+        return
+    step, picture = trainer.state.global_step, Image.open(shown).convert("RGB") if isinstance(shown, Path) else None
+    for tracker in (importlib.import_module(n) for n in ("wandb", "trackio") if n in trainer.args.report_to):
+        if tracker.__name__ == "wandb" and tracker.run is None:  # by WANDB_DISABLED
+            continue
+        media = tracker.Image(picture) if picture else tracker.Table(dataframe=pandas.DataFrame(shown))
+        tracker.log({f"eval/{name}": media, "train/global_step": step})
+    for callback in trainer.callback_handler.callbacks:
+        if picture and (writer := getattr(callback, "tb_writer", None)):
+            writer.add_image(f"eval/{name}", np.asarray(picture), step, dataformats="HWC")
 
 
 def check_hub() -> None:

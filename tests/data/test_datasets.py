@@ -1,13 +1,20 @@
 """Datasets by name: every source, the splits, and one clear error for what cannot be trained on."""
 
 import json
+import os
+import random
+from collections import Counter
 
 import pytest
 from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
 
 from llm_diffusion import UserError
-from llm_diffusion.data.datasets import load_examples, load_preference_splits, load_splits
+from llm_diffusion.data.datasets import load_examples, load_preference_splits, load_splits, readable
+from llm_diffusion.data.rows import own_row
 from llm_diffusion.data.tiny import tiny_dataset
+from llm_diffusion.data.tokens import Tokenising, tokenised
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 TEXTS = [f"line {i}" for i in range(20)]
 ROWS = [{"text": text} for text in TEXTS]
@@ -224,3 +231,138 @@ def test_examples_come_from_the_test_split_where_there_is_one(tmp_path):
     (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
     with pytest.raises(UserError, match="`dataset`"):
         load_examples(str(tmp_path / "blank.jsonl"))
+
+
+# -- mixtures
+
+FORMS = {
+    "chats": lambda i: {"messages": [{"role": "user", "content": f"chats {i}"}, {"role": "assistant", "content": "5"}]},
+    "shared": lambda i: {"conversations": [{"from": "human", "value": f"shared {i}"}, {"from": "gpt", "value": "a"}]},
+    "pairs": lambda i: {"prompt": f"pairs {i}", "completion": "5", "id": i},
+    "turns": lambda i: {"prompt": FORMS["chats"](i)["messages"][:1], "completion": CHAT[1:], "id": f"turns {i}"},
+    "texts": lambda i: {"text": f"texts {i}"},
+    "tokens": lambda i: {"input_ids": [4, 5, i + 6], "labels": [-100, 5, i + 6]},
+}
+N_ROWS = 40
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A file of each form, 40 rows each; the names are relative to the folder."""
+    folder, before = tmp_path_factory.mktemp("sources"), os.getcwd()
+    for name, form in FORMS.items():
+        rows = [json.dumps(form(i)) + "\n" for i in range(N_ROWS)]
+        (folder / f"{name}.jsonl").write_text("".join(rows))
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def rows_of(*splits):
+    return [json.dumps(own_row(row), sort_keys=True) for split in splits for row in split]
+
+
+def announced(amount):
+    return N_ROWS if amount is None else min(amount, N_ROWS) if isinstance(amount, int) else round(amount * N_ROWS)
+
+
+AMOUNTS = [None, 2, 15, 60, 0.05, 0.5, 1.0]
+MIXTURES = [random.Random(i) for i in range(6)]
+
+
+@pytest.mark.parametrize("draw", MIXTURES, ids=range(len(MIXTURES)))
+def test_a_mixture_has_exactly_the_announced_rows(kept, draw):
+    amounts = {source: draw.choice(AMOUNTS) for source in draw.sample(sorted(FORMS), draw.randrange(2, 4))}
+    seed, test_size = draw.randrange(2**31), draw.choice([0.1, 0.3, 4, 12])
+    written = {name: "" if amount is None else f":{amount}" for name, amount in amounts.items()}
+    name = ", ".join(f"{source}.jsonl{amount}" for source, amount in written.items())
+    train, test = load_splits(name, test_size=test_size, seed=seed)
+    found = rows_of(train, test)
+    assert len(set(found)) == len(found)  # nothing twice, and nothing held out is trained on
+    total = sum(announced(amount) for amount in amounts.values())
+    for source, amount in amounts.items():
+        own = {json.dumps(FORMS[source](i), sort_keys=True) for i in range(N_ROWS)}
+        n, held = announced(amount), len(own & set(rows_of(test)))
+        assert len(own & set(found)) == n
+        assert held == min(max(1, round(test_size * n / (1 if test_size < 1 else total))), n - 1)
+    again = load_splits(name, test_size=test_size, seed=seed)
+    assert [rows_of(split) for split in again] == [rows_of(train), rows_of(test)]
+
+
+def test_a_mixture_is_shuffled_by_its_seed_and_counted_in_a_line_a_source(kept, monkeypatch):
+    lines = []
+    monkeypatch.setattr("llm_diffusion.data.datasets.logger.info", lines.append)
+    train, test = load_splits("chats.jsonl:20, tiny:25, texts.jsonl", test_size=0.1, seed=3, limit=50)
+    of = Counter("chats" if "chats" in row else "texts" if "texts" in row else "tiny" for row in rows_of(train))
+    held = Counter("chats" if "chats" in row else "texts" if "texts" in row else "tiny" for row in rows_of(test))
+    assert len(train) == 50 and lines == [
+        f"`dataset`: {name!r}: {of[key]} rows to train on, {held[key]} held out"
+        for name, key in (("chats.jsonl", "chats"), ("tiny", "tiny"), ("texts.jsonl", "texts"))
+    ]
+    assert min(of.values()) > 5 and held == {"chats": 2, "tiny": 2, "texts": 4}
+    assert len({"texts" in row for row in rows_of(train)[:10]}) == 2  # one source does not come after the other
+    other = load_splits("chats.jsonl:20, tiny:25, texts.jsonl", test_size=0.1, seed=4, limit=50)[0]
+    assert set(rows_of(other)) != set(rows_of(train))
+
+
+def test_a_source_keeps_its_own_held_out_rows(kept, tmp_path):
+    splits = {"train": ROWS, "validation": [{"text": f"held out {i}"} for i in range(9)]}
+    DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(tmp_path / "a")
+    train, test = load_splits(f"{tmp_path}/a:10, chats.jsonl:10", test_size=0.3, seed=0)
+    assert sum("line" in row for row in rows_of(train)) == 10 and sum("chats" in row for row in rows_of(train)) == 7
+    assert sum("held out" in row for row in rows_of(test)) == sum("chats" in row for row in rows_of(test)) == 3
+
+
+def test_rows_of_a_mixture_are_trained_on_as_those_of_their_sources(kept):
+    """Every form, through the gate: prompts stay clean, texts and given tokens stay what they are; also for whoever reads them."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    how = Tokenising(tokenizer, ends=(tokenizer.eos_token_id,), max_length=64)
+    train, test = load_splits(", ".join(f"{name}.jsonl" for name in FORMS), test_size=0.1, seed=0)
+    alone = [Dataset.from_list([form(i) for i in range(N_ROWS)]) for form in FORMS.values()]
+    columns = ("input_ids", "labels")
+    expected = [tuple(map(tuple, map(row.get, columns))) for rows in alone for row in tokenised(rows, how, "a")]
+    found = [tuple(map(tuple, map(row.get, columns))) for rows in (train, test) for row in tokenised(rows, how, "a")]
+    assert sorted(found) == sorted(expected)
+    assert {tuple(row)[0] for row in readable(test, len(test), tokenizer)} == {
+        "messages",
+        "conversations",
+        "prompt",
+        "text",
+    }
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:5", "a, b:0.5", "tiny:3"])
+def test_a_path_that_exists_is_no_mixture(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    as_txt(tmp_path / name, ROWS)
+    train, test = load(name)
+    assert sorted(train + test) == sorted(TEXTS)
+    (tmp_path / "other.txt").write_text("x\ny\n")
+    mixed = rows_of(*load_splits(f"other.txt, {name}:10", test_size=0.2, seed=0))
+    assert len(mixed) == 12 and '{"text": "x"}' in mixed
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("chats.jsonl:0, texts.jsonl", "'chats.jsonl' has the amount '0'"),
+        ("chats.jsonl:-3", "'chats.jsonl' has the amount '-3'"),
+        ("chats.jsonl:1.5", "'chats.jsonl' has the amount '1.5'"),
+        ("chats.jsonl:50%, tiny", "'chats.jsonl' has the amount '50%'"),
+        ("chats.jsonl:2k, tiny", "'chats.jsonl' has the amount '2k'"),
+        ("texts.jsonl:1, tiny:9", "'texts.jsonl' has one example"),
+        ("chats.jsonl, chats.jsonl:3", "each source once"),
+        ("chats.jsonl,", "none is empty"),
+        ("self:0.5, tiny", "'self' cannot be part of a mixture"),
+        ("C:\\data\\none.jsonl:3, tiny", r"'C:\\data\\none.jsonl' does not exist"),
+        ("C:\\data\\none.jsonl", r"'C:\\data\\none.jsonl' does not exist"),
+        ("texts.jsonl:5, bad.jsonl", "`bad.jsonl`: `messages` of row 2 is null"),
+        ("texts.jsonl:5, none.jsonl:0.5", "'none.jsonl' does not exist"),
+    ],
+)
+def test_what_cannot_be_mixed_is_named(kept, name, named):
+    (kept / "bad.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in (CHAT, CHAT, None)))
+    with pytest.raises((UserError, FileNotFoundError)) as found:
+        load_splits(name, test_size=0.2, seed=0)
+    assert "`dataset`" in str(found.value) and named in str(found.value), found.value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import MarkovChain
 from small_trainers import make
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 import llm_diffusion as ld
@@ -35,6 +36,7 @@ from llm_diffusion.evaluation.metrics import (
     variety,
     word_repetition_rate,
 )
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 
 def test_figures_by_hand() -> None:
@@ -222,6 +224,80 @@ def test_answers_reach_every_listener(tmp_path, tokenizer, kinds) -> None:
     for example, answer in list(zip(examples, report.answers, strict=True))[:4]:
         assert f"{example['messages'][0]['content']} -> {answer} (reference:" in logged["eval_samples"]
     json.dumps(trainer.state.log_history)  # it is saved with every checkpoint
+
+
+# -- trackers
+
+
+TRACKERS = [name for name in ("tensorboard", "wandb", "trackio") if importlib.util.find_spec(name)]
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory):
+    """A run of one step, offline, that reports to every tracker there is: its folder, and the examples it answers."""
+    folder, examples = tmp_path_factory.mktemp("followed"), list(tiny_dataset(3, split="test"))
+    places = {"TENSORBOARD_LOGGING_DIR": "tensorboard", "WANDB_DIR": "wandb", "TRACKIO_DIR": "trackio"}
+    settings = {"report_to": TRACKERS, "project": "followed", "run_name": "one-step", "eval_strategy": "steps"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({k: str(folder / v) for k, v in places.items()} | {"WANDB_MODE": "offline"}).items():
+            patch.setenv(name, value)
+        (folder / "wandb").mkdir()
+        tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+        trainer = make(folder / "out", tokenizer, evaluation=tiny_dataset(4, split="test"), max_canvas=40, **settings)
+        trainer.add_callback(AnswersCallback(trainer, examples, **SETTINGS))
+        trainer.add_callback(ForeseenEndsCallback(trainer, examples, canvas=40, path=folder / "ends.png"))
+        trainer.train()
+        yield folder, examples
+        if "wandb" in TRACKERS:
+            import wandb
+
+            wandb.finish()
+
+
+def needs(tracker):
+    return pytest.mark.skipif(tracker not in TRACKERS, reason=f"{tracker} is not installed")
+
+
+FIGURES = {"train/nelbo", "train/masked_accuracy", "eval/nelbo", "eval/exact_match", "eval/end_top1"}
+
+
+@needs("tensorboard")
+def test_tensorboard_has_figures_samples_and_the_picture(followed) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, examples = followed
+    read = EventAccumulator(str(folder / "tensorboard")).Reload()
+    tags = read.Tags()
+    assert FIGURES <= set(tags["scalars"]) and "eval/ends" in tags["images"]
+    (samples,) = read.Tensors("eval/samples/text_summary")
+    assert examples[0]["messages"][0]["content"] in samples.tensor_proto.string_val[0].decode()
+    assert read.Images("eval/ends")[0].encoded_image_string[:4] == b"\x89PNG" and samples.step == 1
+
+
+@needs("wandb")
+def test_wandb_has_figures_the_answers_and_the_picture(followed) -> None:
+    import wandb
+
+    folder, examples = followed
+    assert set(wandb.run.summary.keys()) >= FIGURES
+    (table,) = folder.glob("wandb/**/media/table/eval/answers*.json")
+    written = json.loads(table.read_text())
+    assert written["columns"] == ["question", "answer", "reference"] and len(written["data"]) == len(examples)
+    assert written["data"][0][::2] == [message["content"] for message in examples[0]["messages"]]
+    assert len(list(folder.glob("wandb/**/media/images/eval/ends*.png"))) == 1
+
+
+@needs("trackio")
+def test_trackio_has_figures_the_answers_and_the_picture(followed) -> None:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    folder, examples = followed
+    logs = {name: value for row in SQLiteStorage.get_logs("followed", "one-step") for name, value in row.items()}
+    assert set(logs) >= FIGURES
+    assert [row["question"] for row in logs["eval/answers"]["_value"]] == [
+        example["messages"][0]["content"] for example in examples
+    ]
+    assert list(folder.glob("trackio/media/**/*.png"))
 
 
 def test_nothing_to_answer_is_refused(tmp_path, tokenizer) -> None:

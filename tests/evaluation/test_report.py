@@ -117,6 +117,10 @@ def whole() -> str:
     return page(RESULTS)
 
 
+def test_the_first_line_says_what_is_compared(whole) -> None:
+    assert "<h1>Evaluation of &lt;tiny&gt;: converted beside AR base</h1>" in whole
+
+
 def test_every_figure_is_on_the_page(whole) -> None:
     shown = Page(whole)
     text = "|".join(filter(str.strip, shown.texts))
