@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,26 +20,38 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPT = EXAMPLES / "train_tiny_base.py"
 
 
-def run(*arguments):
-    result = subprocess.run([sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return {kind: float(re.search(rf"^  {kind} +([\d.]+)$", result.stdout, re.MULTILINE)[1]) for kind in KINDS}
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script in this process as `python SCRIPT ARGUMENTS` would, and gives what it printed."""
+
+    def printed(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return printed
 
 
-def test_the_shipped_base_is_right_on_what_a_left_to_right_model_can_do():
-    scores = run("--output", str(TINY_MODEL_PATH), "--eval-only")
+def scores_in(printed):
+    return {kind: float(re.search(rf"^  {kind} +([\d.]+)$", printed, re.MULTILINE)[1]) for kind in KINDS}
+
+
+def test_the_shipped_base_is_right_on_what_a_left_to_right_model_can_do(run):
+    scores = scores_in(run(SCRIPT, "--output", TINY_MODEL_PATH, "--eval-only"))
     assert min(scores[kind] for kind in LEFT_TO_RIGHT_KINDS) >= 95
 
 
 @pytest.mark.slow
-def test_the_base_can_be_trained_from_scratch(tmp_path):
-    scores = run("--output", str(tmp_path / "base"), "--steps", "1", "--batch-size", "4", "--device", "cpu")
+def test_the_base_can_be_trained_from_scratch(tmp_path, run):
+    how = ["--steps", "1", "--batch-size", "4", "--device", "cpu"]
+    scores = scores_in(run(SCRIPT, "--output", tmp_path / "base", *how))
     assert max(scores.values()) < 50  # one step teaches nothing
     assert (tmp_path / "base" / "model.safetensors").stat().st_size < 4_000_000
     assert (tmp_path / "base" / "tokenizer.json").read_text() == (TINY_MODEL_PATH / "tokenizer.json").read_text()
 
 
-def test_preferences_in_one_file(tmp_path):
+def test_preferences_in_one_file(tmp_path, run):
     rows = [{"prompt": "2+3=", "chosen": "5", "rejected": "6"}, {"prompt": "2+4=", "chosen": "6", "rejected": "5"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 2))
     load_diffusion_model("tiny", device="cpu")[0].save_pretrained(tmp_path / "model")
@@ -53,9 +66,7 @@ def test_preferences_in_one_file(tmp_path):
         str(tmp_path / "out"),
     ]
     how = ["--steps", "5", "--draws", "2", "--batch-size", "2", "--accumulation", "1", "--device", "cpu"]
-    result = subprocess.run([sys.executable, str(script), *where, *how], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "preferred" in result.stdout
+    assert "preferred" in run(script, *where, *how)
     model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
     assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
 
