@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -286,7 +285,7 @@ def chat(model: str, question: str | None, settings: str) -> None:
 @click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API, whose model labels the answers of --from-model.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
-def prefer(source: str, output: str, from_model: str | None, answers: bool, seed: int, **options: Any) -> None:
+def prefer(source: str, output: str, **options: Any) -> None:
     """Make preference pairs from SOURCE: worked answers, labelled answers, or pairs to be checked.
 
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
@@ -294,28 +293,15 @@ def prefer(source: str, output: str, from_model: str | None, answers: bool, seed
     target = writable(output, "--output")
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
-    if (answers or options["judge"]) and from_model is None:
-        raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
     quiet_libraries()
     from rich.progress import track
 
-    from .evaluation.answers import sample_answers
-    from .reasoning.pairs import LLMJudge, pairs_of, write_rows
-    from .reasoning.problems import load_records, read_problem
+    from .evaluation.answers import prefer as make_pairs
 
-    label = LLMJudge(options["judge"], options["judge_model"] or "") if options["judge"] else None
     bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
-    records = load_records(source, options["limit"], seed=seed)
-    if from_model is not None:
-        inference = load_inference(from_model, read_mapping(options["settings"], "--settings"))
-        drawn = [read_problem(record) for record in records], options["samples"], seed, bar, label
-        records = sample_answers(inference.model, inference.tokenizer, *drawn, **inference.settings)
-        click.echo(f"{sum(row['right'] for row in records)} of {len(records)} answers are right")
-    kinds = None if options["kinds"] is None else options["kinds"].split(",")
-    rows = records if answers else pairs_of(records, seed, kinds)
-    write_rows(output, rows)
-    for kind, count in Counter(row["kind"] for row in ([] if answers else rows)).most_common():
-        click.echo(f"{count:6d}  {kind}")
+    chosen = read_mapping(options.pop("settings"), "--settings")
+    for line in make_pairs(source, output, settings=chosen, progress=bar, **options):
+        click.echo(line)
 
 
 @cli.command()
