@@ -34,7 +34,9 @@ COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 # Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
 FAULTS = "UserError OSError FloatingPointError MemoryError OutOfMemoryError SafetensorError ArrowException TransportError".split()
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
-EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
+EXTRAS = {"bitsandbytes": "qlora", "wandb": "wandb", "gguf": "gguf", "lm_eval": "eval", "sacrebleu": "eval"} | {
+    **{"rouge_score": "eval", "fastapi": "serve", "uvicorn": "serve", "gradio": "demo"}
+}
 
 
 def is_users(error: Exception) -> bool:
@@ -66,7 +68,9 @@ class Commands(click.Group):
             except Exception as error:
                 if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
                     raise
-                click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}", err=True)
+                extra = EXTRAS.get(error.name) if isinstance(error, ModuleNotFoundError) else None
+                how = f"; run `pip install 'llm-diffusion[{extra}]'`" if extra else ""
+                click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}{how}", err=True)
                 sys.exit(2)
 
 
@@ -271,6 +275,23 @@ def chat(model: str, question: str | None, settings: str) -> None:
         messages.append({"role": "user", "content": line.rstrip("\n")})
         messages.append({"role": "assistant", "content": inference.chat(messages)})
         click.echo(messages[-1]["content"])
+
+
+@cli.command()
+@click.argument("model")
+@decoding_settings
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--batch-size", type=COUNT, default=32, show_default=True, help="Requests decoded at once.")
+@click.option("--max-tokens", type=COUNT, default=1024, show_default=True, help="Most tokens of an answer.")
+def serve(model: str, settings: str, host: str, port: int, **limits: int) -> None:
+    """Answer requests in OpenAI's format with a converted MODEL."""
+    from .serving import server
+
+    with server.listen(host, port) as socket:
+        server.serve(
+            server.build_app(load_inference(model, read_mapping(settings, "--settings")), model, **limits), socket
+        )
 
 
 @cli.command()

@@ -168,12 +168,17 @@ class DiffusionInference:
         return self.tokenizer
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        if not encoded:
-            return []
-        batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
+        return (
+            self.tokenizer.batch_decode(self.answer_ids(encoded, **settings), skip_special_tokens=True)
+            if encoded
+            else []
+        )
+
+    def answer_ids(self, encoded: list[list[int]], **settings: Any) -> torch.Tensor:
+        """(B, n) tokens that answer prompts given as tokens, at least one, padded behind their ends."""
+        batch = self._tokenizer().pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
         chosen = layered(self.settings, {**settings, "return_dict_in_generate": False})
-        sequences = generate(self.model, **batch, **chosen)
-        return self.tokenizer.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return generate(self.model, **batch, **chosen)[:, batch["input_ids"].shape[1] :]
 
 
 def continue_autoregressive(

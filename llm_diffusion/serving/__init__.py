@@ -1,0 +1,1 @@
+"""A converted model for others to use: an endpoint, and a page to play with."""
