@@ -17,7 +17,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,8 @@ COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 # Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
 FAULTS = "UserError OSError FloatingPointError MemoryError OutOfMemoryError SafetensorError ArrowException TransportError".split()
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
-EXTRAS = {"bitsandbytes": "qlora", "wandb": "wandb", "gguf": "gguf", "lm_eval": "eval", "sacrebleu": "eval"} | {
-    **{"rouge_score": "eval", "fastapi": "serve", "uvicorn": "serve", "gradio": "demo"}
-}
+EXTRAS = {"bitsandbytes": "qlora", "wandb": "wandb", "gguf": "gguf", "fastapi": "serve", "uvicorn": "serve"}
+EXTRAS |= {"gradio": "demo", "lm_eval": "eval", "sacrebleu": "eval", "rouge_score": "eval"}
 
 
 def is_users(error: Exception) -> bool:
@@ -68,7 +66,7 @@ class Commands(click.Group):
             except Exception as error:
                 if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
                     raise
-                extra = EXTRAS.get(error.name) if isinstance(error, ModuleNotFoundError) else None
+                extra = EXTRAS.get(getattr(error, "name", None))
                 how = f"; run `pip install 'llm-diffusion[{extra}]'`" if extra else ""
                 click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}{how}", err=True)
                 sys.exit(2)
@@ -277,21 +275,34 @@ def chat(model: str, question: str | None, settings: str) -> None:
         click.echo(messages[-1]["content"])
 
 
+def address(port: int) -> Callable:
+    host = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+    door = click.option("--port", type=click.IntRange(0, 65535), default=port, show_default=True)
+    return lambda command: host(door(command))
+
+
 @cli.command()
 @click.argument("model")
 @decoding_settings
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@address(8000)
 @click.option("--batch-size", type=COUNT, default=32, show_default=True, help="Requests decoded at once.")
 @click.option("--max-tokens", type=COUNT, default=1024, show_default=True, help="Most tokens of an answer.")
 def serve(model: str, settings: str, host: str, port: int, **limits: int) -> None:
     """Answer requests in OpenAI's format with a converted MODEL."""
     from .serving import server
 
-    with server.listen(host, port) as socket:
-        server.serve(
-            server.build_app(load_inference(model, read_mapping(settings, "--settings")), model, **limits), socket
-        )
+    with server.listen(host, port) as at:
+        server.serve(server.build_app(load_inference(model, read_mapping(settings, "--settings")), model, **limits), at)
+
+
+@cli.command()
+@click.argument("model")
+@address(7860)
+def demo(model: str, **where: Any) -> None:
+    """Play with a converted MODEL in a browser: an answer forms pass by pass, gaps are filled in."""
+    from .serving import demo
+
+    demo.launch(demo.build_demo(load_inference(model, {}), model), **where)
 
 
 @cli.command()
@@ -311,17 +322,11 @@ def prefer(source: str, output: str, **options: Any) -> None:
 
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
     """
-    target = writable(output, "--output")
-    if target.exists() and Path(source).exists() and target.samefile(source):
-        raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
+    writable(output, "--output")
     quiet_libraries()
-    from rich.progress import track
-
     from .evaluation.answers import prefer as make_pairs
 
-    bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
-    chosen = read_mapping(options.pop("settings"), "--settings")
-    for line in make_pairs(source, output, settings=chosen, progress=bar, **options):
+    for line in make_pairs(source, output, read_mapping(options.pop("settings"), "--settings"), **options):
         click.echo(line)
 
 

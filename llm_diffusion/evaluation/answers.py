@@ -8,16 +8,20 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -254,30 +258,36 @@ def sample_answers(
 def prefer(
     source: str,
     output: str,
+    settings: dict[str, Any],
     *,
     kinds: str | None = None,
     seed: int = 0,
     limit: int | None = None,
     from_model: str | None = None,
     samples: int = 4,
-    settings: dict[str, Any] | None = None,
     answers: bool = False,
     judge: str | None = None,
     judge_model: str | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
 ) -> Iterator[str]:
     """Writes preference pairs as JSONL, as the options of `llm-diffusion prefer` say; yields what there is to tell, in lines.
+
+    Args:
+        settings: of decoding, with `from_model`.
 
     Raises:
         UserError: options that contradict each other, or a source that cannot be read.
     """
+    target = Path(output)
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
     if (answers or judge) and from_model is None:
         raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
     label = LLMJudge(judge, judge_model or "") if judge else None
     records = load_records(source, limit, seed=seed)
     if from_model is not None:
-        inference = DiffusionInference.from_pretrained(from_model, **(settings or {}))
-        drawn = [read_problem(record) for record in records], samples, seed, progress, label
+        inference = DiffusionInference.from_pretrained(from_model, **settings)
+        bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
+        drawn = [read_problem(record) for record in records], samples, seed, bar, label
         records = sample_answers(inference.model, inference.tokenizer, *drawn, **inference.settings)
         yield f"{sum(row['right'] for row in records)} of {len(records)} answers are right"
     rows = records if answers else pairs_of(records, seed, None if kinds is None else kinds.split(","))

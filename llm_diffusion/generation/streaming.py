@@ -127,11 +127,11 @@ class Watch(BaseStreamer):
 
     def _show(self, frame: Frame) -> None:
         self.frames.append(frame)
-        styles = [(text, "dim" if shade is None else SHADES[shade][1]) for text, shade in self._cells(frame)]
+        styles = [(text, "dim" if shade is None else SHADES[shade][1]) for text, shade in self.cells(frame)]
         self._live.start()
         self._live.update(Text.assemble(*styles), refresh=True)
 
-    def _cells(self, frame: Frame) -> list[Cell]:
+    def cells(self, frame: Frame) -> list[Cell]:
         """Every token's text, none of special ones, and shade, none of masks."""
         cells = []
         for token, probability in frame:
@@ -148,7 +148,7 @@ class Watch(BaseStreamer):
 
         Every token stands where the final text has it, in lines of at most `columns` characters.
         """
-        frames, lines, column = [self._cells(frame) for frame in self.frames], [[]], 0
+        frames, lines, column = [self.cells(frame) for frame in self.frames], [[]], 0
         for place, (text, _) in enumerate(frames[-1]):
             width = max(len(text.rstrip("\n")), 1)
             if column and column + width > columns:
