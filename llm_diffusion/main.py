@@ -16,9 +16,7 @@ import os
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,8 @@ COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 # Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
 FAULTS = "UserError OSError FloatingPointError MemoryError OutOfMemoryError SafetensorError ArrowException TransportError".split()
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
-EXTRAS = ("bitsandbytes", "wandb", "gguf", "lm_eval", "sacrebleu", "rouge_score")
+EXTRAS = {"bitsandbytes": "qlora", "wandb": "wandb", "gguf": "gguf", "fastapi": "serve", "uvicorn": "serve"}
+EXTRAS |= {"gradio": "demo", "lm_eval": "eval", "sacrebleu": "eval", "rouge_score": "eval"}
 
 
 def is_users(error: Exception) -> bool:
@@ -67,7 +66,9 @@ class Commands(click.Group):
             except Exception as error:
                 if not is_users(error) or os.environ.get("LLM_DIFFUSION_TRACEBACK"):
                     raise
-                click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}", err=True)
+                extra = EXTRAS.get(getattr(error, "name", None))
+                how = f"; run `pip install 'llm-diffusion[{extra}]'`" if extra else ""
+                click.echo(f"error: {redacted(' '.join(str(error).split())) or type(error).__name__}{how}", err=True)
                 sys.exit(2)
 
 
@@ -274,6 +275,36 @@ def chat(model: str, question: str | None, settings: str) -> None:
         click.echo(messages[-1]["content"])
 
 
+def address(port: int) -> Callable:
+    host = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+    door = click.option("--port", type=click.IntRange(0, 65535), default=port, show_default=True)
+    return lambda command: host(door(command))
+
+
+@cli.command()
+@click.argument("model")
+@decoding_settings
+@address(8000)
+@click.option("--batch-size", type=COUNT, default=32, show_default=True, help="Requests decoded at once.")
+@click.option("--max-tokens", type=COUNT, default=1024, show_default=True, help="Most tokens of an answer.")
+def serve(model: str, settings: str, host: str, port: int, **limits: int) -> None:
+    """Answer requests in OpenAI's format with a converted MODEL."""
+    from .serving import server
+
+    with server.listen(host, port) as at:
+        server.serve(server.build_app(load_inference(model, read_mapping(settings, "--settings")), model, **limits), at)
+
+
+@cli.command()
+@click.argument("model")
+@address(7860)
+def demo(model: str, **where: Any) -> None:
+    """Play with a converted MODEL in a browser: an answer forms pass by pass, gaps are filled in."""
+    from .serving import demo
+
+    demo.launch(demo.build_demo(load_inference(model, {}), model), **where)
+
+
 @cli.command()
 @click.argument("source")
 @click.option("--output", required=True, metavar="FILE", help="JSONL to write.")
@@ -286,36 +317,17 @@ def chat(model: str, question: str | None, settings: str) -> None:
 @click.option("--answers", is_flag=True, help="With --from-model: write the labelled answers, for people or a judge.")
 @click.option("--judge", metavar="URL", help="Of an OpenAI-style API, whose model labels the answers of --from-model.")
 @click.option("--judge-model", metavar="NAME", help="The model at --judge; its key is read from OPENAI_API_KEY.")
-def prefer(source: str, output: str, from_model: str | None, answers: bool, seed: int, **options: Any) -> None:
+def prefer(source: str, output: str, **options: Any) -> None:
     """Make preference pairs from SOURCE: worked answers, labelled answers, or pairs to be checked.
 
     SOURCE is "tiny", a JSONL file, a hub name, or one of gsm8k, math, logiqa and hotpotqa.
     """
-    target = writable(output, "--output")
-    if target.exists() and Path(source).exists() and target.samefile(source):
-        raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
-    if (answers or options["judge"]) and from_model is None:
-        raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
+    writable(output, "--output")
     quiet_libraries()
-    from rich.progress import track
+    from .evaluation.answers import prefer as make_pairs
 
-    from .evaluation.answers import sample_answers
-    from .reasoning.pairs import LLMJudge, pairs_of, write_rows
-    from .reasoning.problems import load_records, read_problem
-
-    label = LLMJudge(options["judge"], options["judge_model"] or "") if options["judge"] else None
-    bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
-    records = load_records(source, options["limit"], seed=seed)
-    if from_model is not None:
-        inference = load_inference(from_model, read_mapping(options["settings"], "--settings"))
-        drawn = [read_problem(record) for record in records], options["samples"], seed, bar, label
-        records = sample_answers(inference.model, inference.tokenizer, *drawn, **inference.settings)
-        click.echo(f"{sum(row['right'] for row in records)} of {len(records)} answers are right")
-    kinds = None if options["kinds"] is None else options["kinds"].split(",")
-    rows = records if answers else pairs_of(records, seed, kinds)
-    write_rows(output, rows)
-    for kind, count in Counter(row["kind"] for row in ([] if answers else rows)).most_common():
-        click.echo(f"{count:6d}  {kind}")
+    for line in make_pairs(source, output, read_mapping(options.pop("settings"), "--settings"), **options):
+        click.echo(line)
 
 
 @cli.command()

@@ -8,27 +8,32 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
 from ..data.rows import Place, form_of, prompt_and_answer, read_row
 from ..generation.generate import generate, generate_autoregressive
+from ..generation.inference import DiffusionInference
 from ..models.patching import base_of
 from ..models.record import layered, record_of
 from ..models.special_tokens import end_token_ids, prompt_ids
-from ..reasoning.pairs import labelled_answer
-from ..reasoning.problems import Problem, is_right, read_problem
+from ..reasoning.pairs import LLMJudge, labelled_answer, pairs_of, write_rows
+from ..reasoning.problems import Problem, is_right, load_records, read_problem
 
 logger = logging.getLogger(__name__)
 
@@ -248,6 +253,47 @@ def sample_answers(
     for row in progress(rows) if judge else ():
         row |= judge(row["prompt"][-1]["content"], row["answer"], row["reference"])
     return rows
+
+
+def prefer(
+    source: str,
+    output: str,
+    settings: dict[str, Any],
+    *,
+    kinds: str | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    from_model: str | None = None,
+    samples: int = 4,
+    answers: bool = False,
+    judge: str | None = None,
+    judge_model: str | None = None,
+) -> Iterator[str]:
+    """Writes preference pairs as JSONL, as the options of `llm-diffusion prefer` say; yields what there is to tell, in lines.
+
+    Args:
+        settings: of decoding, with `from_model`.
+
+    Raises:
+        UserError: options that contradict each other, or a source that cannot be read.
+    """
+    target = Path(output)
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
+    if (answers or judge) and from_model is None:
+        raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
+    label = LLMJudge(judge, judge_model or "") if judge else None
+    records = load_records(source, limit, seed=seed)
+    if from_model is not None:
+        inference = DiffusionInference.from_pretrained(from_model, **settings)
+        bar = partial(track, transient=True, disable=not sys.stderr.isatty())  # nothing in a log
+        drawn = [read_problem(record) for record in records], samples, seed, bar, label
+        records = sample_answers(inference.model, inference.tokenizer, *drawn, **inference.settings)
+        yield f"{sum(row['right'] for row in records)} of {len(records)} answers are right"
+    rows = records if answers else pairs_of(records, seed, None if kinds is None else kinds.split(","))
+    write_rows(output, rows)
+    for kind, count in Counter(row["kind"] for row in ([] if answers else rows)).most_common():
+        yield f"{count:6d}  {kind}"
 
 
 # -- speed and quality

@@ -120,8 +120,9 @@ class CanvasDecoder:
                 self._fill(window)
                 nfe[rows.index] += self.passes * window.working
                 canvas[rows.index], confidence[rows.index] = rows.ids, rows.confidence
-                if recorder.wanted:
-                    recorder.step(self._as_given(canvas), self._as_given(confidence, 0))
+                gone = recorder.step(self._as_given(canvas), self._as_given(confidence, 0)) if recorder.wanted else None
+                if gone is not None:
+                    rows.open, rows.busy = rows.open & ~gone[rows.index, None], rows.busy & ~gone[rows.index]
         return recorder.output(self._as_given(canvas), self._as_given(was_open, False), nfe, self.eos)
 
     def _prefill(self) -> int:

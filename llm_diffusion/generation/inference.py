@@ -16,6 +16,7 @@ from ..models.checkpoints import best_device
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
 from ..models.record import layered, record_of
+from ..models.sampling import OnStep
 from ..models.smollm2 import answering
 from ..models.special_tokens import end_token_ids, prompt_ids, text_ids
 from .canvas import fill_masks
@@ -145,22 +146,32 @@ class DiffusionInference:
 
         infill("12<|mask|>45=57")    infill(["def add(a, b):", "return c"])
         """
+        return self._tokenizer().decode(self.infill_ids(text, max_gap_length, **settings), skip_special_tokens=True)
+
+    def infill_ids(
+        self, text: str | list[str], max_gap_length: int = 16, on_step: OnStep | None = None, **settings: Any
+    ) -> list[int]:
+        """The same as tokens; `on_step` sees them being filled, see `fill_masks`, once the lengths of the gaps are known."""
         tokenizer, pieces = self._tokenizer(), checked_texts(text, "text")
         ends = end_token_ids(self.model, tokenizer) or None
         # Text follows the gap: it cannot end there, and is seen from the start.
         chosen = layered({**self.settings, "eos_token_id": None, "suppress_tokens": ends}, settings)
         config = DiffusionGenerationConfig(**{**chosen, **BOTH_SIDES})
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            ids = text_ids(tokenizer, text)
+        else:
             pieces = [text_ids(tokenizer, piece, add_special_tokens=not i) for i, piece in enumerate(pieces)]
             gaps = fill_gaps(self.model, pieces, config, max_gap_length)
+            if on_step is not None:
+                gaps = [[self.settings["mask_token_id"]] * len(gap) for gap in gaps]
             ids = pieces[0] + [token for gap, piece in zip(gaps, pieces[1:], strict=True) for token in gap + piece]
-            return tokenizer.decode(ids, skip_special_tokens=True)
-        ids = torch.tensor([text_ids(tokenizer, text)], device=self.device)
+            if on_step is None:
+                return ids
+        ids = torch.tensor([ids], device=self.device)
         if not (ids == self.settings["mask_token_id"]).any():
             raise UserError(f"`text`: no {tokenizer.mask_token} in it, so there is nothing to fill.")
         check_room(self.model, ids.shape[1], 0, "text")
-        filled = fill_masks(self.model, ids, torch.ones_like(ids), config)
-        return tokenizer.decode(filled.sequences[0], skip_special_tokens=True)
+        return fill_masks(self.model, ids, torch.ones_like(ids), config, on_step=on_step).sequences[0].tolist()
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -168,12 +179,17 @@ class DiffusionInference:
         return self.tokenizer
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        if not encoded:
-            return []
-        batch = self.tokenizer.pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
+        return (
+            self.tokenizer.batch_decode(self.answer_ids(encoded, **settings), skip_special_tokens=True)
+            if encoded
+            else []
+        )
+
+    def answer_ids(self, encoded: list[list[int]], **settings: Any) -> torch.Tensor:
+        """(B, n) tokens that answer prompts given as tokens, at least one, padded behind their ends."""
+        batch = self._tokenizer().pad({"input_ids": encoded}, padding_side="left", return_tensors="pt").to(self.device)
         chosen = layered(self.settings, {**settings, "return_dict_in_generate": False})
-        sequences = generate(self.model, **batch, **chosen)
-        return self.tokenizer.batch_decode(sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return generate(self.model, **batch, **chosen)[:, batch["input_ids"].shape[1] :]
 
 
 def continue_autoregressive(

@@ -4,6 +4,9 @@ prompt        put(prompt)
 every step    put_draft(what was not put yet, confidence), where the streamer has it; transformers' `TextDiffusionStreamer` does
 a block       put(block), as soon as nothing can change it; with several rows, which end at different lengths, all at the end
 the end       put(the rest), end()
+
+A streamer of many rows has `put_rows(answers so far, final tokens of each)` instead, which every step is told to; rows that it returns as
+True, (B,) bool, are decoded no further.
 """
 
 from __future__ import annotations
@@ -38,34 +41,37 @@ class Stream:
         self.streamer, self.settings, self.start = streamer, settings, prompts.shape[1]
         self.block_length = record.block_length or settings.block_length or settings.max_new_tokens
         lengths = attention_mask.sum(-1)
-        self.offset = int((lengths - record.mode.block_start(lengths))[0])  # prompt tokens in blocks of the first row
-        self.one_row, self.sent = len(prompts) == 1, 0
+        self.offsets = (lengths - record.mode.block_start(lengths)).tolist()  # prompt tokens in blocks
+        self.one_row, self.sent, self.by_row = len(prompts) == 1, 0, hasattr(streamer, "put_rows")
         self.drafts = hasattr(streamer, "put_draft")
         self.wants_confidence = self.drafts and "confidence" in inspect.signature(streamer.put_draft).parameters
         streamer.put(prompts.cpu())
 
-    def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> None:
-        """After every step: (B, L) canvas and, except from a verifying base, the probabilities of its tokens."""
+    def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> torch.Tensor | None:
+        """After every step: (B, L) canvas and, except from a verifying base, the probabilities of its tokens; (B,) bool, rows that may go."""
         answer = canvas[:, self.start :].clone().cpu()  # the canvas goes on changing; a streamer may keep what it got
+        if self.by_row:
+            gone = self.streamer.put_rows(answer, [self._final(*row) for row in zip(answer, self.offsets, strict=True)])
+            return gone.to(canvas.device)
         if self.drafts:
             extra = {}
             if self.wants_confidence and confidence is not None:
                 extra["confidence"] = confidence[:, self.start + self.sent :].clone().cpu()
             self.streamer.put_draft(value=answer[:, self.sent :], **extra)
-        final = self._final(answer[0]) if self.one_row else 0
+        final = self._final(answer[0], self.offsets[0]) if self.one_row else 0
         if final > self.sent:
             self.streamer.put(answer[:, self.sent : final])
             self.sent = final
 
-    def _final(self, answer: torch.Tensor) -> int:
+    def _final(self, answer: torch.Tensor, offset: int) -> int:
         """Tokens on the left that nothing can change any more: whole blocks, none of them the last one begun."""
         masked = answer == self.settings.mask_token_id
-        if not bool(masked.any()):
-            return self.sent  # the rest comes at the end, cut behind the end token
+        if not bool(masked.any()):  # the rest comes at the end, cut behind the end token
+            return len(answer) if self.by_row and not self.settings.revises else self.sent
         reached = int(masked.long().argmax())
         if self.settings.revises:  # a block is left when the next one is begun
             reached = min(reached, int((~masked).nonzero().amax())) if bool((~masked).any()) else 0
-        return max((self.offset + reached) // self.block_length * self.block_length - self.offset, self.sent)
+        return max((offset + reached) // self.block_length * self.block_length - offset, self.sent)
 
     def end(self, sequences: torch.Tensor) -> None:
         """The rest of the answers (B, P + n), as `generate` returns them."""
@@ -121,11 +127,11 @@ class Watch(BaseStreamer):
 
     def _show(self, frame: Frame) -> None:
         self.frames.append(frame)
-        styles = [(text, "dim" if shade is None else SHADES[shade][1]) for text, shade in self._cells(frame)]
+        styles = [(text, "dim" if shade is None else SHADES[shade][1]) for text, shade in self.cells(frame)]
         self._live.start()
         self._live.update(Text.assemble(*styles), refresh=True)
 
-    def _cells(self, frame: Frame) -> list[Cell]:
+    def cells(self, frame: Frame) -> list[Cell]:
         """Every token's text, none of special ones, and shade, none of masks."""
         cells = []
         for token, probability in frame:
@@ -142,7 +148,7 @@ class Watch(BaseStreamer):
 
         Every token stands where the final text has it, in lines of at most `columns` characters.
         """
-        frames, lines, column = [self._cells(frame) for frame in self.frames], [[]], 0
+        frames, lines, column = [self.cells(frame) for frame in self.frames], [[]], 0
         for place, (text, _) in enumerate(frames[-1]):
             width = max(len(text.rstrip("\n")), 1)
             if column and column + width > columns:

@@ -17,9 +17,8 @@ from transformers.utils import ModelOutput
 
 from .. import UserError
 
-OnStep = Callable[
-    [torch.Tensor, torch.Tensor | None], None
-]  # gets the canvas (B, L) and how sure each token was, (B, L)
+# Gets the canvas (B, L) and how sure each token was, (B, L); may return rows to decode no further, (B,) bool.
+OnStep = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor | None]
 
 
 @dataclass
@@ -52,13 +51,12 @@ class Recorder:
         self.history: list[torch.Tensor] = []
         self.confidence: list[torch.Tensor] = []
 
-    def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> None:
+    def step(self, canvas: torch.Tensor, confidence: torch.Tensor | None = None) -> torch.Tensor | None:
         if self.keeps:
             self.history.append(canvas.clone())
             if confidence is not None:
                 self.confidence.append(confidence.clone())
-        if self.on_step is not None:
-            self.on_step(canvas, confidence)
+        return None if self.on_step is None else self.on_step(canvas, confidence)
 
     def output(
         self, canvas: torch.Tensor, was_open: torch.Tensor, nfe: torch.Tensor, eos: torch.Tensor

@@ -1,1 +1,1 @@
-"""Beyond this process: what other engines load, and answers over a network."""
+"""Trained models for others: an OpenAI-compatible endpoint, a page to play with, and what other engines load."""

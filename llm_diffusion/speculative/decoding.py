@@ -75,6 +75,7 @@ class LosslessDecoder:
         self.valid = attention_mask.bool()  # (B, C) columns of the cache that hold text
         self.length = attention_mask.sum(-1)  # position of the next token
         self.done = torch.zeros_like(self.length)  # tokens answered
+        self.gone: torch.Tensor | None = None  # (B,) bool, rows that nobody waits for
         self.rows = torch.arange(len(input_ids), device=input_ids.device)
         self.nfe = torch.zeros_like(self.length)
         self.accepted: list[torch.Tensor] = []
@@ -96,7 +97,7 @@ class LosslessDecoder:
             self._prefill()
             while self.rows.numel():
                 self._cycle()
-                recorder.step(self.canvas)
+                self.gone = recorder.step(self.canvas)
         output = recorder.output(self.canvas, behind(self.canvas, self.prompt_length), self.nfe, self.eos)
         output.accepted = torch.stack(self.accepted, -1)
         return output
@@ -261,7 +262,8 @@ class LosslessDecoder:
         last = self.accepted[-1]
         last[self.rows] = torch.where(n > 0, last[self.rows].clamp(min=0) + n, last[self.rows])
         self.done[self.rows] = before + n
-        return ~ended & (self.done[self.rows] < self.settings.max_new_tokens)
+        goes_on = ~ended & (self.done[self.rows] < self.settings.max_new_tokens)
+        return goes_on if self.gone is None else goes_on & ~self.gone[self.rows]
 
     def _leave(self, unfinished: torch.Tensor) -> torch.Tensor:
         """Places of the rows that go on: unfinished ones, (B,) bool, whose next token, the base's own already, does not end them."""
