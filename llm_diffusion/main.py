@@ -17,7 +17,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,7 +24,8 @@ from loguru import logger
 
 from . import UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
-from .objective.settings import LARGEST, SEEDS, merge, read_path, redacted
+from .models.files import writable
+from .objective.settings import LARGEST, SEEDS, merge, redacted
 from .presets import preset_names, read_preset
 from .presets.files import NO_TEXT
 
@@ -378,15 +378,6 @@ def load_inference(model: str, settings: dict[str, Any]) -> Any:
     from .generation.inference import DiffusionInference
 
     return DiffusionInference.from_pretrained(model, **settings)
-
-
-def writable(path: str, option: str, folder: bool = False) -> Path:
-    """Where an option's file, or folder, goes; refused now, not after the work, if it cannot be written there."""
-    from .models.files import check_writable
-
-    target = read_path(option, path)
-    check_writable(target if folder else target.parent, option)
-    return target
 
 
 def console() -> Any:

@@ -12,6 +12,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from .. import UserError
+from ..objective.settings import read_path
 
 UNFINISHED = ".unfinished"  # begins the names of folders in which something is written
 
@@ -107,3 +108,10 @@ def check_writable(folder: Path, key: str) -> None:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OSError(f"`{key}`: {str(folder)!r} cannot be written; choose another folder.")
+
+
+def writable(path: str, option: str, folder: bool = False) -> Path:
+    """Where an option's file, or folder, goes; refused now, not after the work, if it cannot be written there."""
+    target = read_path(option, path)
+    check_writable(target if folder else target.parent, option)
+    return target
