@@ -42,6 +42,7 @@ class Tokenising:
         completion_only: None: prompts stay clean where there are some.
         finish: (ids, labels) -> (ids, labels) of every row, before truncation.
         formatting_func: row -> text.
+        kept: columns that stay as they are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Tokenising:
     chat_template: str | None = None
     finish: Callable[[list[int], list[int]], tuple[list[int], list[int]]] | None = None
     formatting_func: Callable[[dict], str] | None = None
+    kept: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, args: Any, **options: Any) -> Tokenising:
@@ -61,7 +63,7 @@ class Tokenising:
         given = {
             "text_field": getattr(args, "dataset_text_field", "text"),
             "max_length": args.max_length,
-            "keep_end": args.truncation_mode == "keep_end",
+            "keep_end": getattr(args, "truncation_mode", "") == "keep_end",
             "completion_only": getattr(args, "completion_only_loss", None),
             "assistant_only": getattr(args, "assistant_only_loss", False),
         }
@@ -285,7 +287,7 @@ def tokenised(
         name: of the dataset, as errors say it.
         reports: what a stream will lose is put here, to be reported when it has flowed.
     """
-    columns = _columns(dataset := read_dataset(dataset, name))
+    columns = columns_of(dataset := read_dataset(dataset, name))
     if "seq_lengths" in columns:
         return dataset
     if how.formatting_func is not None and how.completion_only:
@@ -295,7 +297,8 @@ def tokenised(
     form = form_of(columns, how.text_field)
     if form is None and how.formatting_func is None:
         raise UserError(f"`{name}` has the columns {columns}; one of {SHAPES} is needed.")
-    read = {form, "tools", "chat_template_kwargs", *(("prompt", "completion") if form == "completion" else ())}
+    sides = ("prompt", "completion") if form == "completion" else ()
+    read = {form, "tools", "chat_template_kwargs", *sides, *how.kept}
     if form == "input_ids":
         read |= {"labels", "completion_mask", "assistant_masks", "attention_mask", "token_type_ids"}
     row_counts = RowCounts(name, how, [column for column in columns if column not in read])
@@ -307,7 +310,7 @@ def tokenised_pairs(
     dataset: Any, how: Tokenising, name: str, reports: list[RowCounts] | None = None, num_proc: int | None = None
 ) -> Any:
     """Pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`, as `tokenised`."""
-    columns = _columns(dataset := read_dataset(dataset, name))
+    columns = columns_of(dataset := read_dataset(dataset, name))
     if "chosen_ids" in columns:
         return dataset
     check_pair_columns(columns, name)
@@ -325,7 +328,7 @@ def check_pair_columns(columns: Iterable[str], name: str) -> None:
         )
 
 
-def _columns(dataset: Any) -> list[str]:
+def columns_of(dataset: Any) -> list[str]:
     return list(next(iter(dataset))) if dataset.column_names is None else dataset.column_names
 
 
@@ -342,7 +345,8 @@ def _through(
 ) -> Any:
     """The dataset through `row_of`, without the rows that have nothing to learn from; counted and checked."""
     reports, num_proc = options
-    columns, counts = _columns(dataset), ["reason", "cut", "merged"]
+    columns = [column for column in columns_of(dataset) if column not in row_counts.how.kept]
+    counts = ["reason", "cut", "merged"]
     if isinstance(dataset, Dataset):
         found = {"num_proc": num_proc, "desc": f"Tokenizing {row_counts.name}"}
         dataset = dataset.map(row_of, with_indices=True, remove_columns=columns, **found)
