@@ -35,23 +35,32 @@ def test_the_base_can_be_trained_from_scratch(tmp_path):
     assert (tmp_path / "base" / "tokenizer.json").read_text() == (TINY_MODEL_PATH / "tokenizer.json").read_text()
 
 
-def test_preferences_in_one_file(tmp_path):
+@pytest.fixture
+def saved(tmp_path):
+    """The embedded base as a diffusion model on disk."""
+    for part in load_diffusion_model("tiny", device="cpu"):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def train(script, model, output, *arguments):
+    """Runs an example on the CPU; what it says, and what it has saved."""
+    where = ["--model", model, "--output", str(output), "--device", "cpu"]
+    command = [sys.executable, str(SCRIPT.parent / script), *where, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    trained, tokenizer = load_diffusion_model(str(output), device="cpu")
+    assert trained.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+    return result.stdout
+
+
+def test_preferences_in_one_file(tmp_path, saved):
     rows = [{"prompt": "2+3=", "chosen": "5", "rejected": "6"}, {"prompt": "2+4=", "chosen": "6", "rejected": "5"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 2))
-    load_diffusion_model("tiny", device="cpu")[0].save_pretrained(tmp_path / "model")
-    load_diffusion_model("tiny", device="cpu")[1].save_pretrained(tmp_path / "model")
-    script = SCRIPT.parent / "dpo.py"
-    where = [
-        "--model",
-        str(tmp_path / "model"),
-        "--pairs",
-        str(tmp_path / "pairs.jsonl"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    how = ["--steps", "5", "--draws", "2", "--batch-size", "2", "--accumulation", "1", "--device", "cpu"]
-    result = subprocess.run([sys.executable, str(script), *where, *how], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "preferred" in result.stdout
-    model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
-    assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+    how = ["--pairs", str(tmp_path / "pairs.jsonl"), "--batch-size", "2", "--accumulation", "1"]
+    assert "preferred" in train("dpo.py", saved, tmp_path / "out", *how, "--steps", "5", "--draws", "2")
+
+
+def test_rewards_in_one_file(tmp_path, saved):
+    said = train("grpo.py", saved, tmp_path / "out", "--steps", "2", "--rollouts", "8", "--length", "8")
+    assert said.count("reward") == 2

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from torch.utils.data import Sampler
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
@@ -105,6 +106,9 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
         """Number of the generation that is trained on; 0 in evaluation, so that its noise is the same every time."""
         return self._step // (self.args.steps_per_generation * self.num_iterations) if self.model.training else 0
 
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler:
+        return _ByEpoch(super()._get_train_sampler(dataset), self)
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
         if self._buffered_inputs is None:  # resumed: TRL would count generations from 0
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
@@ -175,3 +179,18 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
         self, policy: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         return self._loss_of_trl(policy, inputs)
+
+
+class _ByEpoch(Sampler):
+    """TRL's sampler, whose order of prompts follows from the epoch's number: in a resumed run it would be that of the first epoch."""
+
+    def __init__(self, sampler: Sampler, trainer: DiffusionGRPOTrainer) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed(self.sampler.seed + int(self.trainer.state.epoch or 0))
+        return iter(self.sampler)
