@@ -63,4 +63,4 @@ def test_preferences_in_one_file(tmp_path, saved):
 
 def test_rewards_in_one_file(tmp_path, saved):
     said = train("grpo.py", saved, tmp_path / "out", "--steps", "2", "--rollouts", "8", "--length", "8")
-    assert said.count("reward") == 2
+    assert said.count("\nstep ") == 2
