@@ -49,8 +49,8 @@ logger = logging.getLogger(__name__)
 class ScoreTrainerMixin(DiffusionTrainerMixin):
     """Goes before a trainer of TRL that compares log-probabilities, in the bases of a class.
 
-    The class says what a batch's noise is, `_draws`, which scores of the reference it needs, `_reference_scores`, and how TRL's loss is
-    given scores, `_trl_loss`.
+    The class has `_draws(inputs)`, the noise of a batch, the same every time; `_reference_scores(inputs)`, scores of the reference that are
+    not in the batch, by the names under which TRL looks for them; and `_trl_loss(policy, inputs, reference)`, TRL's loss of given scores.
     """
 
     _texts = 1  # of one row of the data in a batch
@@ -126,20 +126,6 @@ class ScoreTrainerMixin(DiffusionTrainerMixin):
         if self._copies_adapters:
             complete_ref_adapter(self.model)
         self._copies_adapters = False
-
-    def _draws(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The noise of a batch, the same every time."""
-        raise NotImplementedError
-
-    def _reference_scores(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The reference's scores under the names by which TRL looks for them in a batch, where they are not in it."""
-        raise NotImplementedError
-
-    def _trl_loss(
-        self, policy: DiffusionScore, inputs: dict[str, Any], reference: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """TRL's loss of given scores, with its metrics."""
-        raise NotImplementedError
 
     def _loss_of_trl(self, *args: Any) -> torch.Tensor:
         return super()._compute_loss(*args)
