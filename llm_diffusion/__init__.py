@@ -5,6 +5,8 @@ import llm_diffusion as ld
 model, tokenizer = ld.load_diffusion_model("tiny")          # load and convert
 ld.DiffusionSFTTrainer, ld.DiffusionSFTConfig                # train (TRL)
 ld.DiffusionDPOTrainer, ld.DiffusionDPOConfig                # preferences (TRL)
+ld.DiffusionKTOTrainer, ld.DiffusionKTOConfig                # answers that are good or bad (TRL)
+ld.DiffusionGRPOTrainer, ld.DiffusionGRPOConfig              # rewards (TRL)
 ld.generate, ld.DiffusionGenerationConfig                    # decode by iterative unmasking
 ld.DiffusionInference.from_pretrained(path).chat(messages)   # text in, text out
 ld.evaluate, ld.log_likelihood_bound                         # measure
@@ -36,6 +38,10 @@ _PUBLIC = {
     "DiffusionSFTTrainer": "training.sft",
     "DiffusionDPOConfig": "training.config",
     "DiffusionDPOTrainer": "training.dpo",
+    "DiffusionKTOConfig": "training.config",
+    "DiffusionKTOTrainer": "training.kto",
+    "DiffusionGRPOConfig": "training.config",
+    "DiffusionGRPOTrainer": "training.grpo",
     "DataCollatorForMaskedDiffusion": "training.collator",
     "DataCollatorForDiffusionPreference": "training.collator",
     "generate": "generation.generate",

@@ -335,12 +335,12 @@ def settings_page() -> str:
     from .models.record import ConversionSettings
     from .objective.annealing import AnnealingSettings
     from .objective.forward_process import NoiseSettings
-    from .training.config import DiffusionDPOConfig, DiffusionSFTConfig
+    from .training.config import DiffusionGRPOConfig, DiffusionSFTConfig, ScoreSettings
 
     intro = "Written by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`. Numbers are finite, whole ones below 2³¹."
     page = f"# Settings\n\n{intro}\n"
     shared = NoiseSettings, AnnealingSettings, ConversionSettings
-    for kind in (HyperParameters, DiffusionSFTConfig, *shared, DiffusionDPOConfig):
+    for kind in (HyperParameters, DiffusionSFTConfig, *shared, ScoreSettings, DiffusionGRPOConfig):
         first_line = kind.__doc__.strip().splitlines()[0]
         page += f"\n## `{kind.__name__}`\n\n{first_line}\n\n{settings_table(kind)}\n"
     return page

@@ -135,8 +135,8 @@ def convert(model: str | None, resume: bool, **settings: str | None) -> None:
     from .job import run
 
     setup = {"batch_size": hp.batch_size, "length": hp.max_length, "lora_rank": hp.lora_config.get("r", 16)}
-    setup |= {"attention": hp.training.get("attention") or "bidirectional"}
-    setup |= {"gradient_checkpointing": hp.training.get("gradient_checkpointing", True)}
+    setup |= {"attention": "bidirectional", "gradient_checkpointing": True}
+    setup |= {name: value for name, value in hp.training.items() if name in setup and value is not None}
     console().print(*analysis_tables(analyze(hp.model, trust_remote_code=hp.trust_remote_code, **setup)))
     run(hp, resume)
 
@@ -232,13 +232,11 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
     inference = load_inference(model, settings)
     if not (watch or picture):
         return click.echo("\n".join(inference.generate(list(prompts))))
-    from .generation.streaming import Watch
+    from .generation.streaming import generate_watched
     from .models.files import write_text
 
     terminal = console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
-    for prompt in prompts:
-        view = Watch(inference.tokenizer, inference.settings["mask_token_id"], terminal)
-        answer = inference.generate(prompt, streamer=view)[0]
+    for answer, view in generate_watched(inference, prompts, terminal):
         if terminal is None:
             click.echo(answer)
     if picture:

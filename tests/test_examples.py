@@ -51,24 +51,37 @@ def test_the_base_can_be_trained_from_scratch(tmp_path, run):
     assert (tmp_path / "base" / "tokenizer.json").read_text() == (TINY_MODEL_PATH / "tokenizer.json").read_text()
 
 
-def test_preferences_in_one_file(tmp_path, run):
+@pytest.fixture
+def saved(tmp_path):
+    """The embedded base as a diffusion model on disk."""
+    for part in load_diffusion_model("tiny", device="cpu"):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def train(run, saved, tmp_path):
+    """Runs an example on that model; what it says, when what it has saved is a model."""
+
+    def said(script, *arguments):
+        output = str(tmp_path / "out")
+        printed = run(EXAMPLES / script, "--model", saved, "--output", output, "--device", "cpu", *arguments)
+        trained, tokenizer = load_diffusion_model(output, device="cpu")
+        assert trained.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+        return printed
+
+    return said
+
+
+def test_preferences_in_one_file(tmp_path, train):
     rows = [{"prompt": "2+3=", "chosen": "5", "rejected": "6"}, {"prompt": "2+4=", "chosen": "6", "rejected": "5"}]
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in rows * 2))
-    load_diffusion_model("tiny", device="cpu")[0].save_pretrained(tmp_path / "model")
-    load_diffusion_model("tiny", device="cpu")[1].save_pretrained(tmp_path / "model")
-    script = SCRIPT.parent / "dpo.py"
-    where = [
-        "--model",
-        str(tmp_path / "model"),
-        "--pairs",
-        str(tmp_path / "pairs.jsonl"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    how = ["--steps", "5", "--draws", "2", "--batch-size", "2", "--accumulation", "1", "--device", "cpu"]
-    assert "preferred" in run(script, *where, *how)
-    model, tokenizer = load_diffusion_model(str(tmp_path / "out"), device="cpu")
-    assert model.get_base_model().config.diffusion["mask_token_id"] == tokenizer.mask_token_id
+    how = ["--pairs", tmp_path / "pairs.jsonl", "--batch-size", 2, "--accumulation", 1, "--steps", 5, "--draws", 2]
+    assert "preferred" in train("dpo.py", *how)
+
+
+def test_rewards_in_one_file(train):
+    assert train("grpo.py", "--steps", 2, "--rollouts", 8, "--length", 8).count("\nstep ") == 2
 
 
 # -- the short ones, in this process: what is at the top of each is made small

@@ -42,6 +42,7 @@ class Tokenising:
         completion_only: None: prompts stay clean where there are some.
         finish: (ids, labels) -> (ids, labels) of every row, before truncation.
         formatting_func: row -> text.
+        kept: columns that stay as they are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -54,6 +55,7 @@ class Tokenising:
     chat_template: str | None = None
     finish: Callable[[list[int], list[int]], tuple[list[int], list[int]]] | None = None
     formatting_func: Callable[[dict], str] | None = None
+    kept: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, args: Any, **options: Any) -> Tokenising:
@@ -61,7 +63,7 @@ class Tokenising:
         given = {
             "text_field": getattr(args, "dataset_text_field", "text"),
             "max_length": args.max_length,
-            "keep_end": args.truncation_mode == "keep_end",
+            "keep_end": getattr(args, "truncation_mode", "") == "keep_end",
             "completion_only": getattr(args, "completion_only_loss", None),
             "assistant_only": getattr(args, "assistant_only_loss", False),
         }
@@ -77,12 +79,11 @@ def tokenised_row(example: dict[str, Any], form: str, how: Tokenising, place: Pl
     if how.formatting_func is not None and form != "input_ids":
         text = how.formatting_func(example)
         if not isinstance(text, str):
-            kind = type(text).__name__
-            raise UserError(f"`formatting_func` returned a {kind} for row {place.row}; one text a row is needed.")
+            found = f"returned a {type(text).__name__} for row {place.row}"
+            raise UserError(f"`formatting_func` {found}; one text a row is needed.")
         example, form = {"text": text}, "text"
     if form == MIXED:
-        example = own_row(example)
-        form = form_of(example, how.text_field)
+        form = form_of(example := own_row(example), how.text_field)
     row = read_row(example, form, place)
     merged = 0
     if form == "input_ids":
@@ -288,7 +289,7 @@ def tokenised(
         name: of the dataset, as errors say it.
         reports: what a stream will lose is put here, to be reported when it has flowed.
     """
-    columns = _columns(dataset := read_dataset(dataset, name))
+    columns = columns_of(dataset := read_dataset(dataset, name))
     if "seq_lengths" in columns:
         return dataset
     if how.formatting_func is not None and how.completion_only:
@@ -298,7 +299,8 @@ def tokenised(
     form = form_of(columns, how.text_field)
     if form is None and how.formatting_func is None:
         raise UserError(f"`{name}` has the columns {columns}; one of {SHAPES} is needed.")
-    read = {form, "tools", "chat_template_kwargs", *(("prompt", "completion") if form == "completion" else ())}
+    sides = ("prompt", "completion") if form == "completion" else ()
+    read = {form, "tools", "chat_template_kwargs", *sides, *how.kept}
     if form == "input_ids":
         read |= {"labels", "completion_mask", "assistant_masks", "attention_mask", "token_type_ids"}
     row_counts = RowCounts(name, how, [column for column in columns if column not in read])
@@ -310,7 +312,7 @@ def tokenised_pairs(
     dataset: Any, how: Tokenising, name: str, reports: list[RowCounts] | None = None, num_proc: int | None = None
 ) -> Any:
     """Pairs as `prompt_ids`, `chosen_ids` and `rejected_ids`, as `tokenised`."""
-    columns = _columns(dataset := read_dataset(dataset, name))
+    columns = columns_of(dataset := read_dataset(dataset, name))
     if "chosen_ids" in columns:
         return dataset
     check_pair_columns(columns, name)
@@ -328,7 +330,7 @@ def check_pair_columns(columns: Iterable[str], name: str) -> None:
         )
 
 
-def _columns(dataset: Any) -> list[str]:
+def columns_of(dataset: Any) -> list[str]:
     return list(next(iter(dataset))) if dataset.column_names is None else dataset.column_names
 
 
@@ -345,7 +347,8 @@ def _through(
 ) -> Any:
     """The dataset through `row_of`, without the rows that have nothing to learn from; counted and checked."""
     reports, num_proc = options
-    columns, counts = _columns(dataset), ["reason", "cut", "merged"]
+    columns = [column for column in columns_of(dataset) if column not in row_counts.how.kept]
+    counts = ["reason", "cut", "merged"]
     if isinstance(dataset, Dataset):
         found = {"num_proc": num_proc, "desc": f"Tokenizing {row_counts.name}"}
         dataset = dataset.map(row_of, with_indices=True, remove_columns=columns, **found)
@@ -367,7 +370,7 @@ def _through(
             first += [] if row["reason"] else [row]
             if len(first) == 10:
                 break
-        dataset = dataset.filter(_is_kept)
+        dataset = dataset.filter(lambda row: not row["reason"])
     if len(first) == 0:
         raise UserError(f"`{row_counts.name}`: {row_counts}; no row is left; raise `max_length`, or look at the rows.")
     _warn_of_no_end(first, scored, row_counts)
@@ -376,10 +379,6 @@ def _through(
     elif reports is not None:
         reports.append(row_counts)
     return dataset.remove_columns(counts)
-
-
-def _is_kept(row: dict[str, Any]) -> bool:
-    return not row["reason"]
 
 
 def _warn_of_no_end(rows: Iterable[dict[str, Any]], scored: str, row_counts: RowCounts) -> None:

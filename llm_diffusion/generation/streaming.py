@@ -12,8 +12,10 @@ True, (B,) bool, are decoded no further.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Iterator
 from html import escape
 from itertools import groupby
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -184,3 +186,10 @@ def _spans(frame: list[Cell], line: list[tuple[int, int]]) -> str:
         text = escape("".join(c if c.isprintable() else " " for c in text))
         spans.append(text if shade is None else f'<tspan class="c{shade}">{text}</tspan>')
     return "".join(spans)
+
+
+def generate_watched(inference: Any, prompts: Iterable[str], console: Console | None) -> Iterator[tuple[str, Watch]]:
+    """Each prompt's answer by a `DiffusionInference`, when it has formed on the console, and what showed it."""
+    for prompt in prompts:
+        view = Watch(inference.tokenizer, inference.settings["mask_token_id"], console)
+        yield inference.generate(prompt, streamer=view)[0], view

@@ -25,6 +25,7 @@ from ..objective.noise import content_keys, hash_keys
 from ..objective.settings import check_value
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+STORED_COLUMNS = (*REFERENCE_COLUMNS, "ref_logps", "ref_KL_logps", "label")
 
 
 @dataclass
@@ -161,28 +162,38 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
     Args:
         layout: how one row becomes what the model sees; its tails and random cuts must be off, and its noise is not used.
         max_length: tokens of prompt and answer; what is beyond is cut from the answer's end.
+        texts: 1: an example has one answer, `completion_ids`, and maybe a mismatched one, `KL_completion_ids`, as TRL's `KTOTrainer`
+            prepares them.
     """
 
     layout: DataCollatorForMaskedDiffusion
     max_length: int | None = None
+    texts: int = 2
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """-> `input_ids`, `attention_mask`, `completion_mask` (1 where a token is scored) and `noise_positions`, each (2B, L), and
-        the reference's stored scores, (B,) each, where the examples have them."""
-        batch = self.layout(
-            [self._row(example, side) for side in ("chosen_ids", "rejected_ids") for example in examples]
-        )
+        """-> `input_ids`, `attention_mask`, `completion_mask` (1 where a token is scored) and `noise_positions`, each (2B, L) or (B, L), the
+        same of mismatched answers with `KL_` before their names, and (B,) each what else the examples have of `STORED_COLUMNS`."""
+        mismatched = {}
+        if self.texts == 2:
+            batch = self._rows(examples, "chosen_ids", "rejected_ids")
+        else:
+            batch = self._rows(examples, "completion_ids")
+            if "KL_completion_ids" in examples[0]:
+                mismatched = self._rows(examples, "KL_completion_ids")
+        stored = {name: torch.tensor([e[name] for e in examples]) for name in STORED_COLUMNS if name in examples[0]}
+        return {**batch, **{f"KL_{name}": value for name, value in mismatched.items()}, **stored}
+
+    def _rows(self, examples: list[dict[str, Any]], *sides: str) -> dict[str, torch.Tensor]:
+        batch = self.layout([self._row(example, side) for side in sides for example in examples])
         scored = batch.pop("labels") != IGNORE_INDEX
         scored[:, 0] = False  # of an empty prompt; TRL's tables begin behind it
-        noise_positions = torch.zeros_like(batch["input_ids"])
-        for i in range(len(examples)):
-            pair = (i, len(examples) + i)
-            keys = aligned_positions(*(batch["input_ids"][row][scored[row]].tolist() for row in pair))
-            for row, own in zip(pair, keys, strict=True):
-                noise_positions[row, scored[row]] = torch.tensor(own, dtype=torch.long)
-        stored = {name: torch.tensor([e[name] for e in examples]) for name in REFERENCE_COLUMNS if name in examples[0]}
-        return {**batch, "completion_mask": scored.long(), "noise_positions": noise_positions, **stored}
+        noise_positions = (scored.cumsum(-1) - 1) * scored
+        for i in range(len(examples) if len(sides) == 2 else 0):
+            other = len(examples) + i
+            pair = [batch["input_ids"][row][scored[row]].tolist() for row in (i, other)]
+            noise_positions[other, scored[other]] = torch.tensor(aligned_positions(*pair)[1], dtype=torch.long)
+        return {**batch, "completion_mask": scored.long(), "noise_positions": noise_positions}
 
     def _row(self, example: dict[str, Any], side: str) -> dict[str, list[int]]:
         prompt, answer = list(example["prompt_ids"]), list(example[side])
@@ -205,9 +216,9 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
         Args:
             batch: as made by a call.
             seed, step: key of the noise; `step` is the optimiser step.
-            rows: (B,) places of these pairs in the global batch. None: the noise is keyed by the pair's content instead, as evaluation
+            rows: (B,) places of these examples in the global batch. None: the noise is keyed by their content instead, as evaluation
                 and stored reference scores want it.
-            n_rows: pairs of the global batch, for the strata of the times.
+            n_rows: examples of the global batch, for the strata of the times.
             score: "elbo" or "trajectory", see `objective.estimators`.
             n_draws: draws, or steps of the trajectory.
 
@@ -216,16 +227,13 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
         """
         ids, document_ids = batch["input_ids"], batch["attention_mask"]
         maskable, process = batch["completion_mask"].bool(), self.layout.process
-        keys = rows
-        if keys is None:
-            chosen, rejected = content_keys(ids, document_ids).chunk(2)
-            keys = hash_keys(chosen, rejected)
+        keys = hash_keys(*content_keys(ids, document_ids).chunk(self.texts)) if rows is None else rows
         of_rows = batch["noise_positions"], maskable, segments(document_ids, process.mode.block_length), n_draws
         if score == "elbo":
-            times = pair_times(seed, step, keys, None if rows is None else n_rows).repeat(2)
-            draws = elbo_draws(seed, step, keys.repeat(2), times, *of_rows)
+            times = pair_times(seed, step, keys, None if rows is None else n_rows).repeat(self.texts)
+            draws = elbo_draws(seed, step, keys.repeat(self.texts), times, *of_rows)
         else:
-            draws = trajectory_draws(seed, step, keys.repeat(2), *of_rows)
+            draws = trajectory_draws(seed, step, keys.repeat(self.texts), *of_rows)
         clean = {"input_ids": ids, "attention_mask": document_ids, "labels": ids.masked_fill(~maskable, IGNORE_INDEX)}
         for masked, weights, probability in draws:
             noisy = process.lay_out(clean, masked, weights, probability)

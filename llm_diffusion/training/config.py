@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
-from trl import DPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
 from .. import UserError
 from ..models.record import ConversionSettings
@@ -33,6 +33,13 @@ _RANGES: list[tuple[dict, str]] = [
     ({"above": 0, "whole": True}, "save_steps eval_steps logging_steps"),  # below 1 a share of the run
     ({"min": 0, "whole": True}, "warmup_steps"),
     ({"min": 0}, "weight_decay adam_epsilon max_grad_norm neftune_noise_alpha eval_delay"),
+    ({"min": 0}, "desirable_weight undesirable_weight epsilon epsilon_high delta"),
+    (
+        {"min": 1},
+        "num_iterations steps_per_generation generation_batch_size max_completion_length num_generations_eval",
+    ),
+    ({"min": 2}, "num_generations"),
+    ({"above": 0}, "temperature"),  # greedy answers to a prompt are all the same
     ({"min": 0, "below": 1}, "adam_beta1 adam_beta2 label_smoothing_factor"),
     ({"min": 0, "max": 1}, "router_aux_loss_coef ld_alpha ref_model_mixup_alpha"),
     ({"above": 0}, "beta discopop_tau"),
@@ -90,6 +97,10 @@ def own_config(args: TrainingArguments | None, kind: type[TrainingArguments], na
     if not isinstance(args, TrainingArguments) or type(args) not in kind.__mro__:
         raise TypeError(f"`args` must be a {kind.__name__}, got {type(args).__name__}.")
     values = args.to_dict()
+    if issubclass(
+        kind, GRPOConfig
+    ):  # TRL has set the first beside `steps_per_generation`, and takes one; its dropout is on
+        values |= {"generation_batch_size": None, "disable_dropout": True}
     hidden = {name: getattr(args, name) for name in values if name.endswith("_token")}  # eos_token for one
     return kind(**{**values, **hidden})
 
@@ -219,19 +230,8 @@ class DiffusionSFTConfig(WithoutSecrets, ConversionSettings, AnnealingSettings, 
 
 
 @dataclass
-class DiffusionDPOConfig(WithoutSecrets, ConversionSettings, DPOConfig):
-    """Settings of `DiffusionDPOTrainer`: every keyword of `trl.DPOConfig`, and these; docs/settings.md has them in tables.
-
-    > Parameters that control the score, the estimate that takes the place of a text's log-probability: `score` to `num_steps`
-
-    > Parameters that control the conversion of a policy that carries no record of one: see `ConversionSettings`
-
-    > Parameters whose default differs from TRL's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
-
-    Raises:
-        UserError: a value out of range, or a setting of TRL that means nothing here: `ld_alpha` and `use_weighting` (weights of
-            single tokens by their autoregressive probability), dropout (policy and reference would see different models).
-    """
+class ScoreSettings:
+    """The estimate that takes the place of a text's log-probability, of `DiffusionDPOConfig` and `DiffusionKTOConfig`."""
 
     score: str = setting(
         "elbo",
@@ -251,34 +251,13 @@ class DiffusionDPOConfig(WithoutSecrets, ConversionSettings, DPOConfig):
         None, "Of `trajectory`: its steps at the end of the run and in evaluation; None: as at first.", min=1
     )
 
-    def __post_init__(self) -> None:
-        set_trl_defaults(self)
-        check_settings(self, inherited=INHERITED)
-        if self.truncation_mode != "keep_start":
-            raise UserError(
-                f"`truncation_mode`={self.truncation_mode!r} would cut prompts away; leave it at 'keep_start' and set `max_length`."
-            )
-        super().__post_init__()
-        check_trainer(self)
-        check_value("loss_type", self.loss_type, list[str], {"choices": PREFERENCE_LOSSES})
+    def check_score(self) -> None:
+        """Raises UserError for settings that contradict each other, and for those of TRL that mean nothing to a score."""
         for first, last in (("initial_draws", "num_draws"), ("initial_diffusion_steps", "num_steps")):
             low, high = getattr(self, first), getattr(self, last)
             if low is not None and high is not None and low > high:
                 raise UserError(f"`{first}` ({low}) must not be above `{last}` ({high}).")
-        self._check_trl_settings()
-
-    def _check_trl_settings(self) -> None:
-        if self.ld_alpha is not None or self.use_weighting:
-            name = "use_weighting" if self.use_weighting else "ld_alpha"
-            raise UserError(
-                f"`{name}` weighs tokens by autoregressive probabilities, which a score has none of; leave it out."
-            )
-        if not self.disable_dropout:
-            raise UserError(
-                "`disable_dropout` must be true: policy and reference are compared under the same masks and without noise of their own."
-            )
-        if self.padding_free:
-            raise UserError("`padding_free` is not supported: rows of a pair are padded to one length.")
+        check_dropout(self)
         if self.precompute_ref_log_probs and self.draws_at(0.0) != self.draws_at(1.0):
             raise UserError(
                 "`precompute_ref_log_probs` stores scores of a fixed number of draws; leave `initial_draws` and `num_steps` out."
@@ -291,3 +270,112 @@ class DiffusionDPOConfig(WithoutSecrets, ConversionSettings, DPOConfig):
         else:
             first, last = self.initial_diffusion_steps, self.num_steps or self.initial_diffusion_steps
         return round(first * (last / first) ** progress)
+
+
+def check_dropout(args: TrainingArguments) -> None:
+    if not args.disable_dropout:
+        raise UserError(
+            "`disable_dropout` must be true: policy and reference are compared under the same masks and without noise of their own."
+        )
+
+
+@dataclass
+class DiffusionDPOConfig(WithoutSecrets, ConversionSettings, ScoreSettings, DPOConfig):
+    """Settings of `DiffusionDPOTrainer`: every keyword of `trl.DPOConfig`, and these; docs/settings.md has them in tables.
+
+    > Parameters that control the score, the estimate that takes the place of a text's log-probability: see `ScoreSettings`
+
+    > Parameters that control the conversion of a policy that carries no record of one: see `ConversionSettings`
+
+    > Parameters whose default differs from TRL's: `bf16` is off where there is no CUDA (bf16 is emulated on most CPUs).
+
+    Raises:
+        UserError: a value out of range, or a setting of TRL that means nothing here: `ld_alpha` and `use_weighting` (weights of
+            single tokens by their autoregressive probability), dropout (policy and reference would see different models).
+    """
+
+    def __post_init__(self) -> None:
+        set_trl_defaults(self)
+        check_settings(self, inherited=INHERITED)
+        if self.truncation_mode != "keep_start":
+            raise UserError(
+                f"`truncation_mode`={self.truncation_mode!r} would cut prompts away; leave it at 'keep_start' and set `max_length`."
+            )
+        super().__post_init__()
+        check_trainer(self)
+        check_value("loss_type", self.loss_type, list[str], {"choices": PREFERENCE_LOSSES})
+        self.check_score()
+        self._check_trl_settings()
+
+    def _check_trl_settings(self) -> None:
+        if self.ld_alpha is not None or self.use_weighting:
+            name = "use_weighting" if self.use_weighting else "ld_alpha"
+            raise UserError(
+                f"`{name}` weighs tokens by autoregressive probabilities, which a score has none of; leave it out."
+            )
+        if self.padding_free:
+            raise UserError("`padding_free` is not supported: rows of a pair are padded to one length.")
+
+
+@dataclass
+class DiffusionKTOConfig(WithoutSecrets, ConversionSettings, ScoreSettings, KTOConfig):
+    """Settings of `DiffusionKTOTrainer`: every keyword of `trl.KTOConfig`, and those of `DiffusionDPOConfig`.
+
+    Raises:
+        UserError: a value out of range, or dropout (policy and reference would see different models).
+    """
+
+    def __post_init__(self) -> None:
+        set_trl_defaults(self)
+        check_settings(self, inherited=INHERITED)
+        super().__post_init__()
+        check_trainer(self)
+        self.check_score()
+        check_value("loss_type", self.loss_type, str, {"choices": ("kto", "apo_zero_unpaired")})
+
+
+# Of TRL's GRPO, by the beginning of their names: why they mean nothing here.
+_NOT_OF_GRPO = {
+    "use_vllm": "vLLM cannot decode by unmasking",
+    "vllm_": "vLLM cannot decode by unmasking",
+    "use_transformers_": "continuous batching decodes from left to right",
+    "transformers_continuous": "continuous batching decodes from left to right",
+    "cache_implementation": "decoding by unmasking has a cache of its own; see `approximate_cache` of `generation_kwargs`",
+    "cast_lm_head_to_fp32": "scores are computed in fp32 already",
+    "top_entropy_quantile": "it chooses tokens by their own entropy, and a score is one number of the whole answer",
+    "entropy_coef": "the entropy of masked tokens is measured without a gradient",
+    "use_adaptive_entropy": "the entropy of masked tokens is measured without a gradient",
+}
+
+
+@dataclass
+class DiffusionGRPOConfig(WithoutSecrets, ConversionSettings, GRPOConfig):
+    """Settings of `DiffusionGRPOTrainer`: every keyword of `trl.GRPOConfig`, and `num_draws`.
+
+    > Parameters that control the rollouts: `generation_kwargs` takes the settings of `DiffusionGenerationConfig`; what is not given is as
+        the model was saved.
+
+    > Parameters whose default differs from TRL's: `disable_dropout` is on (old and current policy are compared without noise of their
+        own), `bf16` is off where there is no CUDA.
+
+    Raises:
+        UserError: a value out of range, or a setting of TRL that means nothing here.
+    """
+
+    num_draws: int = setting(4, "Masks that a score is the mean of, at stratified ratios, one forward each.", min=1)
+    disable_dropout: bool = setting(True, "Turn dropout off in the policy and its reference.")
+
+    def __post_init__(self) -> None:
+        set_trl_defaults(self)
+        check_settings(self, inherited=INHERITED)
+        for name, field in self.__dataclass_fields__.items():
+            reasons = [why for start, why in _NOT_OF_GRPO.items() if name.startswith(start)]
+            if reasons and getattr(self, name) != field.default:
+                raise UserError(f"`{name}`: {reasons[0]}; leave it out.")
+        super().__post_init__()
+        check_trainer(self)
+        check_dropout(self)
+
+    def draws_at(self, progress: float) -> int:
+        """Forwards that a score takes, from the first step to the last."""
+        return self.num_draws

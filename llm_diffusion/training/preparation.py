@@ -26,7 +26,7 @@ from ..objective.forward_process import NoiseSettings
 from ..speculative.training import check_drafter
 from .adapters import has_converted_weights, keep_mask_row, prepare_adapter
 from .collator import DataCollatorForDiffusionPreference, DataCollatorForMaskedDiffusion
-from .config import DiffusionDPOConfig, DiffusionSFTConfig
+from .config import DiffusionSFTConfig
 from .distillation import check_base_stays, check_teacher
 
 logger = logging.getLogger(__name__)
@@ -265,8 +265,8 @@ def check_annealing(model: torch.nn.Module, record: DiffusionRecord, args: Diffu
         )
 
 
-def make_preference_collator(
-    processing_class: PreTrainedTokenizerBase, model: torch.nn.Module, args: DiffusionDPOConfig
+def make_score_collator(
+    processing_class: PreTrainedTokenizerBase, model: torch.nn.Module, args: Any, texts: int
 ) -> DataCollatorForDiffusionPreference:
     layout = DataCollatorForMaskedDiffusion(
         record_of(model),
@@ -275,7 +275,7 @@ def make_preference_collator(
         settings=NoiseSettings(eos_tail=0, random_canvas=0.0),
         pad_to_multiple_of=args.pad_to_multiple_of,
     )
-    return DataCollatorForDiffusionPreference(layout, max_length=args.max_length)
+    return DataCollatorForDiffusionPreference(layout, max_length=getattr(args, "max_length", None), texts=texts)
 
 
 def by_length(batch: dict[str, Any], multiple: int = 1) -> list[dict[str, Any]]:

@@ -54,6 +54,8 @@ def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts
 class DiffusionTrainerMixin(ResumableTrainerMixin):
     """Goes before a trainer of TRL in the bases of a class."""
 
+    _batch: dict[str, Any] | None = None  # of the micro-batch at work, as the loss reads it
+
     def _tokenised(self, gate: Callable, dataset: Any, tokenizer: Any, args: Any, name: str, **how: Any) -> Any:
         """A dataset through `tokenised` or `tokenised_pairs`, once a machine; `how`: of `Tokenising`."""
         self._reports = getattr(self, "_reports", [])
@@ -111,6 +113,10 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
         for lost_rows in getattr(self, "_reports", []):
             lost_rows.report()
 
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        self._batch = super()._prepare_inputs(inputs)
+        return self._batch
+
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -118,12 +124,12 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size:
+            if not should_reduce_batch_size(error) or self.args.auto_find_batch_size or self._batch is None:
                 raise
-            raise out_of_memory(self.model, self.args, inputs["input_ids"].shape, error) from error
+            raise out_of_memory(self.model, self.args, self._batch["input_ids"].shape, error) from error
         if not torch.isfinite(loss):  # in place of transformers' filter, which hides it: one wait, as there
-            raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, inputs, loss)
-        seen = (inputs["attention_mask"] > 0).sum()
+            raise save_bad_batch(Path(self.args.output_dir), self.state.global_step, self.args.seed, self._batch, loss)
+        seen = (self._batch["attention_mask"] > 0).sum()
         self._tokens_seen = self._tokens_seen.to(seen.device) + seen
         return loss
 
