@@ -24,7 +24,7 @@ from loguru import logger
 
 from . import UserError
 from .config import HyperParameters, build, layers, read_mapping, resolve
-from .models.files import writable
+from .models.files import writable, write_text
 from .objective.settings import LARGEST, SEEDS, merge, redacted
 from .presets import preset_names, read_preset
 from .presets.files import NO_TEXT
@@ -157,7 +157,6 @@ def analyze(model: str, block: bool, no_checkpointing: bool, download: bool, jso
     from .analysis import analysis_tables
     from .analysis import analyze as analyze_model
     from .models.checkpoints import download as fetch
-    from .models.files import write_text
 
     output = None if json_path is None else writable(json_path, "--json")
     attention = "block" if block else "bidirectional"
@@ -233,14 +232,13 @@ def generate_by_diffusion(model: str, prompts: tuple[str, ...], settings: dict, 
     if not (watch or picture):
         return click.echo("\n".join(inference.generate(list(prompts))))
     from .generation.streaming import generate_watched
-    from .models.files import write_text
 
     terminal = console() if watch and sys.stdout.isatty() else None  # a log gets the answer alone
     for answer, view in generate_watched(inference, prompts, terminal):
         if terminal is None:
             click.echo(answer)
-    if picture:
-        write_text(picture, view.svg())
+        if picture:
+            write_text(picture, view.svg())
 
 
 @cli.command("side-by-side")
