@@ -7,11 +7,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm_diffusion.models.attention import patch_causal_attention
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.loading import load_diffusion_model
+
+settings.register_profile("slow", max_examples=2000, deadline=None)
 
 
 def _random_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:
