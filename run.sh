@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The two commands:
 #   ./run.sh                 sets up what is missing, then turns the embedded tiny model into a diffusion model
-#   ./run.sh test            sets up what is missing, then runs every check
+#   ./run.sh test            sets up what is missing, then runs the checks
 # Further:
+#   ./run.sh test --slow                                the long checks too, with line coverage: hours
 #   ./run.sh setup [--update]                            only sets up, or builds .venv anew
 #   ./run.sh PRESET [--hyper-parameters-json '{…}']      another configuration; ./run.sh --list-presets names them
 #   ./run.sh COMMAND …                                   chat, generate, evaluate, …; ./run.sh --help names them
@@ -26,7 +27,13 @@ if [ "${1:-}" = test ]; then
     .venv/bin/ruff format --check .
     .venv/bin/lint-imports
     # Two processes of one thread: tiny tensors gain nothing from a second thread, and lose by waiting for it.
-    OMP_NUM_THREADS=1 exec .venv/bin/python -m pytest -q -n 2 "${@:2}"
+    export OMP_NUM_THREADS=1
+    if [ "${2:-}" = --slow ]; then # all tests, 2,000 examples of every property, line coverage; then memory, and kills
+        .venv/bin/python -m pytest -q -n 2 --hypothesis-profile=slow --cov=llm_diffusion "${@:3}"
+        .venv/bin/python benchmarks/soak.py
+        exec .venv/bin/python benchmarks/kills.py --kills 60
+    fi
+    exec .venv/bin/python -m pytest -q -n 2 -m "not slow" "${@:2}"
 fi
 # The command line itself knows its commands; any other word is a preset to it.
 [ $# -gt 0 ] || set -- tiny

@@ -12,11 +12,13 @@ python="${PYTHON:-python3}"
     exit 2
 }
 [ "${1:-}" = "--update" ] && rm -rf .venv
-wanted="$(cat requirements.txt pyproject.toml | cksum)"
+wanted="$(cat requirements.in requirements.txt pyproject.toml | cksum)"
 if [ ! -x .venv/bin/python ] || [ "$(cat .venv/.installed 2>/dev/null)" != "$wanted" ]; then
     echo "setting up .venv (once, a few minutes)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.txt
+    # Without hashes: torch is another file for every kind of accelerator and on every index, and brings what that one needs.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -o '^torch==[0-9.]*' requirements.in)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
     echo "$wanted" > .venv/.installed
 fi

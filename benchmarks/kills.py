@@ -134,6 +134,8 @@ def main() -> None:
     print(page)
     if args.output:
         args.output.write_text(page)
+    if not all(row[1].split()[0] == row[1].split()[-1] for row in rows):
+        sys.exit("not every kill was survived")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Memory over 3,000 calls of `generate` and 1,000 training steps of the embedded model: flat, or a leak.
 
     python benchmarks/soak.py                   # some minutes on two cores
-    python benchmarks/soak.py --share 0.1
+    python benchmarks/soak.py --share 0.1 --only training
 
 Prints a table of each part's memory in its middle (when caches are full, and the largest shapes were there) and at its end, and the
 slope of a straight line through what was measured in between, in KiB a call. More than `--limit` ends it with an error, which means
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -76,29 +77,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the calls and steps")
     parser.add_argument("--limit", type=float, default=8.0, help="KiB a call that are no leak")
+    parser.add_argument("--only", choices=("generate", "training"), nargs="*", default=("generate", "training"))
     given = parser.parse_args()
     modes, worst = ("bidirectional", "block", "lossless"), 0.0
     print("| part | calls | MiB half way | MiB at the end | KiB a call |\n|---|--:|--:|--:|--:|")
-    for kind, whole in (("generate", 3000), ("training", 1000)):
-        for attention in modes:
-            n, measured = max(20, int(whole * given.share / len(modes))), []
+    for kind, attention in itertools.product(given.only, modes):
+        whole = {"generate": 3000, "training": 1000}[kind]
+        n, measured = max(20, int(whole * given.share / len(modes))), []
 
-            def measure(call: int, n: int = n, measured: list = measured) -> None:
-                if call >= n // 2 and call % max(1, n // 100) == 0:
-                    gc.collect()
-                    measured.append((call, resident()))
+        def measure(call: int, n: int = n, measured: list = measured) -> None:
+            if call >= n // 2 and call % max(1, n // 100) == 0:
+                gc.collect()
+                measured.append((call, resident()))
 
-            if kind == "generate":
-                for call in generate_calls(attention, n):
-                    measure(call)
-            else:
-                train(attention, n, measure)
-            found = slope(measured)
-            worst = max(worst, found)
-            print(
-                f"| {kind}, {attention} | {n} | {measured[0][1]:.1f} | {measured[-1][1]:.1f} | {found:+.2f} |",
-                flush=True,
-            )
+        if kind == "generate":
+            for call in generate_calls(attention, n):
+                measure(call)
+        else:
+            train(attention, n, measure)
+        found = slope(measured)
+        worst = max(worst, found)
+        print(
+            f"| {kind}, {attention} | {n} | {measured[0][1]:.1f} | {measured[-1][1]:.1f} | {found:+.2f} |",
+            flush=True,
+        )
     if worst > given.limit:
         sys.exit(f"memory grows by {worst:.2f} KiB a call")
 

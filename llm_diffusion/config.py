@@ -303,6 +303,10 @@ def _check_pipelines(hp: HyperParameters) -> None:
         raise UserError("`attention`='lossless': preferences cannot change the verifying base; leave 'dpo' out.")
     if lossless and any(stage["trains"] == "everything" for stage in stages):
         raise UserError("`attention`='lossless' trains adapters: set `use_lora`, let no stage train 'everything'.")
+    if hp.preference_dataset is not None and not prefers:
+        raise UserError(
+            "`preference_dataset`: no phase trains on preferences; add 'dpo' as the last one, or leave it out."
+        )
     if hp.scratch:
         check_scratch(hp.scratch, hp.max_length)
         if hp.use_lora or hp.use_qlora:

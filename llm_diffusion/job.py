@@ -38,7 +38,7 @@ from .data.datasets import (
     readable,
 )
 from .evaluation.answers import AnswerReport, evaluate_answers
-from .evaluation.metrics import AnswersCallback
+from .evaluation.metrics import ANSWER_METRICS, AnswersCallback
 from .evaluation.report import decoding, show_autoregressive, show_ends, show_job
 from .generation.config import check_room
 from .generation.self_generated import answered_by_base, generate_answers, generate_prompts
@@ -201,7 +201,19 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         settings.setdefault("activation_checkpointing", settings.get("gradient_checkpointing", True))
         kind = CausalSFTConfig
     with user_settings(f"settings of `{stage['name']}`"):
-        return Stage(stage["name"], stage["trains"], kind(str(output / stage["name"]), **settings))
+        arguments = kind(str(output / stage["name"]), **settings)
+    check_best_metric(hp, arguments)
+    return Stage(stage["name"], stage["trains"], arguments)
+
+
+def check_best_metric(
+    hp: HyperParameters, arguments: CausalSFTConfig | DiffusionSFTConfig | DiffusionDPOConfig
+) -> None:
+    """Refuses a metric that no evaluation of this job gives; transformers would end the run at the first one."""
+    name = (arguments.metric_for_best_model or "eval_loss").removeprefix("eval_")
+    answers = ANSWER_METRICS if hp.eval_answers and hp.pipeline == "diffusion" else ()
+    if name not in (known := (*arguments.evaluated, *answers)) and not (answers and name.startswith("exact_match_")):
+        raise UserError(f"`metric_for_best_model`: evaluations give {', '.join(known)}; got {name!r:.80}.")
 
 
 def log_settings(hp: HyperParameters) -> None:

@@ -9,12 +9,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from two_processes import launch
 
 from llm_diffusion.models.attention import patch_causal_attention
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.loading import load_diffusion_model
+
+settings.register_profile("slow", max_examples=2000, deadline=None)
 
 
 def _random_llama(seed: int = 0, **options: object) -> LlamaForCausalLM:

@@ -97,7 +97,7 @@ BAD = {
     "model": ("", "  ", None, 5),
     "dataset": ("", [], None),
     "output_dir": ("", " ", None, 5, "~nobody123/x", "a\0b"),
-    "preference_dataset": ("", "a\0b", "\ud800", 5),
+    "preference_dataset": ("", "a\0b", "\ud800", 5, "tiny"),
     "prompts": ("x", [1], [None], ["\ud800"]),
     "lr_scheduler_type": ("sudden", 5),
     "optim": ("sudden",),
@@ -158,7 +158,13 @@ BAD = {
     "token_ids.eos": ("x",),
     "scratch.n_embd": (0, HUGE),
     "model_init_kwargs": ("x", [1]),
-    "gradient_checkpointing_kwargs": (5,),
+    "gradient_checkpointing_kwargs": (5, {"x": 1}, "x", '{"x": 1}'),
+    "activation_checkpointing_kwargs": ({"x": 1}, "x"),
+    "gradient_checkpointing_kwargs.use_reentrant": ("no", 1),
+    "gradient_checkpointing_kwargs.every_n_layers": (0, True),
+    "parallelism_config": ({}, {"tp_size": 2}, "x", 5),
+    "metric_for_best_model": (5, "nonsense", "eval_", "runtime", "exact_match"),
+    "torch_compile_mode": ("x",),
     "lr_scheduler_kwargs": ({"x": 1}, "x"),
     "optim_args": ("x", "a=1,b"),
     # decoding
@@ -203,6 +209,11 @@ TOGETHER = [
     ({"use_qlora": True, "qlora_config": {"load_in_4bit": False}}, "`qlora_config`"),
     ({"phases": ["dpo"], "dpo_config": {"loss_type": ["nope"]}}, "`loss_type[0]`"),
     ({"phases": ["dpo"], "dpo_config": {"loss_type": ["ipo"], "loss_weights": [1, 2]}}, "`loss_weights`"),
+    ({"phases": ["dpo"], "dpo_config": {"metric_for_best_model": "nelbo"}}, "rewards/accuracies"),
+    ({"attention": "lossless", "metric_for_best_model": "nelbo"}, "accepted_length"),
+    ({"attention": "block", "metric_for_best_model": "accepted_length"}, "nelbo"),
+    ({"pipeline": "arm", "metric_for_best_model": "nelbo"}, "`metric_for_best_model`"),
+    ({"pipeline": "arm", "lr_scheduler_kwargs": {"x": 1}}, "`lr_scheduler_kwargs`"),
     ({"pipeline": "arm", "generation": {"suppress_tokens": "x"}}, "`suppress_tokens`"),
     ({"pipeline": "arm", "generation": {"top_k": -1}}, "`top_k`"),
     ({"stages": [{"name": "a", "save_steps": 0}]}, "`stages.a.save_steps`"),
@@ -235,6 +246,10 @@ def test_defaults_and_what_stands_for_unset_are_right():
         {"lora_config": {"task_type": "CAUSAL_LM", "inference_mode": False}, "save_steps": 0.5, "report_to": ["none"]}
     )
     assert build({"model_init_kwargs": {"max_memory": {0: "1GiB"}}})
+    checked(
+        '{"metric_for_best_model": "eval_exact_match_copy", "eval_answers": 2, "gradient_checkpointing_kwargs": {"use_reentrant": true}}'
+    )
+    checked('{"pipeline": "arm", "label_smoothing_factor": 0.1}')
 
 
 @pytest.mark.parametrize(
@@ -384,7 +399,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3),
     max_leaves=5,
 )
-FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+EXAMPLES = max(200, settings.default.max_examples)  # more with `--hypothesis-profile=slow`
+FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def only_our_errors(source):

@@ -413,7 +413,6 @@ def test_tasks_need_the_harness_and_their_files(tmp_path):
     assert ("`data`" if installed else "pip install 'llm-diffusion[eval]'") in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow  # the harness reads the definitions of all its tasks
 @pytest.mark.parametrize(
     ("tasks", "expected"),
     [

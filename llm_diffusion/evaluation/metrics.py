@@ -40,6 +40,7 @@ from .likelihood import Row, kept_logits, padded, pair_row, plain_collator
 BINS = 10  # of the confidence
 REVEALED = (0.0, 0.25, 0.5, 0.75)
 COLUMNS = ("probability", "top1", "reciprocal_rank", "error", "over", "under")
+ANSWER_METRICS = ("exact_match", "eos_accuracy", "tokens_per_forward")  # and exact match of each kind
 LOGGED = 4  # sample answers of an evaluation
 
 

@@ -16,7 +16,7 @@ from ..objective.annealing import Annealing, AnnealingSettings
 from ..objective.estimators import SCORES
 from ..objective.forward_process import NoiseSettings, check_noise
 from ..objective.modes import MODES
-from ..objective.settings import SEEDS, check_settings, check_value, redacted, setting, user_settings
+from ..objective.settings import SEEDS, check_settings, check_value, read_setting, redacted, setting, user_settings
 
 PROCESSES = max(8, 4 * (os.cpu_count() or 1))
 # What the numbers of TRL's and transformers' configs may be, which declare it nowhere. Their defaults are always right.
@@ -52,17 +52,39 @@ _RANGES: list[tuple[dict, str]] = [
     ({"min": 1, "max": PROCESSES}, "dataset_num_proc num_threads"),
     (SEEDS, "seed data_seed"),
     ({"choices": ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")}, "f_divergence_type"),
+    (
+        {"choices": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")},
+        "torch_compile_mode",
+    ),
 ]
 INHERITED = {name: bounds for bounds, names in _RANGES for name in names.split()}
 PREFERENCE_LOSSES = tuple(
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
     "sigmoid_norm".split()
 )
+# Keys of `gradient_checkpointing_kwargs`: of torch's `checkpoint`, and two of transformers.
+_CHECKPOINTING: dict[str, tuple[Any, dict]] = {
+    **dict.fromkeys(("use_reentrant", "preserve_rng_state", "early_stop", "debug", "offload"), (bool, {})),
+    "determinism_check": (str, {"choices": ("default", "none")}),
+    "every_n_layers": (int, {"min": 1}),
+    "context_fn": (Any, {}),
+}
 
 
 def check_trainer(args: TrainingArguments) -> None:
     """Raises UserError for settings of transformers that would do nothing here, or end in an error of its own."""
-    if args.label_smoothing_factor:
+    given = args.activation_checkpointing_kwargs or {}  # by either name
+    name = "`activation_checkpointing_kwargs`, or `gradient_checkpointing_kwargs`,"
+    if not isinstance(given, dict) or given.keys() - _CHECKPOINTING.keys():
+        raise UserError(f"{name} must be a mapping with keys of {sorted(_CHECKPOINTING)}, got {given!r:.80}.")
+    for key, value in given.items():
+        read_setting(f"gradient_checkpointing_kwargs.{key}", value, *_CHECKPOINTING[key])
+    if args.parallelism_config is not None and getattr(args.parallelism_config, "non_data_parallel_size", 2) > 1:
+        raise UserError(
+            "`parallelism_config` gives processes parts of the same rows, whose noise is drawn by whole rows of a process; leave it out, "
+            "and split the weights (docs/scaling.md)."
+        )
+    if args.label_smoothing_factor and not isinstance(args, CausalSFTConfig):
         raise UserError("`label_smoothing_factor` belongs to a loss that is not computed here; leave it out.")
     with user_settings("`optim_args`"):  # as transformers reads it
         dict(part.split("=") for part in (args.optim_args or "a=1").split(","))
@@ -114,6 +136,12 @@ class WithoutSecrets:
 
 class CausalSFTConfig(WithoutSecrets, SFTConfig):
     """TRL's own settings, for training from left to right."""
+
+    evaluated = ("loss", "entropy", "mean_token_accuracy", "num_tokens")  # metrics to choose the best model by
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_trainer(self)
 
 
 @dataclass
@@ -187,6 +215,14 @@ class DiffusionSFTConfig(WithoutSecrets, ConversionSettings, AnnealingSettings, 
             raise UserError(f"`loss_type` must be 'nll' (the ELBO replaces it), got {self.loss_type!r}.")
 
     @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Names of the metrics that an evaluation gives, to choose the best model by; without `attention` those of every mode."""
+        names = "loss masked_accuracy masked_nll masked_nll_low_noise masked_nll_middle_noise masked_nll_high_noise masked_entropy mask_ratio"
+        of_all = (*names.split(), "entropy", "mean_token_accuracy")
+        drafts = self.attention and MODES[self.attention].drafts
+        return of_all + ("nelbo", "perplexity_bound") * (not drafts) + ("accepted_length",) * (drafts is not False)
+
+    @property
     def sizes_canvases(self) -> bool:
         """Whether anything is set that teaches where texts end."""
         plain = self.max_canvas is None and self.pad_annealing_steps is None and self.tail == "eos"
@@ -232,6 +268,11 @@ class DiffusionSFTConfig(WithoutSecrets, ConversionSettings, AnnealingSettings, 
 @dataclass
 class ScoreSettings:
     """The estimate that takes the place of a text's log-probability, of `DiffusionDPOConfig` and `DiffusionKTOConfig`."""
+
+    evaluated = tuple(  # metrics to choose the best model by
+        "loss entropy mean_token_accuracy num_tokens draws rewards/accuracies rewards/margins rewards/chosen rewards/rejected "
+        "logps/chosen logps/rejected logits/chosen logits/rejected".split()
+    )
 
     score: str = setting(
         "elbo",

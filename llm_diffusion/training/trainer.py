@@ -19,6 +19,7 @@ from peft import PeftModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .. import UserError
 from ..analysis import PAGED, ModelMemory, TrainingSetup
 from ..data.tokens import Tokenising
 from ..models.files import write_text
@@ -91,11 +92,16 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
         update_record(self.model, conversion_steps=self._conversion_step, training_tokens=tokens)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As there; says what streams have lost by then, which of other datasets is known before the first step."""
-        if any(weight.requires_grad and weight.dtype == torch.float16 for weight in self.model.parameters()):
-            logger.warning(
-                "the trained weights are float16, in which Adam's second moments are lost: the loss ends non-finite within a few steps; "
-                "load the model in float32 and set `fp16`, or in bfloat16, or train adapters"
+        """As there; says what streams have lost by then, which of other datasets is known before the first step.
+
+        Raises:
+            UserError: Adam is to train float16 weights.
+        """
+        half = any(weight.requires_grad and weight.dtype == torch.float16 for weight in self.model.parameters())
+        if half and "adam" in str(self.args.optim).lower():
+            raise UserError(
+                "`model`: its float16 weights lose Adam's second moments, and the loss ends non-finite within a few steps; load it in float32 "
+                "(`fp16` still computes in float16), or in bfloat16, or train adapters."
             )
         if isinstance(self.model, PeftModel):
             keep_record(self.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_diffusion.objective.attention_masks import segments
@@ -36,6 +36,7 @@ def test_segments_are_blocks_of_every_text(lengths: list[int], padding: int, blo
 
 @few
 @given(lengths=documents, marks=st.integers(0, 2**24))
+@example(lengths=[3, 2], marks=0)
 def test_what_stands_before_and_behind_in_the_same_segment(lengths: list[int], marks: int) -> None:
     ids = segments(row_of(lengths, 0), None)
     n = ids.shape[1]

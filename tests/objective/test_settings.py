@@ -9,7 +9,7 @@ from llm_diffusion import UserError
 from llm_diffusion.models.record import ConversionSettings
 from llm_diffusion.objective.annealing import AnnealingSettings
 from llm_diffusion.objective.forward_process import NoiseSettings
-from llm_diffusion.objective.settings import allowed, check_settings, redacted, setting
+from llm_diffusion.objective.settings import allowed, check_settings, redacted, setting, user_settings
 
 DECLARED = [
     (kind, field)
@@ -96,3 +96,9 @@ def test_what_is_shown_has_no_secrets():
     }
     text = "GET http://me:pass@host:80/v1?a=b@c failed with hf_ABCDEFGHIJKLMNOPQRSTUVWX, hf_transfer is off; a@b"
     assert redacted(text) == "GET http://***@host:80/v1?a=b@c failed with ***, hf_transfer is off; a@b"
+
+
+@pytest.mark.parametrize(("error", "said"), [(ValueError("no\n  good"), "no good"), (KeyError(), "KeyError")])
+def test_what_a_library_refuses_is_one_line(error, said):
+    with pytest.raises(UserError, match=f"^`here`: {said}$"), user_settings("`here`"):
+        raise error

@@ -146,7 +146,7 @@ trainer.train()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # tests/test_kills.py kills at the same moment
 def test_a_run_that_is_killed_while_it_saves_goes_on_to_the_digit(tmp_path, tokenizer):
     own = {"distillation_weight": 1.0, "distillation_targets": "all", "on_policy_share": 0.5}
     settings = {**SAVING, **own, "max_steps": 5, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}

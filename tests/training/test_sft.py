@@ -619,11 +619,12 @@ def test_the_card_of_an_adapter_tells_whether_its_base_is_converted(tmp_path, to
         assert said in (tmp_path / "saved" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("settings", [{}, {"attention": "block", "ar_loss_weight": 0.5}])
+@pytest.mark.parametrize("settings", [{"attention": "bidirectional"}, {"attention": "block", "ar_loss_weight": 0.5}])
 def test_the_loss_by_noise_level_is_logged(tmp_path, tokenizer, settings):
     """Against the terms of the same batch, sorted by hand into thirds of the mask probability."""
     trainer = make(tmp_path, tokenizer, evaluation=tiny_dataset(24, split="test"), **settings)
     logged = trainer.evaluate()
+    assert {f"eval_{name}" for name in trainer.args.evaluated} <= set(logged)
     terms, levels = [], []
     trainer.model.eval()
     with torch.no_grad():
