@@ -169,7 +169,7 @@ def as_dict(hp: HyperParameters) -> dict[str, Any]:
 
 def build(given: dict[str, Any]) -> HyperParameters:
     """Checks a mapping of settings and fills in the defaults."""
-    from .training.config import INHERITED
+    from .training.arguments import INHERITED
 
     hp, hints = HyperParameters(), hints_of(HyperParameters)
     for key, value in given.items():
@@ -221,7 +221,7 @@ def _read_training(given: dict[str, Any], where: str = "", preferences: bool = F
 
 
 def _read_one(key: str, value: Any, where: str, preferences: bool) -> Any:
-    from .training.config import INHERITED
+    from .training.arguments import INHERITED
 
     declared = _training_kind(preferences).__dataclass_fields__[key]
     bounds = {**dict(declared.metadata.items()), **INHERITED.get(key, {})}

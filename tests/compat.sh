@@ -29,5 +29,5 @@ for each in oldest newest; do
     [ "$which" = both ] || [ "$which" = "$each" ] || continue
     make "build/$each" "$([ "$each" = newest ] && echo highest || echo lowest-direct)"
     echo "the $each versions:"
-    OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "build/$each/bin/python" -m pytest -q -m "not thorough" "$@"
+    OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false "build/$each/bin/python" -m pytest -q -m "not slow" "$@"
 done
