@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def form_of(columns: Any, text_field: str = "text") -> str | None:
 
 def own_row(example: dict[str, Any]) -> dict[str, Any]:
     """A row as its source has it, whether or not it came in a mixture."""
-    return json.loads(example[MIXED]) if MIXED in example else example
+    return json.loads(example[MIXED]) if isinstance(example, Mapping) and MIXED in example else example
 
 
 def read_row(example: dict[str, Any], form: str, place: Place) -> dict[str, Any]:
