@@ -125,7 +125,7 @@ def main() -> None:
     for row in trainer.state.log_history:
         tokens = row.get("num_tokens", tokens)
         if "eval_accepted_length" in row:
-            found.append((row["step"], row.get("eval_num_tokens", tokens), row["eval_accepted_length"]))
+            found.append((row["step"], tokens, row["eval_accepted_length"]))
     table = Table("steps", "tokens", "held-out accepted length", title=f"{len(train):,} rows, {settings.device}")
     for step, n, accepted in found:
         table.add_row(f"{step:,}", f"{n:,.0f}", f"{accepted:.2f}")

@@ -12,6 +12,7 @@ goes on where it was: finished stages are loaded, the one that was running resum
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import time
@@ -252,11 +253,25 @@ class LogLinesCallback(TrainerCallback):
 
 
 def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
-    """Saves training and held-out NELBO of the phases (phase -> `trainer.state.log_history`), one after the other, as a PNG."""
+    """Saves training and held-out NELBO of the phases (phase -> `trainer.state.log_history`), one after the other, as a PNG; for a drafter
+    the held-out accepted length against trained tokens beside it."""
     from matplotlib.figure import Figure  # slow to import, needed once; `Figure` alone touches no display
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes, offset = figure.subplots(), 0
+    accepted, tokens = [], 0
+    for row in itertools.chain(*histories.values()):
+        tokens = row.get("num_tokens", tokens)
+        if "eval_accepted_length" in row:
+            accepted.append((tokens, row["eval_accepted_length"]))
+    figure = Figure(figsize=(12 if accepted else 7, 4), layout="constrained")
+    (axes, *beside), offset = figure.subplots(1, 1 + bool(accepted), squeeze=False)[0], 0
+    if rows:
+        beside[0].plot(
+            *zip(*((row["eval_num_tokens"], row["eval_accepted_length"]) for row in rows), strict=True), "o-"
+        )
+        beside[0].set(
+            xlabel="trained tokens", ylabel="held-out accepted length", title="Tokens that a verified draft yields"
+        )
+        beside[0].grid(alpha=0.3)
     for number, (phase, history) in enumerate(histories.items()):
         end = offset
         for prefix, style, label in (("", "-", "training"), ("eval_", "o", "held out")):

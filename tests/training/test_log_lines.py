@@ -1,5 +1,6 @@
 """What a training run shows: one line of figures a logging step, and a picture of the loss."""
 
+from PIL import Image
 from transformers import TrainerState
 
 from llm_diffusion.training.stages import LogLinesCallback, plot_loss
@@ -31,9 +32,11 @@ def test_the_end_and_other_processes_write_nothing():
 def test_the_picture_takes_phases_with_and_without_figures(tmp_path):
     histories = {
         "pretrain": [{"step": 1, "nelbo": 3.0}, {"step": 2, "eval_nelbo": 2.5}],
-        "draft": [{"step": 1, "masked_nll": 2.0}],
+        "draft": [{"step": 1, "masked_nll": 2.0}, {"step": 1, "eval_accepted_length": 1.5}],
         "dpo": [{"step": 1, "loss": 0.7}],
     }
     for name, shown in (("all", histories), ("none", {})):
         plot_loss(shown, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # Two pictures side by side are wider than one.
+    assert Image.open(tmp_path / "all.png").width > 1.5 * Image.open(tmp_path / "none.png").width
