@@ -264,13 +264,10 @@ def plot_loss(histories: dict[str, list[dict]], path: Path) -> None:
             accepted.append((tokens, row["eval_accepted_length"]))
     figure = Figure(figsize=(12 if accepted else 7, 4), layout="constrained")
     (axes, *beside), offset = figure.subplots(1, 1 + bool(accepted), squeeze=False)[0], 0
-    if rows:
-        beside[0].plot(
-            *zip(*((row["eval_num_tokens"], row["eval_accepted_length"]) for row in rows), strict=True), "o-"
-        )
-        beside[0].set(
-            xlabel="trained tokens", ylabel="held-out accepted length", title="Tokens that a verified draft yields"
-        )
+    if accepted:
+        beside[0].plot(*zip(*accepted, strict=True), "o-")
+        title = "Tokens that a verified draft yields"
+        beside[0].set(xlabel="trained tokens", ylabel="held-out accepted length", title=title)
         beside[0].grid(alpha=0.3)
     for number, (phase, history) in enumerate(histories.items()):
         end = offset
