@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,6 +19,8 @@ from llm_diffusion.models.attention import patch_causal_attention
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.loading import load_diffusion_model
 
+# A shell's background jobs ignore it, and so would every process started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("slow", max_examples=2000, deadline=None)
 
 
