@@ -164,11 +164,12 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
             scores = [
                 self._score(model, dict(zip(names, (ids, seen, ids[:, :start]), strict=True))) for ids, seen in parts
             ]
-        answer = attention_mask[:, start:]
+        # A block model's include the end tokens up to the end of the last block.
+        answer, scored = attention_mask[:, start:], torch.cat([score.n_scored for score in scores])
 
         def a_token(name: str) -> torch.Tensor:
             sums = torch.cat([getattr(score, name).sum(-1) for score in scores])
-            return (sums / answer.sum(-1).clamp(min=1))[:, None] * answer
+            return (sums / scored.clamp(min=1))[:, None] * answer
 
         return a_token("log_probs"), a_token("entropy") if compute_entropy else None, None
 

@@ -1,6 +1,7 @@
 """DiffusionGRPOTrainer: rollouts, advantages and the loss by a second formula, noise, resuming, refusals."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ def brevity(completions, **_):
 
 def make(tmp_path, tokenizer, rewards=brevity, data=PROMPTS, attention="bidirectional", seed=0, **settings):
     own = copy.deepcopy(tokenizer)
-    model = convert_to_diffusion(tiny_model(), own, attention=attention)
+    shift = settings.get("right_shift_logits")
+    model = convert_to_diffusion(tiny_model(), own, attention=attention, right_shift_logits=shift)
     others = {name: settings.pop(name) for name in ("peft_config", "eval_dataset", "tools") if name in settings}
     others |= {name: settings.pop(name) for name in ("rollout_func", "reward_processing_classes") if name in settings}
     settings = (
@@ -137,6 +139,27 @@ def test_gradient_is_that_of_the_written_out_loss(tmp_path, tokenizer):
         assert largest > 1e-4
         for name, gradient in wanted.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-3 * largest, rtol=0, msg=name)
+
+
+def test_a_block_model_divides_by_all_that_is_scored(tmp_path, tokenizer):
+    """Behind an answer's end the end tokens up to the end of the block are scored too; written out from full logits."""
+    trainer = make(tmp_path, tokenizer, attention="block", right_shift_logits=False)
+    end, model = trainer.eos_token_ids[0], trainer.model
+    ids = torch.tensor([[0, 11, 12, 31, 32, end, 0], [21, 22, 23, 41, 42, 43, 44]])
+    seen = torch.tensor([[0, 1, 1, 1, 1, 1, 0], [1] * 7])
+    scored = torch.tensor([6.0, 4.0])  # of two blocks behind two tokens; the cut answer gets no end
+    expected = torch.zeros(2, 2)
+    with torch.no_grad():
+        found = trainer._get_per_token_logps_and_entropies(model, ids, seen, 4, None, True)
+        for noisy in trainer._draws({"input_ids": ids, "attention_mask": seen, "prompt_ids": ids[:, :3]}):
+            read = model(**trainer._model_inputs(noisy)).logits.log_softmax(-1)
+            chosen = read.gather(-1, noisy["targets"].clamp(min=0)[..., None])[..., 0]
+            weights = noisy["weights"] * (noisy["targets"] != -100)
+            terms = torch.stack([chosen, -(read.exp() * read).sum(-1)])
+            expected += (terms * weights).sum(-1) / scored / trainer.args.num_draws
+    for values, wanted in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(values, wanted[:, None] * seen[:, 3:])
+    assert found[1].max() <= math.log(model.config.vocab_size)
 
 
 @pytest.mark.parametrize("attention, adapted", [("block", True), ("bidirectional", False)])
