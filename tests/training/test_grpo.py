@@ -315,3 +315,28 @@ def test_plain_configs_become_ours(tmp_path):
     plain = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=8, use_cpu=True, bf16=False)
     args = own_config(plain, DiffusionGRPOConfig, "")
     assert type(args) is DiffusionGRPOConfig and args.generation_batch_size == 8
+
+
+def steps_of_rollouts(folder):
+    """Two steps of two prompts each; the answers of this process, and sums of the weights."""
+    answers = []
+
+    def lengths(completions, **_):
+        answers.extend(completions)
+        return brevity(completions)
+
+    tokenizer, settings = AutoTokenizer.from_pretrained(TINY_MODEL_PATH), {"max_steps": 2, "learning_rate": 0.1}
+    trainer = make(folder, tokenizer, lengths, peft_config=LORA, per_device_train_batch_size=4, optim="sgd", **settings)
+    trainer.train()
+    sums = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return answers, sums, [row["reward"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_two_processes_train_one_model(in_two_processes):
+    """The processes roll out answers of their own, and take the same steps."""
+    (first, weights, rewards), (second, others, _) = (
+        found["result"] for found in in_two_processes["steps_of_rollouts"]
+    )
+    assert weights == others and max(abs(value) for name, value in weights.items() if "lora_B" in name) > 1e-6
+    assert len(first) == len(second) == 8 and first != second
+    assert rewards == pytest.approx([sum(brevity(first[i : i + 4] + second[i : i + 4])) / 8 for i in (0, 4)])

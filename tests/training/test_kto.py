@@ -213,3 +213,22 @@ def test_bad_rows_are_refused(tmp_path, tokenizer, change, message):
 def test_bad_settings_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=f"`{message}`"):
         DiffusionKTOConfig(str(tmp_path), **settings)
+
+
+def steps_of_answers(folder, batch=2):
+    """Four answers a step, each beside a mismatched one of its own; every draw but the last one is sent back without waiting."""
+    rows = [{"prompt_ids": [10 + i, 9], "completion_ids": [20 + i, 5, i + 7], "KL_completion_ids": [40 - i, 8], "label": i % 3 > 0}
+            for i in range(8)]  # fmt: skip
+    settings = {"per_device_train_batch_size": batch, "max_steps": 3, "learning_rate": 0.1, "optim": "sgd"}
+    trainer = make(folder, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), rows, peft_config=LORA, **settings)
+    trainer.train()
+    sums = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return sums, [[row[name] for name in ("loss", "kl")] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, in_two_processes):
+    one, logged = steps_of_answers(tmp_path, 4)
+    for process in in_two_processes["steps_of_answers"]:
+        two, logged_of_two = process["result"]
+        assert torch.tensor(logged_of_two).allclose(torch.tensor(logged), rtol=1e-3, atol=1e-6) and logged[-1][1] > 1e-6
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
