@@ -5,8 +5,7 @@
 the ELBO a token, which is UniGRPO's approximation of a sequence's log-likelihood: the answer masked at a random ratio, the prompt clean,
 the mean over masked tokens, of a block model also the end tokens up to the end of its last block. TRL is handed l as the log-probability
 of every token of y, so that its ratio at every token is that of the sequence, exp(l_new - l_old) (GSPO's), and the sum over the scored
-tokens is the ELBO. Terms of the bound alone would not do: one masked token of n
-weighs n-fold, and its ratio would be an n-th power.
+tokens is the ELBO. Terms of the bound alone would not do: one masked token of n weighs n-fold, and its ratio would be an n-th power.
 
 References: UniGRPO (MMaDA, arXiv 2505.15809, "efficient log-likelihood approximation"), diffu-GRPO (d1, arXiv 2504.12216), which masks
 the whole answer and a part of the prompt in one step instead, GRPO (arXiv 2402.03300), GSPO (arXiv 2507.18071).

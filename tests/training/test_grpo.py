@@ -282,6 +282,12 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
         DiffusionGRPOConfig(str(tmp_path), **settings)
 
 
+def test_split_weights_of_accelerate_launch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="`fsdp`, `deepspeed`: a rollout takes .* under FSDP"):
+        DiffusionGRPOConfig(str(tmp_path), use_cpu=True)
+
+
 def test_what_the_trainer_cannot_do_is_refused(tmp_path, tokenizer):
     for name in ("tools", "rollout_func"):
         with pytest.raises(ValueError, match=f"`{name}`: rollouts are one answer"):
