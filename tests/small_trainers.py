@@ -16,7 +16,7 @@ from llm_diffusion.data.tiny import tiny_dataset, tiny_examples
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def tiny_model(tied=True, seed=0):
+def tiny_model(tied=True, seed=0, **options):
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=512,
@@ -28,6 +28,7 @@ def tiny_model(tied=True, seed=0):
         head_dim=16,
         tie_word_embeddings=tied,
         eos_token_id=2,
+        **options,
     )
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():  # the default initialisation is so small that every token is equally likely

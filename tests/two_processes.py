@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 PIECES = (
     "training.test_sft:losses_of_settings",
     "training.test_dpo:steps_of_pairs",
+    "training.test_kto:steps_of_answers",
+    "training.test_grpo:steps_of_rollouts",
     "training.test_scaling:split_weights",
     "training.test_scaling:main_job",
     "evaluation.test_evaluate:evaluated",

@@ -156,8 +156,8 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
 
         rows of a batch of two pairs     chosen 0, chosen 1, rejected 0, rejected 1     (as TRL's preference collator lays them out)
 
-    Every row is a prompt, which stays clean, and an answer, without a tail and never cut at random: a preference is about these
-    words, and what only one text has is noise.
+    Every row is a prompt, which stays clean, and an answer, never cut at random and without a tail: a preference is about these words,
+    and what only one text has is noise. A block model alone ends what it writes with its block: the end tokens up to there are scored.
 
     Args:
         layout: how one row becomes what the model sees; its tails and random cuts must be off, and its noise is not used.
@@ -223,7 +223,7 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
             n_draws: draws, or steps of the trajectory.
 
         Yields:
-            As `ForwardProcess.corrupt`; targets are those that the draw scores.
+            As `ForwardProcess.corrupt`; targets are those that the draw scores, and `n_scored` (B,) counts the tokens that any may score.
         """
         ids, document_ids = batch["input_ids"], batch["attention_mask"]
         maskable, process = batch["completion_mask"].bool(), self.layout.process
@@ -238,7 +238,7 @@ class DataCollatorForDiffusionPreference(DataCollatorMixin):
         for masked, weights, probability in draws:
             noisy = process.lay_out(clean, masked, weights, probability)
             noisy["targets"] = noisy["targets"].masked_fill(noisy["weights"] == 0, IGNORE_INDEX)
-            yield noisy
+            yield {**noisy, "n_scored": maskable.sum(-1)}
 
 
 def _whole_numbers(example: Mapping[str, Any], name: str, lowest: int) -> list[int]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import DPOConfig, GRPOConfig, KTOConfig, SFTConfig
 
 from .. import UserError
@@ -205,6 +207,8 @@ class ScoreSettings:
             if low is not None and high is not None and low > high:
                 raise UserError(f"`{first}` ({low}) must not be above `{last}` ({high}).")
         check_dropout(self)
+        if self.score == "trajectory":
+            check_forwards(self, "`score`='trajectory'", "use 'elbo', or weights that are not split")
         if self.precompute_ref_log_probs and self.draws_at(0.0) != self.draws_at(1.0):
             raise UserError(
                 "`precompute_ref_log_probs` stores scores of a fixed number of draws; leave `initial_draws` and `num_steps` out."
@@ -220,9 +224,20 @@ class ScoreSettings:
 
 
 def check_dropout(args: TrainingArguments) -> None:
+    why = "policy and reference are compared under the same masks and without noise of their own"
     if not args.disable_dropout:
+        raise UserError(f"`disable_dropout` must be true: {why}.")
+    if args.neftune_noise_alpha:
+        raise UserError(f"`neftune_noise_alpha`: {why}; leave it out.")
+
+
+def check_forwards(args: TrainingArguments, what: str, remedy: str, zero3: bool = True) -> None:
+    """Refuses split weights, of which every forward waits for all processes, where these do different numbers of forwards."""
+    fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")  # the second by `accelerate launch`
+    if fsdp or (zero3 and is_deepspeed_zero3_enabled()):
         raise UserError(
-            "`disable_dropout` must be true: policy and reference are compared under the same masks and without noise of their own."
+            f"{what} takes as many forwards as the texts of a process need, and under {'FSDP' if fsdp else 'ZeRO-3'} each of them waits "
+            f"for all processes; {remedy}."
         )
 
 
@@ -292,6 +307,9 @@ _NOT_OF_GRPO = {
     "top_entropy_quantile": "it chooses tokens by their own entropy, and a score is one number of the whole answer",
     "entropy_coef": "the entropy of masked tokens is measured without a gradient",
     "use_adaptive_entropy": "the entropy of masked tokens is measured without a gradient",
+    "entropy_target": "the entropy of masked tokens is measured without a gradient",
+    "max_tool_calling_iterations": "a rollout calls no tools",
+    "log_multimodal": "the models read text alone",
 }
 
 
@@ -322,6 +340,12 @@ class DiffusionGRPOConfig(WithoutSecrets, ConversionSettings, GRPOConfig):
         super().__post_init__()
         check_trainer(self)
         check_dropout(self)
+        remedy = "use DDP, ZeRO-2, or ZeRO-3 with `ds3_gather_for_generation`"
+        check_forwards(self, "`fsdp`, `deepspeed`: a rollout", remedy, zero3=not self.ds3_gather_for_generation)
+        if "seed" in (self.generation_kwargs or {}):
+            raise UserError(
+                "`generation_kwargs`: every generation has a seed of its own, drawn from `seed`; leave `seed` out of it."
+            )
 
     def draws_at(self, progress: float) -> int:
         """Forwards that a score takes, from the first step to the last."""

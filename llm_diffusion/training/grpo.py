@@ -3,9 +3,9 @@
     l(y | x) = mean over draws of [ mean over the k masked tokens i of log p(y_i | x, visible) ]        k / n uniform in strata
 
 the ELBO a token, which is UniGRPO's approximation of a sequence's log-likelihood: the answer masked at a random ratio, the prompt clean,
-the mean over masked tokens. TRL is handed l as the log-probability of every token of y, so that its ratio at every token is that of the
-sequence, exp(l_new - l_old) (GSPO's), and the sum over tokens is the ELBO. Terms of the bound alone would not do: one masked token of n
-weighs n-fold, and its ratio would be an n-th power.
+the mean over masked tokens, of a block model also the end tokens up to the end of its last block. TRL is handed l as the log-probability
+of every token of y, so that its ratio at every token is that of the sequence, exp(l_new - l_old) (GSPO's), and the sum over the scored
+tokens is the ELBO. Terms of the bound alone would not do: one masked token of n weighs n-fold, and its ratio would be an n-th power.
 
 References: UniGRPO (MMaDA, arXiv 2505.15809, "efficient log-likelihood approximation"), diffu-GRPO (d1, arXiv 2504.12216), which masks
 the whole answer and a part of the prompt in one step instead, GRPO (arXiv 2402.03300), GSPO (arXiv 2507.18071).
@@ -36,10 +36,11 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
 
     Rollouts are the model's own `generate`, with the decoding settings that it was saved with, under `temperature`, `top_p`, `top_k` and
     `repetition_penalty` of the config, and under its `generation_kwargs` (`threshold`, `block_length`, …). They depend on the seed, the
-    generation and the prompt alone.
+    generation, the process, and the prompt with its place in the call.
 
     Old policy, current policy and reference are scored under the same masks, hashed from (seed, generation, the answer's content), so
-    that ratios are exactly 1, and `kl` exactly 0, before the first step. Every generation has masks of its own.
+    that ratios are 1, and `kl` 0, before the first step, up to rounding where batches of other shapes are scored. Every generation has
+    masks of its own.
 
     References: see the module.
 
@@ -76,6 +77,8 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
         for name, value in others.items():
             if value is not None:
                 raise UserError(f"`{name}`: rollouts are one answer of the model's own `generate` each; leave it out.")
+        if kwargs.pop("ref_model", None) is not None:
+            raise UserError("`ref_model`: the reference is the model as it is before the first step; leave it out.")
         self._begin(
             model,
             args,
@@ -110,8 +113,8 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
         return _ByEpoch(super()._get_train_sampler(dataset), self)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
-        if self._buffered_inputs is None:  # resumed: TRL would count generations from 0
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        if self._buffered_inputs is None and self.state.epoch:  # resumed: TRL would count generations from 0
+            self._step = round(self.state.epoch * len(self.callback_handler.train_dataloader))
         return super().get_batch_samples(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -164,11 +167,12 @@ class DiffusionGRPOTrainer(ScoreTrainerMixin, GRPOTrainer):
             scores = [
                 self._score(model, dict(zip(names, (ids, seen, ids[:, :start]), strict=True))) for ids, seen in parts
             ]
-        answer = attention_mask[:, start:]
+        # A block model's include the end tokens up to the end of the last block.
+        answer, scored = attention_mask[:, start:], torch.cat([score.n_scored for score in scores])
 
         def a_token(name: str) -> torch.Tensor:
             sums = torch.cat([getattr(score, name).sum(-1) for score in scores])
-            return (sums / answer.sum(-1).clamp(min=1))[:, None] * answer
+            return (sums / scored.clamp(min=1))[:, None] * answer
 
         return a_token("log_probs"), a_token("entropy") if compute_entropy else None, None
 

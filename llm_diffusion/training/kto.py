@@ -41,8 +41,8 @@ class DiffusionKTOTrainer(PreferenceTrainerMixin, KTOTrainer):
         columns, field = columns_of(dataset), dataset_field(dataset_name)
         how = {"ends": self.diffusion_collator.layout.end_token_ids}
         if "completion_ids" in columns:
-            return dataset
-        if "chosen" in columns:
+            pass
+        elif "chosen" in columns:
             dataset = self._tokenised(tokenised_pairs, dataset, processing_class, args, dataset_name, **how)
             dataset = dataset.map(_taken_apart, batched=True, remove_columns=columns_of(dataset))
         elif "label" not in columns:
@@ -54,7 +54,7 @@ class DiffusionKTOTrainer(PreferenceTrainerMixin, KTOTrainer):
             how |= {"completion_only": True, "kept": ("label",)}
             dataset = self._tokenised(tokenised, dataset, processing_class, args, dataset_name, **how)
             dataset = dataset.map(partial(_split, field), with_indices=True, remove_columns=["input_ids", "labels"])
-        if self.calculate_KL:
+        if self.calculate_KL and "KL_completion_ids" not in columns:
             dataset = dataset.map(_mismatched_answers, batched=True, batch_size=args.per_device_train_batch_size)
         return dataset
 
@@ -95,11 +95,11 @@ def mismatched(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split(field: str, example: dict[str, Any], row: int) -> dict[str, list[int]]:
-    if not isinstance(example["label"], bool):
+    if example["label"] not in (0, 1):
         raise Place(field, row).error("label", f"is {example['label']!r}", "true (desirable) or false is needed")
     ids, labels = example["input_ids"], example["labels"]
     first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    return {"prompt_ids": ids[:first], "completion_ids": ids[first:]}
+    return {"prompt_ids": ids[:first], "completion_ids": ids[first:], "label": bool(example["label"])}
 
 
 def _taken_apart(pairs: dict[str, list]) -> dict[str, list]:

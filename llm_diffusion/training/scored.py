@@ -89,6 +89,7 @@ class ScoreTrainerMixin(DiffusionTrainerMixin):
         ref_model = self._reference_model(model, ref_model, adapted, processing_class, args)
         for scored in filter(None, (model, ref_model)):  # now: TRL may score the reference before it returns
             add_row_scores(scored)
+            disable_functional_dropout(scored)
         self.diffusion_collator = make_score_collator(processing_class, model, args, self._texts)
         self._copies_adapters = isinstance(model, PeftModel) and ref_model is None and bool(args.beta)
         with model_is_loaded(args):
@@ -296,6 +297,14 @@ def reference_of(
         return None
     # TRL would load the checkpoint again, which need not be converted, and has not been trained in memory.
     return frozen_copy(model, tokenizer)
+
+
+def disable_functional_dropout(model: torch.nn.Module) -> None:
+    """Sets rates that forwards hand over as numbers (`attention_dropout`) to 0; TRL's `disable_dropout` reaches modules alone."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def frozen_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

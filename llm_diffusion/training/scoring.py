@@ -83,7 +83,8 @@ class DiffusionScore:
     """Under the names of TRL's fused head, each (R, L - 1) for the tokens behind the first.
 
     `log_probs` sum to a row's score, in nats; `entropy` and `mean_logits` are averages over noise levels; `is_top1` is true where the
-    model was right in more than half of the draws that scored it. `n_draws` is how many forwards it took.
+    model was right in more than half of the draws that scored it. `n_draws` is how many forwards it took; `n_scored` (R,)
+    counts a row's scored tokens.
     """
 
     log_probs: torch.Tensor
@@ -91,6 +92,7 @@ class DiffusionScore:
     mean_logits: torch.Tensor
     is_top1: torch.Tensor
     n_draws: int
+    n_scored: torch.Tensor
 
 
 def score_draw(
@@ -138,7 +140,7 @@ def compute_diffusion_score(
         new |= {name: table(getattr(scores, name) * weights) for name in ("entropy", "mean_logits")}
         sums = {name: sums[name] + value for name, value in new.items()}
     mean = {name: sums[name][:, 1:] / n_draws for name in ("log_probs", "entropy", "mean_logits")}
-    return DiffusionScore(**mean, is_top1=sums["right"][:, 1:] > 0, n_draws=n_draws)
+    return DiffusionScore(**mean, is_top1=sums["right"][:, 1:] > 0, n_draws=n_draws, n_scored=noisy["n_scored"])
 
 
 LEVELS = ("low", "middle", "high")  # thirds of the mask probability

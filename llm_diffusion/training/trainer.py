@@ -120,6 +120,7 @@ class DiffusionTrainerMixin(ResumableTrainerMixin):
             lost_rows.report()
 
     def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        self._batch = None  # a rollout runs out of memory with no batch at work
         self._batch = super()._prepare_inputs(inputs)
         return self._batch
 

@@ -1,6 +1,7 @@
 """DiffusionGRPOTrainer: rollouts, advantages and the loss by a second formula, noise, resuming, refusals."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,9 +31,15 @@ def brevity(completions, **_):
 
 def make(tmp_path, tokenizer, rewards=brevity, data=PROMPTS, attention="bidirectional", seed=0, **settings):
     own = copy.deepcopy(tokenizer)
-    model = convert_to_diffusion(tiny_model(), own, attention=attention)
+    shift = settings.get("right_shift_logits")
+    model = tiny_model(attention_dropout=settings.pop("attention_dropout", 0.0))
+    model = convert_to_diffusion(model, own, attention=attention, right_shift_logits=shift)
     others = {name: settings.pop(name) for name in ("peft_config", "eval_dataset", "tools") if name in settings}
-    others |= {name: settings.pop(name) for name in ("rollout_func", "reward_processing_classes") if name in settings}
+    others |= {
+        name: settings.pop(name)
+        for name in ("rollout_func", "reward_processing_classes", "ref_model")
+        if name in settings
+    }
     settings = (
         SETTINGS | {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "num_draws": 2} | ROLLOUTS | settings
     )
@@ -139,9 +146,31 @@ def test_gradient_is_that_of_the_written_out_loss(tmp_path, tokenizer):
             torch.testing.assert_close(found[name], gradient, atol=1e-3 * largest, rtol=0, msg=name)
 
 
+def test_a_block_model_divides_by_all_that_is_scored(tmp_path, tokenizer):
+    """Behind an answer's end the end tokens up to the end of the block are scored too; written out from full logits."""
+    trainer = make(tmp_path, tokenizer, attention="block", right_shift_logits=False)
+    end, model = trainer.eos_token_ids[0], trainer.model
+    ids = torch.tensor([[0, 11, 12, 31, 32, end, 0], [21, 22, 23, 41, 42, 43, 44]])
+    seen = torch.tensor([[0, 1, 1, 1, 1, 1, 0], [1] * 7])
+    scored = torch.tensor([6.0, 4.0])  # of two blocks behind two tokens; the cut answer gets no end
+    expected = torch.zeros(2, 2)
+    with torch.no_grad():
+        found = trainer._get_per_token_logps_and_entropies(model, ids, seen, 4, None, True)
+        for noisy in trainer._draws({"input_ids": ids, "attention_mask": seen, "prompt_ids": ids[:, :3]}):
+            read = model(**trainer._model_inputs(noisy)).logits.log_softmax(-1)
+            chosen = read.gather(-1, noisy["targets"].clamp(min=0)[..., None])[..., 0]
+            weights = noisy["weights"] * (noisy["targets"] != -100)
+            terms = torch.stack([chosen, -(read.exp() * read).sum(-1)])
+            expected += (terms * weights).sum(-1) / scored / trainer.args.num_draws
+    for values, wanted in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(values, wanted[:, None] * seen[:, 3:])
+    assert found[1].max() <= math.log(model.config.vocab_size)
+
+
 @pytest.mark.parametrize("attention, adapted", [("block", True), ("bidirectional", False)])
 def test_ratios_are_one_at_the_start(tmp_path, tokenizer, attention, adapted):
     settings = {"peft_config": LORA} if adapted else {}
+    settings |= {"attention_dropout": 0.5}  # which no module of dropout applies
     trainer = make(tmp_path, tokenizer, attention=attention, beta=0.1, num_iterations=2, **settings)
     assert (trainer.ref_model is None) == adapted
     (batch,) = micro_batches(trainer)
@@ -177,7 +206,9 @@ def test_masks_and_steps_do_not_depend_on_how_they_are_cut_up(tmp_path, tokenize
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer):
-    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "peft_config": LORA}  # two steps an epoch
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "peft_config": LORA, "num_draws": 1}
+    # Four micro-batches an epoch: the second step has one alone.
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "steps_per_generation": 1}
     whole = make(tmp_path, tokenizer, **settings)
     whole.train()
     history = [(row.get("reward"), row["loss"]) for row in whole.state.log_history if "loss" in row]
@@ -197,7 +228,7 @@ async def loudness(completions, log_metric, **_):
 
 
 def test_rewards_are_those_of_trl(tmp_path, tokenizer):
-    """Functions, async ones and reward models, with columns of the data; evaluation, whose noise is fixed; truncated answers left out."""
+    """Functions, async ones and reward models, with columns of the data; truncated answers left out; evaluation, whose noise is fixed."""
     config = Qwen3Config(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
                          num_key_value_heads=1, head_dim=16, num_labels=1)  # fmt: skip
 
@@ -205,15 +236,20 @@ def test_rewards_are_those_of_trl(tmp_path, tokenizer):
         return [float(number) for number in wanted]
 
     trainer = make(
-        tmp_path, tokenizer, [wanted, loudness, Qwen3ForSequenceClassification(config)], mask_truncated_completions=True,
-        reward_processing_classes=[None, None, copy.deepcopy(tokenizer)], reward_weights=[1.0, 0.5, 2.0], loss_type="grpo",
+        tmp_path, tokenizer, [wanted, loudness, Qwen3ForSequenceClassification(config), brevity], mask_truncated_completions=True,
+        reward_processing_classes=[None, None, copy.deepcopy(tokenizer), None], reward_weights=[1.0, 0.5, 2.0, 1.0], loss_type="grpo",
         eval_dataset=PROMPTS.select([0, 1]), per_device_eval_batch_size=4,
     )  # fmt: skip
     trainer.train()
     logged = trainer.state.log_history[0]
     assert logged["rewards/loudness/mean"] == 1.0 and logged["asked"] == 8 and "draws" in logged
-    first, again = trainer.evaluate(), trainer.evaluate()
-    assert first["eval_loss"] == again["eval_loss"] and first["eval_rewards/wanted/mean"] == 0.5
+    trainer.mask_truncated_completions = False
+    first = trainer.evaluate()
+    trainer._step += 1  # as after another step
+    again = trainer.evaluate()
+    same = ("eval_entropy", "eval_rewards/brevity/mean", "eval_reward", "eval_loss")
+    assert [first[name] for name in same] == [again[name] for name in same] and first["eval_entropy"] > 0
+    assert first["eval_rewards/wanted/mean"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -229,7 +265,13 @@ def test_rewards_are_those_of_trl(tmp_path, tokenizer):
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({"entropy_coef": 0.1}, "entropy_coef"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
+        ({"entropy_target": 0.1}, "entropy_target"),
+        ({"max_tool_calling_iterations": 1}, "max_tool_calling_iterations"),
+        ({"log_multimodal": False}, "log_multimodal"),
         ({"disable_dropout": False}, "disable_dropout"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"generation_kwargs": {"seed": 3}}, "generation_kwargs`: every generation"),
+        ({"fsdp": "full_shard"}, "fsdp`, `deepspeed`: a rollout takes"),
         ({"temperature": 0.0}, "temperature"),
         ({"num_generations": 1}, "num_generations"),
         ({"num_draws": 0}, "num_draws"),
@@ -240,20 +282,33 @@ def test_bad_settings_are_refused(tmp_path, settings, message):
         DiffusionGRPOConfig(str(tmp_path), **settings)
 
 
+def test_split_weights_of_accelerate_launch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="`fsdp`, `deepspeed`: a rollout takes .* under FSDP"):
+        DiffusionGRPOConfig(str(tmp_path), use_cpu=True)
+
+
 def test_what_the_trainer_cannot_do_is_refused(tmp_path, tokenizer):
     for name in ("tools", "rollout_func"):
         with pytest.raises(ValueError, match=f"`{name}`: rollouts are one answer"):
             make(tmp_path, tokenizer, **{name: [print]})
+    with pytest.raises(ValueError, match="`ref_model`: the reference is the model as it is"):
+        make(tmp_path, tokenizer, ref_model="somewhere")
     with pytest.raises(ValueError, match="`model`: a drafter's words"):
         make(tmp_path, tokenizer, attention="lossless")
 
 
 def test_memory_may_run_out_in_a_rollout(tmp_path, tokenizer):
-    def burst(**_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    calls = []
 
-    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
-        make(tmp_path, tokenizer, burst).train()
+    def burst(completions, **_):
+        calls.append(completions)
+        if len(calls) == 2:  # behind a step, whose batch is not to blame
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return brevity(completions)
+
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
+        make(tmp_path, tokenizer, burst, max_steps=2, num_draws=1).train()
 
 
 def test_decoding_settings_that_mean_nothing_are_refused(tmp_path, tokenizer):
@@ -266,3 +321,28 @@ def test_plain_configs_become_ours(tmp_path):
     plain = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=8, use_cpu=True, bf16=False)
     args = own_config(plain, DiffusionGRPOConfig, "")
     assert type(args) is DiffusionGRPOConfig and args.generation_batch_size == 8
+
+
+def steps_of_rollouts(folder):
+    """Two steps of two prompts each; the answers of this process, and sums of the weights."""
+    answers = []
+
+    def lengths(completions, **_):
+        answers.extend(completions)
+        return brevity(completions)
+
+    tokenizer, settings = AutoTokenizer.from_pretrained(TINY_MODEL_PATH), {"max_steps": 2, "learning_rate": 0.1}
+    trainer = make(folder, tokenizer, lengths, peft_config=LORA, per_device_train_batch_size=4, optim="sgd", **settings)
+    trainer.train()
+    sums = {name: p.double().sum().item() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    return answers, sums, [row["reward"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_two_processes_train_one_model(in_two_processes):
+    """The processes roll out answers of their own, and take the same steps."""
+    (first, weights, rewards), (second, others, _) = (
+        found["result"] for found in in_two_processes["steps_of_rollouts"]
+    )
+    assert weights == others and max(abs(value) for name, value in weights.items() if "lora_B" in name) > 1e-6
+    assert len(first) == len(second) == 8 and first != second
+    assert rewards == pytest.approx([sum(brevity(first[i : i + 4] + second[i : i + 4])) / 8 for i in (0, 4)])
