@@ -74,15 +74,20 @@ class Job:
 
 
 class Batch(BaseStreamer):
-    """Deals out what `generate` tells of its rows; those that are over leave."""
+    """Deals out what `generate` tells of its rows, one for all jobs with the same prompt: two would get noise of their own. Those that
+    are over leave."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = jobs
+        rows: dict[tuple[int, ...], list[Job]] = {}
+        for job in jobs:
+            rows.setdefault(tuple(job.ids), []).append(job)
+        self.rows = list(rows.values())
 
     def put_rows(self, answers: torch.Tensor, final: list[int]) -> torch.Tensor:
-        for job, answer, n in zip(self.jobs, answers, final, strict=True):
-            job.feed(answer[:n].tolist(), n == len(answer))
-        return torch.tensor([job.over for job in self.jobs])
+        for jobs, answer, n in zip(self.rows, answers, final, strict=True):
+            for job in jobs:
+                job.feed(answer[:n].tolist(), n == len(answer))
+        return torch.tensor([all(job.over for job in jobs) for jobs in self.rows])
 
     def put(self, value: torch.Tensor) -> None:
         """The prompts, and the answers, which are returned too."""
@@ -117,10 +122,10 @@ class Engine:
     def _decode(self, jobs: list[Job]) -> None:
         self.batches += 1
         try:
-            prompts, batch = [job.ids for job in jobs], Batch(jobs)
+            batch = Batch(jobs)
+            prompts = [row[0].ids for row in batch.rows]
             answers = self.inference.answer_ids(prompts, **jobs[0].settings, streamer=batch)
-            for job, answer in zip(jobs, answers.tolist(), strict=True):
-                job.feed(answer, True)
+            batch.put_rows(answers, [answers.shape[1]] * len(answers))
         except Exception as error:
             logger.opt(exception=not isinstance(error, UserError)).error("{} requests failed: {}", len(jobs), error)
             for job in jobs:

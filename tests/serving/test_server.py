@@ -138,12 +138,13 @@ def test_a_stop_word_ends_an_answer_before_it(client, inference, stream):
 
 
 def test_requests_that_come_together_are_decoded_together(running, client, inference):
+    """Every other question is sampled: the same ones get the same answer."""
     engine = running[0].state.engine
     before = engine.batches
 
     def ask(i):
-        asked = {"model": "tiny", "messages": QUESTIONS[i % 4], "max_tokens": 12 + 8 * (i % 2), "stream": i % 3 == 0}
-        answer = client.chat.completions.create(**asked)
+        asked = {"max_tokens": 12 + 8 * (i % 2), "temperature": i % 2, "stream": i % 3 == 0}
+        answer = client.chat.completions.create(model="tiny", messages=QUESTIONS[i % 4], **asked)
         if asked["stream"]:
             return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
         return answer.choices[0].message.content
@@ -151,7 +152,8 @@ def test_requests_that_come_together_are_decoded_together(running, client, infer
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
     for i, answer in enumerate(answers):
-        assert answer == (answers[i - 4] if i >= 4 else inference.chat(QUESTIONS[i], max_new_tokens=12 + 8 * (i % 2)))
+        asked = {"max_new_tokens": 12 + 8 * (i % 2), "temperature": float(i % 2)}
+        assert answer == (answers[i - 4] if i >= 4 else inference.chat(QUESTIONS[i], **asked))
     assert 2 <= engine.batches - before < 16  # two settings, of 16 requests each
     assert not engine.waiting
 
@@ -337,11 +339,11 @@ class Told(Job):
         self.kept = [*getattr(self, "kept", []), item]
 
 
-def told(tokenizer, **options):
+def told(tokenizer, ids=(1,), **options):
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    return Told([1], {}, **{"ends": {2}, "stop": [], **options}, decode=decode, loop=None)
+    return Told(list(ids), {}, **{"ends": {2}, "stop": [], **options}, decode=decode, loop=None)
 
 
 @given(st.lists(st.integers(3, 430), max_size=30), st.lists(st.integers(0, 30), max_size=5), st.data())
@@ -372,7 +374,7 @@ def test_rows_are_told_apart_and_leave_when_nobody_waits(random_llama, attention
     options = {} if attention == "bidirectional" else {"block_length": 4}
     inference = inference_of(random_llama, attention, **options)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
-    jobs = [told(inference.tokenizer, ends={END}) for _ in prompts]
+    jobs = [told(inference.tokenizer, prompt, ends={END}) for prompt in prompts]
     forwards = []
     base_of(inference.model).register_forward_pre_hook(lambda *_: forwards.append(1))
     answers = inference.answer_ids(prompts, streamer=Batch(jobs))
@@ -384,7 +386,7 @@ def test_rows_are_told_apart_and_leave_when_nobody_waits(random_llama, attention
         assert done.tokens == len(alone) and len(pieces) > 1
     together = len(forwards)
     forwards.clear()
-    jobs = [told(inference.tokenizer, ends={END}) for _ in prompts]
+    jobs = [told(inference.tokenizer, prompt, ends={END}) for prompt in prompts]
     jobs[0].over = jobs[2].over = True
     inference.answer_ids(prompts, streamer=Batch(jobs))
     assert not hasattr(jobs[0], "kept") and isinstance(jobs[1].kept[-1], Done)
