@@ -58,18 +58,19 @@ class Job:
         ids = ids[:end]
         text = self._stopped(ids) if self.stop else None
         reason = "length" if end is None and text is None else "stop"
-        self.over = whole or reason == "stop"
-        if text is not None:
+        if text is not None:  # the first to be complete counts, wherever the answer was cut
             ids = ids[: bisect_left(range(len(ids)), True, key=lambda n: self._stopped(ids[:n]) is not None)]
+            text = self._stopped(ids)
         else:
             text = self.decode(ids)
-        if not self.over:  # half a character, and what may become a stop word, waits
+        if not (over := whole or reason == "stop"):  # half a character, and what may become a stop word, waits
             text = text.rstrip("\ufffd")
             text = text[: max(len(text) + 1 - max(map(len, self.stop), default=1), 0)]
         if len(text) > self.sent:
             self.tell(text[self.sent :])
             self.sent = len(text)
-        if self.over:
+        if over:
+            self.over = True  # never False: the event loop may have set it meanwhile
             self.tell(Done(reason, len(ids)))
 
 

@@ -351,21 +351,28 @@ def test_any_cut_of_an_answer_makes_the_same_text(ids, cuts, data):
     """Half characters and halves of stop words included; what a stop word ends is counted through its last token."""
     whole = TOKENIZER.decode(ids, skip_special_tokens=True)
     at = data.draw(st.integers(0, len(whole)))
-    stop = data.draw(st.sampled_from([[], [whole[at : at + 3] or "a", "never"]]))
+    words = [whole[at : at + 3] or "a", "never"], [whole[at : at + 4] or "a", whole[at + 1 : at + 3] or "b"]
+    stop = data.draw(st.sampled_from([[], *words]))
     job, places = told(TOKENIZER, stop=stop), sorted(min(cut, len(ids)) for cut in cuts)
     for place in places:
         job.feed(ids[:place], False)
     job.feed(ids, True)
     *pieces, done = job.kept
-    stopped = bool(stop) and stop[0] in whole
-    assert "".join(pieces) == (whole[: whole.index(stop[0])] if stopped else whole)
+    stopped = any(word in whole for word in stop)
     assert done.finish_reason == ("stop" if stopped else "length")
     if not stopped:
-        assert done.tokens == len(ids)
+        assert ("".join(pieces), done.tokens) == (whole, len(ids))
     else:
-        assert stop[0] in TOKENIZER.decode(ids[: done.tokens]) and stop[0] not in TOKENIZER.decode(
-            ids[: done.tokens - 1]
-        )
+        before, text = (TOKENIZER.decode(ids[:n], skip_special_tokens=True) for n in (done.tokens - 1, done.tokens))
+        assert not any(word in before for word in stop)
+        assert "".join(pieces) == text[: min(text.index(word) for word in stop if word in text)]
+
+
+def test_a_hang_up_while_the_text_is_read_is_kept():
+    job = told(TOKENIZER, stop=["never"])
+    read, job.decode = job.decode, lambda ids: setattr(job, "over", True) or read(ids)
+    job.feed([5, 6], False)
+    assert job.over
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "block", "lossless"])
