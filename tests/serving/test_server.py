@@ -1,5 +1,6 @@
 """The endpoint as its clients meet it: a real server on a free port, and OpenAI's own client."""
 
+import asyncio
 import json
 import re
 import sys
@@ -107,6 +108,20 @@ def test_tokens_are_counted_and_the_end_is_named(client, inference):
     n = inference.answer_ids([ids], max_new_tokens=100)[0].tolist().index(END) + 1
     assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (n, "stop")
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + n
+
+
+def test_the_longest_answer_bounds_those_that_ask_for_no_length(inference):
+    """The model's own setting is 20."""
+    for longest, found in ((5, 5), (20, 20), (30, 20)):
+        settings = server.read(inference, server.AskedText(prompt="a"), longest)["settings"]
+        assert settings["max_new_tokens"] == found
+
+
+def test_one_request_gets_one_answer(inference):
+    settings = {"num_return_sequences": 2, "temperature": 1.0}
+    several = ld.DiffusionInference(inference.model, None, END, None, inference.tokenizer, **settings)
+    with pytest.raises(ld.UserError, match="`num_return_sequences`=2"):
+        server.build_app(several, "tiny")
 
 
 @pytest.mark.parametrize("n", [8, 60])
@@ -232,7 +247,11 @@ PROMPT = {"prompt": "a"}
         ({**PROMPT, "seed": -1}, 400, "seed", "-1"),
         ({**PROMPT, "stop": ["a"] * 5}, 400, "stop", "at most 4"),
         ({**PROMPT, "stop": ""}, 400, "stop.0", "at least 1 character"),
+        ({**PROMPT, "stop": 0}, 400, "stop", "got 0"),
+        ({**PROMPT, "stop": {}}, 400, "stop", "got {}"),
         ({**PROMPT, "stream": 1}, 400, "stream", "got 1"),
+        ({**PROMPT, "stream_options": {"include_usage": True}}, 400, "stream_options", "`stream`=true"),
+        ({**PROMPT, "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x", "not permitted"),
         ({**PROMPT, "n": 2}, 400, "n", "not supported"),
         ({**PROMPT, "logprobs": 0}, 400, "logprobs", "not supported"),
         ({**PROMPT, "echo": True}, 400, "echo", "not supported"),
@@ -243,6 +262,7 @@ PROMPT = {"prompt": "a"}
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "'image_url'"),
         ({"messages": QUESTIONS[0], "tools": [{"type": "function"}]}, 400, "tools", "not supported"),
         ({"messages": QUESTIONS[0], "max_completion_tokens": 201}, 400, "max_completion_tokens", "got 201"),
+        ({"messages": QUESTIONS[0], "max_tokens": 5, "max_completion_tokens": 9}, 400, "max_tokens", "give one"),
         ({"messages": QUESTIONS[0], "response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     ],
     ids=lambda value: str(value)[:40],
@@ -288,6 +308,18 @@ def test_too_many_waiting_is_refused(plain, monkeypatch):
     monkeypatch.setattr(server, "MAX_WAITING", 0)
     response = plain.post("completions", json=PROMPT)
     assert response.status_code == 429 and "waiting" in response.json()["error"]["message"]
+
+
+def test_requests_being_read_are_among_those_that_wait(inference, monkeypatch):
+    """20 at once."""
+    monkeypatch.setattr(server, "MAX_WAITING", 2)
+    endpoint, asked = server.Endpoint(inference, "tiny", 16, 200), server.AskedText(prompt="a", stream=True)
+
+    async def burst():
+        return await asyncio.gather(*(endpoint.answer(None, asked) for _ in range(20)), return_exceptions=True)
+
+    assert [getattr(found, "status_code", found) for found in asyncio.run(burst())] == [200] * 2 + [429] * 18
+    assert not endpoint.reading
 
 
 def test_a_fault_in_decoding_is_told_and_the_next_request_answered(running, client, inference):
