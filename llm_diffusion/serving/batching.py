@@ -122,15 +122,21 @@ class Engine:
 
     def _decode(self, jobs: list[Job]) -> None:
         self.batches += 1
+        batch, again = Batch(jobs), []
         try:
-            batch = Batch(jobs)
             prompts = [row[0].ids for row in batch.rows]
             answers = self.inference.answer_ids(prompts, **jobs[0].settings, streamer=batch)
             batch.put_rows(answers, [answers.shape[1]] * len(answers))
         except Exception as error:
             logger.opt(exception=not isinstance(error, UserError)).error("{} requests failed: {}", len(jobs), error)
+            # One of several rows may be at fault, or too many of them.
+            again = [job for job in jobs if len(batch.rows) > 1 and not job.sent]
             for job in jobs:
-                job.tell(error)
+                if job not in again:
+                    job.tell(error)
+        for job in again:  # here nothing holds the memory of the batch any more
+            if not job.over:
+                self._decode([job])
 
     async def answer(self, job: Job) -> AsyncIterator[str | Done]:
         """Pieces of text and `Done`. A job whose answer is not taken to its end is decoded no further.

@@ -25,7 +25,7 @@ from llm_diffusion.main import cli
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.patching import base_of
 from llm_diffusion.serving import server
-from llm_diffusion.serving.batching import Batch, Done, Job
+from llm_diffusion.serving.batching import Batch, Done, Engine, Job
 
 LONG = "a"  # what follows does not end
 QUESTIONS = [[{"role": "user", "content": f"Sort the letters: {' '.join(w)}"}] for w in ("kdea", "zx", "qrtsb", "mno")]
@@ -338,6 +338,18 @@ def test_a_fault_in_decoding_is_told_and_the_next_request_answered(running, clie
     assert client.completions.create(model="tiny", prompt="a").choices[0].text == inference.generate("a")[0]
 
 
+def test_one_bad_row_of_a_batch_fails_alone(inference):
+    """A token that the embedding does not have."""
+    engine, prompts = Engine(inference, 4), [[5, 6], [7, 10**6], [8, 9, 10]]
+    jobs = [told(inference.tokenizer, prompt) for prompt in prompts]
+    engine._decode(jobs)
+    assert isinstance(jobs[1].kept[-1], Exception)
+    for job in (jobs[0], jobs[2]):
+        *pieces, done = job.kept
+        assert isinstance(done, Done)
+        assert "".join(pieces) == job.decode(inference.answer_ids([job.ids])[0].tolist())
+
+
 def test_what_the_page_shows_is_answered(running, plain, inference, capsys):
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text().split("## A page to play with")[0]
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1].replace("http://127.0.0.1:8000/v1", running[1]), {})
@@ -402,7 +414,13 @@ def test_any_cut_of_an_answer_makes_the_same_text(ids, cuts, data):
 
 def test_a_hang_up_while_the_text_is_read_is_kept():
     job = told(TOKENIZER, stop=["never"])
-    read, job.decode = job.decode, lambda ids: setattr(job, "over", True) or read(ids)
+    read, hang_ups = job.decode, iter([True])
+
+    def decode(ids):
+        job.over = next(hang_ups, job.over)
+        return read(ids)
+
+    job.decode = decode
     job.feed([5, 6], False)
     assert job.over
 
