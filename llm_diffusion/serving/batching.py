@@ -75,8 +75,7 @@ class Job:
 
 
 class Batch(BaseStreamer):
-    """Deals out what `generate` tells of its rows, one for all jobs with the same prompt: two would get noise of their own. Those that
-    are over leave."""
+    """Deals out what `generate` tells of its rows; those that are over leave. Equal prompts share one: two would be sampled differently."""
 
     def __init__(self, jobs: list[Job]) -> None:
         rows: dict[tuple[int, ...], list[Job]] = {}
