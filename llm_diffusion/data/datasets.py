@@ -105,7 +105,8 @@ def _sources(name: str) -> dict[str, Amount]:
                 break
         sources.append((source, amount and _amount(source, amount)))
         parts = parts[n:]
-    if len(sources) > 1 and ("" in dict(sources) or len(dict(sources)) < len(sources)):
+    places = {os.path.realpath(os.path.expanduser(name)) if _exists(name) else name for name, _ in sources}
+    if len(sources) > 1 and ("" in dict(sources) or len(places) < len(sources)):
         raise UserError(f"`dataset`: a mixture names each source once, and none is empty; got {name!r}.")
     if SELF in dict(sources):
         raise UserError("`dataset`: 'self' cannot be part of a mixture; `max_examples` says how much is written.")
@@ -129,7 +130,7 @@ def _mixture(
     sources: dict[str, Amount], test_size: float | int, seed: int, limit: int | None, every_token: bool
 ) -> tuple[Dataset, Dataset]:
     """Rows of all sources, shuffled; each gives as many of them as it was asked for, and holds out its part of `test_size`."""
-    chosen = {source: _chosen(source, amount, seed, limit, every_token) for source, amount in sources.items()}
+    chosen = {source: _chosen(source, amount, seed, every_token) for source, amount in sources.items()}
     total, pairs = 1 if test_size < 1 else sum(len(splits["train"]) for splits in chosen.values()), []
     for source, splits in chosen.items():
         held_out = max(1, round(test_size * len(splits["train"]) / total))
@@ -141,11 +142,11 @@ def _mixture(
     return train, test
 
 
-def _chosen(source: str, amount: Amount, seed: int, limit: int | None, every_token: bool) -> DatasetDict:
+def _chosen(source: str, amount: Amount, seed: int, every_token: bool) -> DatasetDict:
     """Rows of a source, chosen by the seed, in the one column that all sources can have."""
     n = amount if isinstance(amount, int) else None
     if source == "tiny":
-        train, test = load_splits(source, test_size=min(n or 500, 500), seed=seed, limit=n or limit)
+        train, test = load_splits(source, test_size=min(n or 500, 500), seed=seed, limit=n)
         splits = DatasetDict(train=train, test=test)
     else:
         splits = _trainable(source, every_token, f"dataset`: `{source}")
@@ -155,7 +156,7 @@ def _chosen(source: str, amount: Amount, seed: int, limit: int | None, every_tok
 
 
 def _as_mixed(row: dict[str, Any]) -> dict[str, str]:
-    return {MIXED: json.dumps(dict(row), default=str)}  # dates and the like are not read
+    return {MIXED: json.dumps(dict(row), default=str, ensure_ascii=False)}  # dates and the like are not read
 
 
 def _shuffled(parts: tuple[Dataset, ...], seed: int, limit: int | None) -> tuple[Dataset, list[int]]:
@@ -285,7 +286,7 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
         raise UserError(f"`dataset`: {name!r} is a bare array of token ids; run `{command}`, and name that folder.")
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
         try:
-            loaded = load_from_disk(str(path))
+            loaded = load_from_disk(str(path)).with_format(None)  # rows are plain, whatever they were saved as
         except IndexError as error:  # raised for a table without rows
             raise UserError(f"`dataset`: {name!r} is empty.") from error
         except (OSError, ValueError) as error:

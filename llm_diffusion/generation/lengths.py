@@ -15,6 +15,7 @@ References: DAEDAL (arXiv 2508.00819) for growing, rho-EOS (arXiv 2601.22527) fo
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
@@ -119,7 +120,7 @@ def fill_sized(
     was_open = behind(canvas, first)
     confidence = torch.zeros(canvas.shape, device=canvas.device)
     nfe, done = torch.zeros_like(canvas[:, 0]), torch.zeros_like(canvas[:, 0])
-    rows = torch.arange(len(canvas), device=canvas.device)
+    rows, gone = torch.arange(len(canvas), device=canvas.device), torch.zeros_like(done, dtype=torch.bool)
     while rows.numel():
         texts, text_mask = _aligned(canvas[rows], mask[rows], first + done[rows])
         room = settings.max_new_tokens - done[rows]
@@ -131,16 +132,17 @@ def fill_sized(
         row, place = inside.nonzero(as_tuple=True)
         at = rows[row], (first + done[rows])[row] + place  # where the canvases of this round stand in the answers
 
-        def step(drafts: torch.Tensor, sure: torch.Tensor, at: tuple = at, inside: torch.Tensor = inside) -> None:
+        def step(drafts: torch.Tensor, sure: torch.Tensor, at: Any = at, inside: Any = inside, rows: Any = rows) -> Any:
             canvas[at], confidence[at] = drafts[:, -inside.shape[1] :][inside], sure[:, -inside.shape[1] :][inside]
-            recorder.step(canvas, confidence)
+            given_up = recorder.step(canvas, confidence)
+            return None if given_up is None else gone.logical_or_(given_up)[rows]
 
         output = fill_masks(model, ids, ids_mask, settings, width, step, processors)
         nfe[rows] += passes + output.nfe
         canvas[at] = output.sequences[:, width:][inside]
         done[rows] += lengths
         over = (torch.isin(canvas[rows], ends) & was_open).any(-1) | (done[rows] >= settings.max_new_tokens)
-        rows = rows[~over]
+        rows = rows[~(over | gone[rows])]
     # Behind the end stands the end token.
     after = (torch.isin(canvas, ends) & was_open).long().cumsum(-1) > 0
     canvas = torch.where(after & (canvas == settings.mask_token_id), ends[0] if ends.numel() else canvas, canvas)

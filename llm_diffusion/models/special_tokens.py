@@ -106,9 +106,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **options: 
         if not tokenizer.chat_template:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ChatTemplateError(
-            f"`model`: the chat template of {tokenizer.name_or_path!r} does not take this conversation ({reason})."
-        ) from error
+        raise ChatTemplateError(f"`model`: its chat template does not take this conversation ({reason}).") from error
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **template: Any) -> list[int]:

@@ -58,31 +58,36 @@ class Job:
         ids = ids[:end]
         text = self._stopped(ids) if self.stop else None
         reason = "length" if end is None and text is None else "stop"
-        self.over = whole or reason == "stop"
-        if text is not None:
+        if text is not None:  # the first to be complete counts, wherever the answer was cut
             ids = ids[: bisect_left(range(len(ids)), True, key=lambda n: self._stopped(ids[:n]) is not None)]
+            text = self._stopped(ids)
         else:
             text = self.decode(ids)
-        if not self.over:  # half a character, and what may become a stop word, waits
+        if not (over := whole or reason == "stop"):  # half a character, and what may become a stop word, waits
             text = text.rstrip("\ufffd")
             text = text[: max(len(text) + 1 - max(map(len, self.stop), default=1), 0)]
         if len(text) > self.sent:
             self.tell(text[self.sent :])
             self.sent = len(text)
-        if self.over:
+        if over:
+            self.over = True  # never False: the event loop may have set it meanwhile
             self.tell(Done(reason, len(ids)))
 
 
 class Batch(BaseStreamer):
-    """Deals out what `generate` tells of its rows; those that are over leave."""
+    """Deals out what `generate` tells of its rows; those that are over leave. Equal prompts share one: two would be sampled differently."""
 
     def __init__(self, jobs: list[Job]) -> None:
-        self.jobs = jobs
+        rows: dict[tuple[int, ...], list[Job]] = {}
+        for job in jobs:
+            rows.setdefault(tuple(job.ids), []).append(job)
+        self.rows = list(rows.values())
 
     def put_rows(self, answers: torch.Tensor, final: list[int]) -> torch.Tensor:
-        for job, answer, n in zip(self.jobs, answers, final, strict=True):
-            job.feed(answer[:n].tolist(), n == len(answer))
-        return torch.tensor([job.over for job in self.jobs])
+        for jobs, answer, n in zip(self.rows, answers, final, strict=True):
+            for job in jobs:
+                job.feed(answer[:n].tolist(), n == len(answer))
+        return torch.tensor([all(job.over for job in jobs) for jobs in self.rows])
 
     def put(self, value: torch.Tensor) -> None:
         """The prompts, and the answers, which are returned too."""
@@ -116,15 +121,21 @@ class Engine:
 
     def _decode(self, jobs: list[Job]) -> None:
         self.batches += 1
+        batch, again = Batch(jobs), []
         try:
-            prompts, batch = [job.ids for job in jobs], Batch(jobs)
+            prompts = [row[0].ids for row in batch.rows]
             answers = self.inference.answer_ids(prompts, **jobs[0].settings, streamer=batch)
-            for job, answer in zip(jobs, answers.tolist(), strict=True):
-                job.feed(answer, True)
+            batch.put_rows(answers, [answers.shape[1]] * len(answers))
         except Exception as error:
             logger.opt(exception=not isinstance(error, UserError)).error("{} requests failed: {}", len(jobs), error)
+            # One of several rows may be at fault, or too many of them.
+            again = [job for job in jobs if len(batch.rows) > 1 and not job.sent]
             for job in jobs:
-                job.tell(error)
+                if job not in again:
+                    job.tell(error)
+        for job in again:  # here nothing holds the memory of the batch any more
+            if not job.over:
+                self._decode([job])
 
     async def answer(self, job: Job) -> AsyncIterator[str | Done]:
         """Pieces of text and `Done`. A job whose answer is not taken to its end is decoded no further.

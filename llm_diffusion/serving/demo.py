@@ -105,7 +105,8 @@ def play(
     blocks = {"block_length": int(block_length), "grow_canvas": True} if block_length else {"block_length": None}
     settings = {"max_new_tokens": int(max_new_tokens), **({} if mode.drafts else rule)}
     settings |= {} if mode.has_blocks else blocks
-    Thread(target=work, daemon=True).start()
+    worker = Thread(target=work, daemon=True)
+    worker.start()
     try:
         while (page := pages.get()) is not None:
             if isinstance(page, Exception):
@@ -113,6 +114,7 @@ def play(
             yield page
     finally:
         left = True
+        worker.join()  # one run at a time on a model
 
 
 def _decode(inference: DiffusionInference, text: str, settings: dict[str, Any], show: Callable[[str], None]) -> str:

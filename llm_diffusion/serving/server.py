@@ -1,6 +1,7 @@
 """An OpenAI-compatible endpoint: `/v1/models`, `/v1/chat/completions` and `/v1/completions`.
 
-Answers are those of `DiffusionInference`. What a request asks for and gets nothing of is refused, never ignored.
+Answers are those of `DiffusionInference`. What a request asks for and gets nothing of is refused; `top_p` and `seed` of a greedy answer,
+which has no use for them, are taken.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)
 Count = Annotated[int | None, Field(ge=1)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(BaseModel, extra="forbid", strict=True):
     include_usage: bool = False
 
 
@@ -56,7 +57,9 @@ class Asked(BaseModel, extra="allow", strict=True):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=0, le=LARGEST)
-    stop: Annotated[Words, BeforeValidator(lambda given: [given] if isinstance(given, str) else given or [])] = []
+    stop: Annotated[
+        Words, BeforeValidator(lambda given: [given] if isinstance(given, str) else [] if given is None else given)
+    ] = []
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -92,6 +95,10 @@ def read(inference: DiffusionInference, asked: AskedChat | AskedText, max_tokens
     longest = "max_completion_tokens" if chat and asked.max_completion_tokens else "max_tokens"
     given = {"max_new_tokens": getattr(asked, longest), **asked.model_dump(include=SAMPLING)}
     given = {name: value for name, value in given.items() if value is not None}
+    if chat and asked.max_tokens and asked.max_completion_tokens:
+        raise refusal("`max_tokens` and `max_completion_tokens` are one setting; give one of them.", "max_tokens")
+    if asked.stream_options and not asked.stream:
+        raise refusal("`stream_options` belongs to `stream`=true; leave it out.", "stream_options")
     if (found := given.get("max_new_tokens", 0)) > max_tokens:
         raise refusal(f"`{longest}`: this server gives at most {max_tokens} tokens, got {found}.", longest)
     field = "messages" if chat else "prompt"
@@ -102,6 +109,7 @@ def read(inference: DiffusionInference, asked: AskedChat | AskedText, max_tokens
             raise UserError(f"`{field}`: there is no token in it, and the first to answer is needed.")
         field = longest
         settings = DiffusionGenerationConfig(**layered(inference.settings, given))
+        settings.max_new_tokens = given["max_new_tokens"] = min(settings.max_new_tokens, max_tokens)
         settings.check_model(record_of(inference.model))
         check_room(inference.model, len(ids), settings.max_new_tokens, longest)
     except UserError as error:
@@ -193,7 +201,7 @@ class Endpoint:
 
     def __init__(self, inference: DiffusionInference, name: str, batch_size: int, max_tokens: int) -> None:
         self.inference, self.name, self.max_tokens = inference, name, max_tokens
-        self.engine, self.one_at_a_time = Engine(inference, batch_size), anyio.CapacityLimiter(1)
+        self.engine, self.one_at_a_time, self.reading = Engine(inference, batch_size), anyio.CapacityLimiter(1), 0
 
     def _decode(self, ids: list[int]) -> str:
         return self.inference.tokenizer.decode(ids, skip_special_tokens=True)
@@ -202,10 +210,14 @@ class Endpoint:
         if asked.model not in (None, self.name):
             why = f"`model`: {asked.model!r:.80} is not here; {self.name!r} is."
             raise refusal(why, "model", 404, "model_not_found")
-        if len(self.engine.waiting) >= MAX_WAITING:
+        if self.reading + len(self.engine.waiting) >= MAX_WAITING:
             raise refusal(f"{MAX_WAITING} requests are waiting; try again later", status=429)
-        reading = anyio.to_thread.run_sync(read, self.inference, asked, self.max_tokens, limiter=self.one_at_a_time)
-        found = await reading  # off the event loop: a long prompt takes its time
+        self.reading += 1
+        try:  # off the event loop: a long prompt takes its time
+            given = (read, self.inference, asked, self.max_tokens)
+            found = await anyio.to_thread.run_sync(*given, limiter=self.one_at_a_time)
+        finally:
+            self.reading -= 1
         job = Job(**found, stop=asked.stop, decode=self._decode, loop=asyncio.get_running_loop())
         wire, items = Wire(self.name, asked, len(job.ids)), self.engine.answer(job)
         if asked.stream:
@@ -222,8 +234,13 @@ def build_app(inference: DiffusionInference, name: str, batch_size: int = 32, ma
     Args:
         name: of the model, as clients know it.
         batch_size: most requests decoded at once.
-        max_tokens: most tokens that a request may ask for.
+        max_tokens: most tokens of an answer.
+
+    Raises:
+        UserError: settings that give a request several answers.
     """
+    if (copies := inference.settings.get("num_return_sequences") or 1) > 1:
+        raise UserError(f"`num_return_sequences`={copies}: a request gets one answer; leave it out.")
     endpoint, started = Endpoint(inference, name, batch_size, max_tokens), int(time.time())
 
     @asynccontextmanager

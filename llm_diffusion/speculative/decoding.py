@@ -34,7 +34,7 @@ from .adapters import AdapterSwitch
 from .schedule import DraftSchedule, schedule_of
 
 # Rows of a pass that cost little more than one row does, by arithmetic against bandwidth: for sampling, whose tokens depend on when was
-# drafted and so must not depend on a clock.
+# drafted, which must depend neither on a clock nor on the other rows of a batch.
 FREE_ROWS = {"cpu": 32, "cuda": 512}
 
 
@@ -103,21 +103,22 @@ class LosslessDecoder:
         return output
 
     def _outcomes(self) -> list[int] | None:
-        """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest or most frequent first; None:
-        decode without a draft."""
+        """Numbers of drafted tokens accepted, 0 to b - 1, that the next drafts are made for, the longest (sampling) or most frequent first;
+        None: decode without a draft."""
         if self.schedule is not None:
             return self.schedule.choose(len(self.rows))
         wanted = self.settings.draft_outcomes
         if wanted is None:
             free = FREE_ROWS.get(self.canvas.device.type, FREE_ROWS["cpu"])
-            wanted = free // (len(self.rows) * self.block_length) - 1
+            wanted = self.block_length if self.block_length * (self.block_length + 1) <= free else 0
         if wanted >= self.block_length:
             return list(range(self.block_length))
         if wanted <= 0:
             return []
         # Until something is known, drafts are taken to be right.
         prior = torch.linspace(0, 0.5, self.block_length, device=self.counts.device)
-        return (self.counts + prior).topk(wanted).indices.tolist()
+        seen = 0 if self.settings.temperature else self.counts
+        return (seen + prior).topk(wanted).indices.tolist()
 
     def _prefill(self) -> None:
         """The prompt, and the first drafts behind it."""

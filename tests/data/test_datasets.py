@@ -313,6 +313,20 @@ def test_a_source_keeps_its_own_held_out_rows(kept, tmp_path):
     assert sum("held out" in row for row in rows_of(test)) == sum("chats" in row for row in rows_of(test)) == 3
 
 
+def test_the_limit_cuts_a_mixture_as_a_whole(kept, monkeypatch):
+    monkeypatch.setattr("llm_diffusion.data.datasets.TINY_ROWS", 60)
+    whole, some = (load_splits("texts.jsonl, tiny", test_size=4, seed=0, limit=n)[0] for n in (None, 10))
+    assert rows_of(some) == rows_of(whole)[:10]
+
+
+def test_a_saved_dataset_of_tensors_is_mixed_as_plain_rows(kept, tmp_path):
+    rows = [{"input_ids": [4, 5, i], "text": "Größe"} for i in range(9)]
+    Dataset.from_list(rows).with_format("numpy").save_to_disk(tmp_path / "a")
+    found = [row for split in load_splits(f"{tmp_path}/a, texts.jsonl:5", test_size=0.3, seed=0) for row in split]
+    assert all(row in map(own_row, found) for row in rows)
+    assert sum("Größe" in row["mixed_row"] for row in found) == len(rows)  # as it is: files of rows stay readable
+
+
 def test_rows_of_a_mixture_are_trained_on_as_those_of_their_sources(kept):
     """Every form, through the gate: prompts stay clean, texts and given tokens stay what they are; also for whoever reads them."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
@@ -353,6 +367,7 @@ def test_a_path_that_exists_is_no_mixture(tmp_path, monkeypatch, name):
         ("chats.jsonl:2k, tiny", "'chats.jsonl' has the amount '2k'"),
         ("texts.jsonl:1, tiny:9", "'texts.jsonl' has one example"),
         ("chats.jsonl, chats.jsonl:3", "each source once"),
+        ("chats.jsonl:20, ./chats.jsonl", "each source once"),
         ("chats.jsonl,", "none is empty"),
         ("self:0.5, tiny", "'self' cannot be part of a mixture"),
         ("C:\\data\\none.jsonl:3, tiny", r"'C:\\data\\none.jsonl' does not exist"),

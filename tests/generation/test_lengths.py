@@ -121,6 +121,16 @@ def test_a_canvas_that_was_too_short_goes_on(random_diffuser) -> None:
     assert torch.equal(seen[-1][0], output.sequences) and (seen[-1][1][:, 5:] > 0).all()
 
 
+def test_a_row_that_is_given_up_is_decoded_no_further(random_diffuser) -> None:
+    """On this canvas and on those that would come behind it; the other row is as in company."""
+    model, (ids, mask) = random_diffuser(True, seed=1), prompts()
+    chosen = config(length_quantile=0.01, initial_length=2, suppress_tokens=[EOS])
+    whole = fill_sized(model, ids, mask, chosen)
+    some = fill_sized(model, ids, mask, chosen, lambda *_: torch.tensor([True, False]))
+    assert torch.equal(some.sequences[1], whole.sequences[1]) and some.nfe[1] == whole.nfe[1]
+    assert some.nfe[0] < 4 < 12 < whole.nfe[0]
+
+
 def test_sized_canvases_through_generate(random_diffuser) -> None:
     model, (ids, mask) = random_diffuser(True, seed=3), prompts()
     settings = {"mask_token_id": MASK, "eos_token_id": EOS, "pad_token_id": 0, "max_new_tokens": 12}

@@ -265,7 +265,7 @@ BROKEN = ["{% for m in messages", "{{ ''.__class__.__mro__ }}", "{% for i in ran
 def test_a_template_that_can_render_nothing_is_refused_with_the_model(copied, template):
     folder = copied("base")
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(UserError, match=f"the chat template of '{folder}'"):
+    with pytest.raises(UserError, match="^`model`: its chat template does not take"):
         load_diffusion_model(str(folder), device="cpu")
 
 
@@ -273,5 +273,5 @@ def test_a_template_that_refuses_a_conversation_is_named(copied):
     folder = copied("base")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('only system turns') }}")
     _, tokenizer = load_diffusion_model(str(folder), device="cpu")
-    with pytest.raises(UserError, match=f"the chat template of '{folder}' .*only system turns"):
+    with pytest.raises(UserError, match="its chat template .*only system turns"):
         prompt_ids(tokenizer, [{"role": "user", "content": "a"}])

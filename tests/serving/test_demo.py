@@ -1,6 +1,8 @@
 """The page to play with: what its functions yield, and that it builds."""
 
 import re
+import threading
+import time
 from html import unescape
 
 import pytest
@@ -72,14 +74,14 @@ def test_what_a_model_says_is_escaped(inference):
 
 
 def test_nobody_looks_any_more(inference):
-    passes = []
-    handle = inference.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    passes, before = [], set(threading.enumerate())
+    handle = inference.model.register_forward_pre_hook(lambda *_: passes.append(time.sleep(0.02)))
     pages = demo.play(inference, "a", 64)
     next(pages)
     pages.close()
-    before = len(passes)
+    assert set(threading.enumerate()) == before
     handle.remove()
-    assert before < 40
+    assert len(passes) < 40
 
 
 def test_an_empty_text_is_refused(inference):

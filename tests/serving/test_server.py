@@ -1,5 +1,6 @@
 """The endpoint as its clients meet it: a real server on a free port, and OpenAI's own client."""
 
+import asyncio
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ from llm_diffusion.main import cli
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.patching import base_of
 from llm_diffusion.serving import server
-from llm_diffusion.serving.batching import Batch, Done, Job
+from llm_diffusion.serving.batching import Batch, Done, Engine, Job
 
 LONG = "a"  # what follows does not end
 QUESTIONS = [[{"role": "user", "content": f"Sort the letters: {' '.join(w)}"}] for w in ("kdea", "zx", "qrtsb", "mno")]
@@ -109,6 +110,20 @@ def test_tokens_are_counted_and_the_end_is_named(client, inference):
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + n
 
 
+def test_the_longest_answer_bounds_those_that_ask_for_no_length(inference):
+    """The model's own setting is 20."""
+    for longest, found in ((5, 5), (20, 20), (30, 20)):
+        settings = server.read(inference, server.AskedText(prompt="a"), longest)["settings"]
+        assert settings["max_new_tokens"] == found
+
+
+def test_one_request_gets_one_answer(inference):
+    settings = {"num_return_sequences": 2, "temperature": 1.0}
+    several = ld.DiffusionInference(inference.model, None, END, None, inference.tokenizer, **settings)
+    with pytest.raises(ld.UserError, match="`num_return_sequences`=2"):
+        server.build_app(several, "tiny")
+
+
 @pytest.mark.parametrize("n", [8, 60])
 def test_pieces_come_by_blocks_and_make_the_whole(client, inference, n):
     asked = {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}}
@@ -138,12 +153,13 @@ def test_a_stop_word_ends_an_answer_before_it(client, inference, stream):
 
 
 def test_requests_that_come_together_are_decoded_together(running, client, inference):
+    """Every other question is sampled: the same ones get the same answer."""
     engine = running[0].state.engine
     before = engine.batches
 
     def ask(i):
-        asked = {"model": "tiny", "messages": QUESTIONS[i % 4], "max_tokens": 12 + 8 * (i % 2), "stream": i % 3 == 0}
-        answer = client.chat.completions.create(**asked)
+        asked = {"max_tokens": 12 + 8 * (i % 2), "temperature": i % 2, "stream": i % 3 == 0}
+        answer = client.chat.completions.create(model="tiny", messages=QUESTIONS[i % 4], **asked)
         if asked["stream"]:
             return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
         return answer.choices[0].message.content
@@ -151,7 +167,8 @@ def test_requests_that_come_together_are_decoded_together(running, client, infer
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(ask, range(32)))
     for i, answer in enumerate(answers):
-        assert answer == (answers[i - 4] if i >= 4 else inference.chat(QUESTIONS[i], max_new_tokens=12 + 8 * (i % 2)))
+        asked = {"max_new_tokens": 12 + 8 * (i % 2), "temperature": float(i % 2)}
+        assert answer == (answers[i - 4] if i >= 4 else inference.chat(QUESTIONS[i], **asked))
     assert 2 <= engine.batches - before < 16  # two settings, of 16 requests each
     assert not engine.waiting
 
@@ -230,7 +247,11 @@ PROMPT = {"prompt": "a"}
         ({**PROMPT, "seed": -1}, 400, "seed", "-1"),
         ({**PROMPT, "stop": ["a"] * 5}, 400, "stop", "at most 4"),
         ({**PROMPT, "stop": ""}, 400, "stop.0", "at least 1 character"),
+        ({**PROMPT, "stop": 0}, 400, "stop", "got 0"),
+        ({**PROMPT, "stop": {}}, 400, "stop", "got {}"),
         ({**PROMPT, "stream": 1}, 400, "stream", "got 1"),
+        ({**PROMPT, "stream_options": {"include_usage": True}}, 400, "stream_options", "`stream`=true"),
+        ({**PROMPT, "stream": True, "stream_options": {"x": 1}}, 400, "stream_options.x", "not permitted"),
         ({**PROMPT, "n": 2}, 400, "n", "not supported"),
         ({**PROMPT, "logprobs": 0}, 400, "logprobs", "not supported"),
         ({**PROMPT, "echo": True}, 400, "echo", "not supported"),
@@ -241,6 +262,7 @@ PROMPT = {"prompt": "a"}
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", "'image_url'"),
         ({"messages": QUESTIONS[0], "tools": [{"type": "function"}]}, 400, "tools", "not supported"),
         ({"messages": QUESTIONS[0], "max_completion_tokens": 201}, 400, "max_completion_tokens", "got 201"),
+        ({"messages": QUESTIONS[0], "max_tokens": 5, "max_completion_tokens": 9}, 400, "max_tokens", "give one"),
         ({"messages": QUESTIONS[0], "response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
     ],
     ids=lambda value: str(value)[:40],
@@ -288,6 +310,18 @@ def test_too_many_waiting_is_refused(plain, monkeypatch):
     assert response.status_code == 429 and "waiting" in response.json()["error"]["message"]
 
 
+def test_requests_being_read_are_among_those_that_wait(inference, monkeypatch):
+    """20 at once."""
+    monkeypatch.setattr(server, "MAX_WAITING", 2)
+    endpoint, asked = server.Endpoint(inference, "tiny", 16, 200), server.AskedText(prompt="a", stream=True)
+
+    async def burst():
+        return await asyncio.gather(*(endpoint.answer(None, asked) for _ in range(20)), return_exceptions=True)
+
+    assert [getattr(found, "status_code", found) for found in asyncio.run(burst())] == [200] * 2 + [429] * 18
+    assert not endpoint.reading
+
+
 def test_a_fault_in_decoding_is_told_and_the_next_request_answered(running, client, inference):
     def broken(*_):
         raise RuntimeError("a secret")
@@ -302,6 +336,18 @@ def test_a_fault_in_decoding_is_told_and_the_next_request_answered(running, clie
     finally:
         handle.remove()
     assert client.completions.create(model="tiny", prompt="a").choices[0].text == inference.generate("a")[0]
+
+
+def test_one_bad_row_of_a_batch_fails_alone(inference):
+    """A token that the embedding does not have."""
+    engine, prompts = Engine(inference, 4), [[5, 6], [7, 10**6], [8, 9, 10]]
+    jobs = [told(inference.tokenizer, prompt) for prompt in prompts]
+    engine._decode(jobs)
+    assert isinstance(jobs[1].kept[-1], Exception)
+    for job in (jobs[0], jobs[2]):
+        *pieces, done = job.kept
+        assert isinstance(done, Done)
+        assert "".join(pieces) == job.decode(inference.answer_ids([job.ids])[0].tolist())
 
 
 def test_what_the_page_shows_is_answered(running, plain, inference, capsys):
@@ -337,11 +383,11 @@ class Told(Job):
         self.kept = [*getattr(self, "kept", []), item]
 
 
-def told(tokenizer, **options):
+def told(tokenizer, ids=(1,), **options):
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=True)
 
-    return Told([1], {}, **{"ends": {2}, "stop": [], **options}, decode=decode, loop=None)
+    return Told(list(ids), {}, **{"ends": {2}, "stop": [], **options}, decode=decode, loop=None)
 
 
 @given(st.lists(st.integers(3, 430), max_size=30), st.lists(st.integers(0, 30), max_size=5), st.data())
@@ -349,21 +395,34 @@ def test_any_cut_of_an_answer_makes_the_same_text(ids, cuts, data):
     """Half characters and halves of stop words included; what a stop word ends is counted through its last token."""
     whole = TOKENIZER.decode(ids, skip_special_tokens=True)
     at = data.draw(st.integers(0, len(whole)))
-    stop = data.draw(st.sampled_from([[], [whole[at : at + 3] or "a", "never"]]))
+    words = [whole[at : at + 3] or "a", "never"], [whole[at : at + 4] or "a", whole[at + 1 : at + 3] or "b"]
+    stop = data.draw(st.sampled_from([[], *words]))
     job, places = told(TOKENIZER, stop=stop), sorted(min(cut, len(ids)) for cut in cuts)
     for place in places:
         job.feed(ids[:place], False)
     job.feed(ids, True)
     *pieces, done = job.kept
-    stopped = bool(stop) and stop[0] in whole
-    assert "".join(pieces) == (whole[: whole.index(stop[0])] if stopped else whole)
+    stopped = any(word in whole for word in stop)
     assert done.finish_reason == ("stop" if stopped else "length")
     if not stopped:
-        assert done.tokens == len(ids)
+        assert ("".join(pieces), done.tokens) == (whole, len(ids))
     else:
-        assert stop[0] in TOKENIZER.decode(ids[: done.tokens]) and stop[0] not in TOKENIZER.decode(
-            ids[: done.tokens - 1]
-        )
+        before, text = (TOKENIZER.decode(ids[:n], skip_special_tokens=True) for n in (done.tokens - 1, done.tokens))
+        assert not any(word in before for word in stop)
+        assert "".join(pieces) == text[: min(text.index(word) for word in stop if word in text)]
+
+
+def test_a_hang_up_while_the_text_is_read_is_kept():
+    job = told(TOKENIZER, stop=["never"])
+    read, hang_ups = job.decode, iter([True])
+
+    def decode(ids):
+        job.over = next(hang_ups, job.over)
+        return read(ids)
+
+    job.decode = decode
+    job.feed([5, 6], False)
+    assert job.over
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "block", "lossless"])
@@ -372,7 +431,7 @@ def test_rows_are_told_apart_and_leave_when_nobody_waits(random_llama, attention
     options = {} if attention == "bidirectional" else {"block_length": 4}
     inference = inference_of(random_llama, attention, **options)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [15]]
-    jobs = [told(inference.tokenizer, ends={END}) for _ in prompts]
+    jobs = [told(inference.tokenizer, prompt, ends={END}) for prompt in prompts]
     forwards = []
     base_of(inference.model).register_forward_pre_hook(lambda *_: forwards.append(1))
     answers = inference.answer_ids(prompts, streamer=Batch(jobs))
@@ -384,7 +443,7 @@ def test_rows_are_told_apart_and_leave_when_nobody_waits(random_llama, attention
         assert done.tokens == len(alone) and len(pieces) > 1
     together = len(forwards)
     forwards.clear()
-    jobs = [told(inference.tokenizer, ends={END}) for _ in prompts]
+    jobs = [told(inference.tokenizer, prompt, ends={END}) for prompt in prompts]
     jobs[0].over = jobs[2].over = True
     inference.answer_ids(prompts, streamer=Batch(jobs))
     assert not hasattr(jobs[0], "kept") and isinstance(jobs[1].kept[-1], Done)

@@ -150,14 +150,16 @@ def test_processors_of_the_base_are_said_to_be_left_out(random_llama, caplog) ->
 
 def test_one_by_one_as_in_a_batch(random_llama) -> None:
     model, (ids, mask) = drafter(random_llama(vocab_size=64), 4), prompts()
-    settings = {"max_new_tokens": 20, "eos_token_id": None, "return_dict_in_generate": True, "draft_outcomes": 4}
-    for temperature in (0.0, 1.0):
-        batch = generate(model, ids, mask, temperature=temperature, **settings)
+    settings = {"max_new_tokens": 20, "eos_token_id": None, "return_dict_in_generate": True}
+    for temperature, outcomes in ((0.0, 4), (1.0, 4), (1.0, None), (1.0, 2)):
+        settings |= {"temperature": temperature, "draft_outcomes": outcomes}
+        batch = generate(model, ids, mask, **settings)
         for row in range(len(ids)):
             one = ids[row : row + 1, mask[row].bool()]
-            alone = generate(model, one, temperature=temperature, **settings)
+            alone = generate(model, one, **settings)
             assert torch.equal(alone.sequences[0, one.shape[1] :], batch.sequences[row, 9:])
-            assert alone.nfe == batch.nfe[row]
+            # A pass that makes one row's missing draft is every row's.
+            assert alone.nfe <= batch.nfe[row] if outcomes == 2 else alone.nfe == batch.nfe[row]
 
 
 def test_learned_positions_may_end_behind_the_answer() -> None:
