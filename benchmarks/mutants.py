@@ -114,6 +114,7 @@ def main() -> None:
     every = [(file, *mutant) for file in files for mutant in mutants(file.read_text())]
     sample = random.Random(args.seed).sample(every, min(args.mutants, len(every)))
 
+    # Every mutant is a fork of this process: what its tests import is there already.
     import hypothesis  # noqa: F401
     import peft  # noqa: F401
     import torch

@@ -271,10 +271,10 @@ def chat(model: str, question: str | None, settings: str) -> None:
         click.echo(messages[-1]["content"])
 
 
-def address(port: int) -> Callable:
+def address(default_port: int) -> Callable:
     host = click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-    door = click.option("--port", type=click.IntRange(0, 65535), default=port, show_default=True)
-    return lambda command: host(door(command))
+    port = click.option("--port", type=click.IntRange(0, 65535), default=default_port, show_default=True)
+    return lambda command: host(port(command))
 
 
 @cli.command()

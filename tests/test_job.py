@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from llm_diffusion import DiffusionDPOConfig, UserError, load_diffusion_model, probe_attention
 from llm_diffusion.config import as_dict, build, stages_of
-from llm_diffusion.data.rows import own_row
+from llm_diffusion.data.rows import source_row
 from llm_diffusion.job import check_start, load_data, loader_options, lora, make_stage, self_generated_data
 from llm_diffusion.main import cli
 from llm_diffusion.models.files import write_text
@@ -84,7 +84,7 @@ def test_lora_on_attention_alone_by_its_real_names():
 def test_preferences_are_errors_in_the_training_answers(dataset):
     data = load_data(build({"dataset": dataset, "phases": ["sft", "dpo"], "test_size": 12, "max_examples": 24}))
     pairs, held_out = data.pairs
-    answers = {own_row(example)["messages"][-1]["content"] for example in data.train}
+    answers = {source_row(example)["messages"][-1]["content"] for example in data.train}
     assert 12 <= len(pairs) <= len(data.train) and 6 <= len(held_out) <= len(data.test)
     for pair in pairs:
         assert pair["chosen"][0]["content"] in answers and pair["rejected"] != pair["chosen"]

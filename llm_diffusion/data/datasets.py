@@ -28,11 +28,11 @@ from .rows import (
     SHAPES,
     Place,
     form_of,
-    own_row,
     prompt_and_answer,
     read_pair,
     read_row,
     says_something,
+    source_row,
     split_row,
 )
 from .tiny import tiny_dataset
@@ -235,7 +235,7 @@ def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def _readable(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    row = own_row(row)
+    row = source_row(row)
     if "input_ids" in row:
         return {"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)}
     with suppress(UserError):

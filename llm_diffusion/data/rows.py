@@ -57,7 +57,7 @@ def form_of(columns: Any, text_field: str = "text") -> str | None:
     return text_field if text_field in columns else None
 
 
-def own_row(example: dict[str, Any]) -> dict[str, Any]:
+def source_row(example: dict[str, Any]) -> dict[str, Any]:
     """A row as its source has it, whether or not it came in a mixture."""
     return json.loads(example[MIXED]) if isinstance(example, Mapping) and MIXED in example else example
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..models.special_tokens import chat_ids, prompt_ids, shared_length, text_ids
 from ..objective.modes import IGNORE_INDEX
-from .rows import MEDIA, MIXED, SHAPES, Place, form_of, own_row, read_pair, read_row, split_row
+from .rows import MEDIA, MIXED, SHAPES, Place, form_of, read_pair, read_row, source_row, split_row
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def tokenised_row(example: dict[str, Any], form: str, how: Tokenising, place: Pl
             raise UserError(f"`formatting_func` {found}; one text a row is needed.")
         example, form = {"text": text}, "text"
     if form == MIXED:
-        form = form_of(example := own_row(example), how.text_field)
+        form = form_of(example := source_row(example), how.text_field)
     row = read_row(example, form, place)
     merged = 0
     if form == "input_ids":

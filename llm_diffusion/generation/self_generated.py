@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
-from ..data.rows import CONVERSATIONS, Place, form_of, own_row, prompt_and_answer
+from ..data.rows import CONVERSATIONS, Place, form_of, prompt_and_answer, source_row
 from ..models.conversion import fingerprint
 from ..models.files import write_text
 from ..models.patching import base_of
@@ -188,7 +188,7 @@ def answered_by_base(
         UserError: other columns, or no answer that comes to its end.
     """
     prompts = []
-    for row, example in enumerate(map(own_row, dataset)):
+    for row, example in enumerate(map(source_row, dataset)):
         if form_of(example) not in (*CONVERSATIONS, "completion"):
             found = f"row {row} has the columns {sorted(example)}"
             raise UserError(f"`answers_from_base` needs chats or prompts with completions; {found}.")

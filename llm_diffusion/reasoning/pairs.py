@@ -28,7 +28,7 @@ from typing import Any
 from datasets import Dataset
 
 from .. import UserError
-from ..data.rows import own_row
+from ..data.rows import source_row
 from ..models.files import write_text
 from ..objective.settings import read_path
 from .arithmetic_errors import UNIT_FACTORS, Trace, Wrong
@@ -69,7 +69,7 @@ def preference_pairs(
         raise UserError(f"`records` must be rows, or the name of a dataset, got {records!r:.80}.")
     found: dict[tuple[str, str], dict | None] = {}
     n_records = n_false = 0
-    for record in map(own_row, records):
+    for record in map(source_row, records):
         try:
             problem = read_problem(record)
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:

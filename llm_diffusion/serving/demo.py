@@ -64,7 +64,7 @@ def _span(cell: Cell, colour: str) -> str:
     return f'<span style="color:{colour}">{escape(cell[0])}</span>'
 
 
-class Left(Exception):
+class PageClosed(Exception):
     """Nobody looks any more."""
 
 
@@ -90,7 +90,7 @@ def play(
 
     def show(page: str) -> None:
         if left:
-            raise Left
+            raise PageClosed
         pages.put(page)
 
     def work() -> None:

@@ -118,7 +118,7 @@ def read(inference: DiffusionInference, asked: AskedChat | AskedText, max_tokens
     return {"ids": ids, "settings": given, "ends": {ends} if isinstance(ends, int) else set(ends or ())}
 
 
-class Wire:
+class OpenAIResponse:
     """The answer to one request, whole or in pieces, in OpenAI's words."""
 
     def __init__(self, name: str, asked: AskedChat | AskedText, prompt_tokens: int) -> None:
@@ -219,11 +219,11 @@ class Endpoint:
         finally:
             self.reading -= 1
         job = Job(**found, stop=asked.stop, decode=self._decode, loop=asyncio.get_running_loop())
-        wire, items = Wire(self.name, asked, len(job.ids)), self.engine.answer(job)
+        response, items = OpenAIResponse(self.name, asked, len(job.ids)), self.engine.answer(job)
         if asked.stream:
-            return StreamingResponse(wire.events(items), media_type="text/event-stream")
+            return StreamingResponse(response.events(items), media_type="text/event-stream")
         try:
-            return await _unless_gone(request, wire.whole(items))
+            return await _unless_gone(request, response.whole(items))
         except Exception as error:
             raise _fault(error) from error
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from llm_diffusion import UserError
 from llm_diffusion.data.datasets import load_examples, load_preference_splits, load_splits, readable
-from llm_diffusion.data.rows import own_row
+from llm_diffusion.data.rows import source_row
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.data.tokens import Tokenising, tokenised
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
@@ -259,7 +259,7 @@ def kept(tmp_path_factory):
 
 
 def rows_of(*splits):
-    return [json.dumps(own_row(row), sort_keys=True) for split in splits for row in split]
+    return [json.dumps(source_row(row), sort_keys=True) for split in splits for row in split]
 
 
 def announced(amount):
@@ -323,7 +323,7 @@ def test_a_saved_dataset_of_tensors_is_mixed_as_plain_rows(kept, tmp_path):
     rows = [{"input_ids": [4, 5, i], "text": "Größe"} for i in range(9)]
     Dataset.from_list(rows).with_format("numpy").save_to_disk(tmp_path / "a")
     found = [row for split in load_splits(f"{tmp_path}/a, texts.jsonl:5", test_size=0.3, seed=0) for row in split]
-    assert all(row in map(own_row, found) for row in rows)
+    assert all(row in map(source_row, found) for row in rows)
     assert sum("Größe" in row["mixed_row"] for row in found) == len(rows)  # as it is: files of rows stay readable
 
 
