@@ -82,7 +82,11 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, list[bo
             return time.time()
 
         def grpo(**settings: Any) -> DiffusionGRPOTrainer:
-            how = {"num_generations": 8, "max_completion_length": LENGTH, "generation_kwargs": {"threshold": 0.9}}
+            how = {
+                "num_generations": 8,
+                "max_completion_length": LENGTH,
+                "generation_kwargs": {"remasking": args.remasking},
+            }
             how |= {"per_device_train_batch_size": 64, "max_steps": args.steps, "num_draws": args.draws}
             config = DiffusionGRPOConfig(**common, **how, lr_scheduler_type="constant", **settings)
             return DiffusionGRPOTrainer(model, exact, config, problems, processing_class=tokenizer)
@@ -129,6 +133,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of GRPO, 64 rollouts each")
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="of GRPO")
+    parser.add_argument(
+        "--remasking", default="random", help="of rollouts; by confidence those of a prompt hardly differ"
+    )
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", help="file of the table")
@@ -137,7 +144,7 @@ def main() -> None:
         args.sft_steps, args.steps, args.problems = 1, 1, 8
     lines = [
         f"`python benchmarks/grpo.py --seeds {' '.join(map(str, args.seeds))}`: the embedded model, blocks of 4, after {args.sft_steps} "
-        f"steps of fine-tuning; {64 * args.steps} rollouts at temperature 1 and threshold 0.9, 8 for each of {8 * args.steps} worked "
+        f"steps of fine-tuning; {64 * args.steps} rollouts at temperature 1, `remasking={args.remasking!r}`, 8 for each of {8 * args.steps} worked "
         f"problems; GRPO with {args.draws} draws at learning rate {args.learning_rate:g}. {args.problems} held-out worked problems, "
         "threshold 0.98; CPU. Differences in points, with 95 % intervals (paired bootstrap).\n",
         "| seed | trained by | right, % | over before | minutes | |\n|---|---|--:|---|--:|---|",

@@ -53,7 +53,7 @@ def main() -> None:
         per_device_train_batch_size=args.rollouts,
         num_generations=8,
         max_completion_length=args.length,
-        generation_kwargs={"threshold": 0.9},  # of decoding; temperature, top_p and top_k are settings beside it
+        generation_kwargs={"remasking": "random"},  # decoded by confidence, the rollouts of a prompt hardly differ
         learning_rate=1e-4,
         report_to="none",
         save_strategy="no",

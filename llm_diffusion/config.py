@@ -303,6 +303,9 @@ def _check_pipelines(hp: HyperParameters) -> None:
         raise UserError("`attention`='lossless': preferences cannot change the verifying base; leave 'dpo' out.")
     if lossless and any(stage["trains"] == "everything" for stage in stages):
         raise UserError("`attention`='lossless' trains adapters: set `use_lora`, let no stage train 'everything'.")
+    trackers = hp.training.get("report_to", "wandb")
+    if hp.use_wandb and not {"wandb", "all"} & set([trackers] if isinstance(trackers, str) else trackers or ()):
+        raise UserError("`use_wandb` and a `report_to` without 'wandb' contradict each other; leave one of them out.")
     if hp.preference_dataset is not None and not prefers:
         raise UserError(
             "`preference_dataset`: no phase trains on preferences; add 'dpo' as the last one, or leave it out."

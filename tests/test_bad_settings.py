@@ -206,6 +206,8 @@ def test_a_value_that_means_nothing_is_refused_by_name(name, value):
 
 
 TOGETHER = [
+    ({"use_wandb": True, "report_to": "tensorboard"}, "`report_to`"),
+    ({"use_wandb": True, "report_to": ["none"]}, "`report_to`"),
     ({"use_qlora": True, "qlora_config": {"load_in_4bit": False}}, "`qlora_config`"),
     ({"phases": ["dpo"], "dpo_config": {"loss_type": ["nope"]}}, "`loss_type[0]`"),
     ({"phases": ["dpo"], "dpo_config": {"loss_type": ["ipo"], "loss_weights": [1, 2]}}, "`loss_weights`"),

@@ -193,10 +193,9 @@ class ForwardProcess:
         noise = (seed, step, keys)
         noisy, tail = self._clean_rows(batch, mode, noise)
         # 1. times
-        if training:
-            times = stratified_times(seed, step, keys, n_rows)
-        else:
-            times = MIN_TIME + (1 - MIN_TIME) * uniform(*noise, TIME_STREAM)
+        times = (
+            stratified_times(*noise, n_rows) if training else MIN_TIME + (1 - MIN_TIME) * uniform(*noise, TIME_STREAM)
+        )
         times = times_of_segments(times, noisy.segment_ids)
         # 2. rates
         noisy.probability, noisy.weights = self._rates(times, tail, step if training else None)

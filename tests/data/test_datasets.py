@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset, DatasetDict
+from loguru import logger
 from transformers import AutoTokenizer
 
 from llm_diffusion import UserError
@@ -289,10 +290,11 @@ def test_a_mixture_has_exactly_the_announced_rows(kept, draw):
     assert [rows_of(split) for split in again] == [rows_of(train), rows_of(test)]
 
 
-def test_a_mixture_is_shuffled_by_its_seed_and_counted_in_a_line_a_source(kept, monkeypatch):
+def test_a_mixture_is_shuffled_by_its_seed_and_counted_in_a_line_a_source(kept):
     lines = []
-    monkeypatch.setattr("llm_diffusion.data.datasets.logger.info", lines.append)
+    sink = logger.add(lambda line: lines.append(line.rstrip()), format="{message}", level="INFO")
     train, test = load_splits("chats.jsonl:20, tiny:25, texts.jsonl", test_size=0.1, seed=3, limit=50)
+    logger.remove(sink)
     of = Counter("chats" if "chats" in row else "texts" if "texts" in row else "tiny" for row in rows_of(train))
     held = Counter("chats" if "chats" in row else "texts" if "texts" in row else "tiny" for row in rows_of(test))
     assert len(train) == 50 and lines == [
