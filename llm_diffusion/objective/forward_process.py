@@ -215,8 +215,7 @@ class ForwardProcess:
         # 6. teacher
         noisy.teacher_mask = self._teacher_mask(noisy)
         # 7. layout
-        laid_out = self._lay_out(noisy, mode)
-        return {**laid_out, "masked": noisy.masked, "times": times, "first_step": first_step}
+        return {**self._lay_out(noisy, mode), "masked": noisy.masked, "times": times, "first_step": first_step}
 
     def lay_out(
         self, batch: dict[str, torch.Tensor], masked: torch.Tensor, weights: torch.Tensor, probability: torch.Tensor
