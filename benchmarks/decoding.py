@@ -1,6 +1,7 @@
 """Decoding measured, each figure a ratio of two ways in one run, in turns.
 
     python benchmarks/decoding.py canvas                                  # LLaDA's loop against ours, Qwen3-0.6B's shape: minutes
+    python benchmarks/decoding.py blocks                                  # dLLM's block sampler against ours, SmolLM2 and 6 x 256
     python benchmarks/decoding.py batch                                   # 64 ragged prompts together against one by one
     python benchmarks/decoding.py tiny output/tiny/sft_model              # a trained model against its AR base, same prompts
     python benchmarks/decoding.py shapes                                  # a GPU: against AR with a static cache, and the bandwidth
@@ -14,6 +15,7 @@ forward dealt out by `steps`.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -25,7 +27,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from llm_diffusion import convert_to_diffusion, generate, load_diffusion_model
 from llm_diffusion.data.tiny import tiny_dataset
@@ -89,6 +99,45 @@ def llada(
             for row in range(len(x)):
                 chosen = confidence[row].topk(int(-(-left[row] // (per_block - step)))).indices
                 x[row, chosen] = token[row, chosen]
+    return x
+
+
+@torch.no_grad()
+def dllm(model: Any, prompt: torch.Tensor, new: int, per_block: int, block_length: int) -> torch.Tensor:
+    """dLLM's `BD3LMSampler`, greedy, for prompts of whole blocks: the text so far is encoded anew for every block, its cache copied for
+    every step; the mask token is banned."""
+    record, x = model.config.diffusion, prompt
+    mask_id, shift = record["mask_token_id"], record["right_shift_logits"]
+    for _ in range(new // block_length):
+        width = x.shape[1] + block_length
+        block_of = torch.arange(width) // block_length
+        allowed = (block_of[None] <= block_of[:, None]).expand(len(x), 1, -1, -1)
+        allowed = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
+        places = torch.arange(width).expand(len(x), -1)
+        start = x.shape[1]
+        prefix = model(
+            x,
+            attention_mask=allowed[:, :, :start, :start],
+            position_ids=places[:, :start],
+            past_key_values=DynamicCache(),
+        )
+        block = torch.full((len(x), block_length), mask_id)
+        for step in range(per_block):
+            logits = model(
+                block,
+                attention_mask=allowed[:, :, start:],
+                position_ids=places[:, start:],
+                past_key_values=copy.deepcopy(prefix.past_key_values),
+            ).logits
+            if shift:
+                logits = torch.cat([prefix.logits[:, -1:], logits[:, :-1]], 1)
+            logits[..., mask_id] = -1e9
+            token, masked = logits.argmax(-1), block == mask_id
+            confidence = logits.softmax(-1).gather(-1, token[..., None]).squeeze(-1).masked_fill(~masked, -torch.inf)
+            for row in range(len(x)):
+                chosen = confidence[row].topk(int(-(-masked[row].sum() // (per_block - step)))).indices
+                block[row, chosen] = token[row, chosen]
+        x = torch.cat([x, block], 1)
     return x
 
 
@@ -174,6 +223,39 @@ def canvas(prompt_length: int, new: int, steps: int, block_length: int, rounds: 
         ways[OURS]()
     share = 1 - sum(spent) / (clock() - started)
     table.caption = f"outside the model's forwards, ours: {100 * share:.1f} % of the time"
+    return [table]
+
+
+def small_model(**options: Any) -> Any:
+    """A converted Llama of six layers of 256, with random weights."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, eos_token_id=None, **sizes)).eval()
+    return convert_to_diffusion(model, AutoTokenizer.from_pretrained(TINY_MODEL_PATH), **options)
+
+
+def blocks(prompt_length: int, new: int, per_block: int, block_length: int, rounds: int) -> list[Table]:
+    """The same weights and steps, so the same tokens: what is left is the work of a step."""
+    title = f"prompt {prompt_length}, {new} new tokens, blocks of {block_length}, {per_block} steps each, fp32, CPU"
+    table = table_of(title, "model", "rows", "dLLM's sampler, s", "ours, s", "times", "same tokens")
+    options = {"attention": "block", "block_length": block_length, "clean_context": "block"}
+    models = {
+        "SmolLM2-135M": load_diffusion_model("smollm2", device="cpu", dtype=torch.float32, **options)[0],
+        "6 x 256": small_model(**options),
+    }
+    for name, model in models.items():
+        for rows in (1, 8):
+            prompt = torch.randint(5, 1000, (rows, prompt_length), generator=torch.Generator().manual_seed(0))
+            settings = {"max_new_tokens": new, "steps": per_block * new // block_length, "eos_token_id": None}
+            ways = {
+                "dllm": partial(dllm, model, prompt, new, per_block, block_length),
+                "ours": partial(generate, model, prompt, **settings),
+            }
+            generate(model, prompt, max_new_tokens=block_length, steps=1, eos_token_id=None)  # warms up
+            took, results = seconds(ways, rounds)
+            same = (results["dllm"] == results["ours"])[:, prompt_length:].sum().item()
+            figures = f"{took['dllm']:.2f}", f"{took['ours']:.2f}", f"{took['dllm'] / took['ours']:.2f}"
+            table.add_row(name, str(rows), *figures, f"{same} of {rows * new}")
     return [table]
 
 
@@ -293,6 +375,12 @@ def main() -> None:
     one.add_argument("--block-length", type=int, default=32)
     one.add_argument("--rounds", type=int, default=1)
     one.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    five = commands.add_parser("blocks")
+    five.add_argument("--prompt", type=int, default=128)
+    five.add_argument("--new", type=int, default=64)
+    five.add_argument("--per-block", type=int, default=4, help="steps of a block")
+    five.add_argument("--block-length", type=int, default=16)
+    five.add_argument("--rounds", type=int, default=3)
     two = commands.add_parser("batch")
     two.add_argument("--prompts", type=int, default=64)
     two.add_argument("--rounds", type=int, default=3)
@@ -307,6 +395,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.command == "canvas":
         tables = canvas(given.prompt, given.new, given.steps, given.block_length, given.rounds, given.layers)
+    elif given.command == "blocks":
+        tables = blocks(given.prompt, given.new, given.per_block, given.block_length, given.rounds)
     elif given.command == "batch":
         tables = batch(given.prompts, given.rounds)
     elif given.command == "tiny":

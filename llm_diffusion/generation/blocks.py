@@ -17,11 +17,15 @@ References: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arX
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from ..models.packing import packed
 from ..models.patching import base_of
+from ..models.sampling import DiffusionOutput, OnStep
 from ..objective.attention_masks import additive
 from .canvas import CanvasDecoder
 from .step import Rows, Window, guide, with_unconditional
@@ -29,6 +33,11 @@ from .step import Rows, Window, guide, with_unconditional
 
 class BlockDecoder(CanvasDecoder):
     """A canvas whose rows are shifted so that their blocks share columns, and whose finished blocks are in a cache."""
+
+    def run(self, on_step: OnStep | None = None) -> DiffusionOutput:
+        """Decodes all rows to their end; passes over a block or two are over few tokens, so on a CPU weights are packed for that."""
+        with torch.no_grad(), nullcontext() if self.static else packed(self.model):
+            return super().run(on_step)
 
     def _rows(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> Rows:
         """Columns (B, W): whole blocks of prompt, padded on the left, then the rest of the prompt, the answer, and padding."""
@@ -58,8 +67,8 @@ class BlockDecoder(CanvasDecoder):
         self.cache, self.last_logits = DynamicCache(), None
         if self.prefix:
             allowed = self.mode.clean_mask(self.rows.attention_mask[:, : self.prefix])
-            last = torch.tensor([self.prefix - 1], device=allowed.device)
-            self.last_logits = self._forward(self.rows, 0, self.prefix, allowed, last)[:, 0]
+            last = torch.full_like(self.rows.index, self.prefix - 1)[:, None]
+            self.last_logits = self._forward(self.rows, 0, self.prefix, allowed, last)
         return int(self.prefix > 0)
 
     def _leave(self, stay: torch.Tensor, n_rows: int) -> None:
@@ -75,30 +84,33 @@ class BlockDecoder(CanvasDecoder):
         allowed[:, :fresh, start:] = False
         if fresh:
             allowed[:, :fresh, cached:start] &= self.mode.clean_mask(torch.ones_like(rows.ids[:1, :b]))
-        keep = torch.arange(max(fresh - 1, 0), fresh + b, device=allowed.device)
+        columns = (window.columns - start).clamp(0, b - 1)  # those of rows that have fewer may be anywhere
+        keep, shift = columns + fresh, self.record.right_shift_logits
+        if shift:  # a block's first token is read from the last of the block before, in the pass that writes that one
+            keep = (keep - 1).clamp(min=0)
+            keep = pad(keep, (1, 0), value=fresh - 1) if fresh else keep
         logits = self._forward(rows, cached, start + b, allowed, keep)
         self.cache.crop(-b)
         if not self.cache.get_seq_length():  # of an empty cache transformers selects no rows when some leave
             self.cache = DynamicCache()
-        if fresh:
-            self.last_logits, logits = logits[:, 0], logits[:, 1:]
-        if self.record.right_shift_logits:
-            first = logits[:, :1] if self.last_logits is None else self.last_logits[:, None]
-            logits = torch.cat([first, logits[:, :-1]], 1)
-        columns = (window.columns - start).clamp(0, b - 1)  # those of rows that have fewer may be anywhere
-        return logits.gather(1, columns[..., None].expand(-1, -1, logits.shape[-1]))
+        if shift and fresh:
+            self.last_logits, logits = logits[:, :1], logits[:, 1:]
+        elif shift and self.last_logits is not None:
+            logits = torch.where(columns[..., None] == 0, self.last_logits, logits)
+        return logits
 
     def _forward(self, rows: Rows, start: int, end: int, allowed: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Logits at `keep` of the columns [start, end), which enter the cache."""
+        """Logits at `keep` (B, k) of the columns [start, end), which enter the cache."""
         settings, b = self.settings, self.settings.block_length
         inputs = {
             "input_ids": rows.ids[:, start:end],
             "attention_mask": additive(allowed, base_of(self.model).dtype),
             "position_ids": rows.places[:, start:end].clamp(min=0),
+            "logits_to_keep": keep,
         }
         if self.record.time_embedding:  # the last columns are the block; what stands before them is clean
             noise = self._mask_share(rows.ids[:, end - b : end], rows.open[:, end - b : end])
             inputs["timesteps"] = pad(noise.expand(-1, b), (end - start - b, 0))
         inputs = with_unconditional(inputs, rows.given[:, start:end], settings)
-        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=keep).logits.float()
+        logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits.float()
         return guide(logits, settings.guidance_scale)
