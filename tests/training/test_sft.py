@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from small_trainers import LORA, make, tiny_model
 from transformers import AutoTokenizer
@@ -52,6 +53,7 @@ def tokenizer_mask(trainer):
     return trainer.processing_class.mask_token_id
 
 
+@pytest.mark.skipif(trl.__version__.startswith("1.15."), reason="TRL 1.15 projects by a Triton kernel alone")
 def test_fused_head_of_the_host_gives_the_same_loss(tmp_path, tokenizer):
     """Against TRL's fused head, which projects in tiles of its own."""
     trainer = make(tmp_path, tokenizer, peft_config=LORA)
