@@ -13,9 +13,10 @@ after an outcome that was not drafted for, a pass of its own drafts [t M M M], w
 A row whose draft was worse than its neighbours' keeps dead columns in the cache, which nothing attends to: the cache is cropped to the
 best row and never copied. Greedy output is the base's own, up to ties of its rounding; sampled output is distributed as the base's.
 
-How many outcomes are drafted for, and whether drafts pay at all, follows from what passes cost on this machine, see `schedule`.
+How many outcomes are drafted for, and whether drafts pay at all, follows from what passes cost on this machine, see `schedule`. Where the
+last tokens stood in the text before, what followed them there is a draft that costs no pass.
 
-References: speculative decoding (arXiv 2211.17192), drafts in advance as in Medusa (arXiv 2401.10774).
+References: speculative decoding (arXiv 2211.17192), drafts in advance as in Medusa (arXiv 2401.10774), prompt lookup (Saxena, 2023).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..models.sampling import DiffusionOutput, OnStep, Recorder, ban, behind, ch
 from ..objective.attention_masks import additive, block_causal
 from ..objective.noise import MASK_STREAM, ORDER_STREAM, TOKEN_STREAM, row_keys, uniform
 from .adapters import AdapterSwitch
-from .schedule import DraftSchedule, schedule_of
+from .schedule import DraftSchedule, Yield, schedule_of
 
 # Rows of a pass that cost little more than one row does, by arithmetic against bandwidth: for sampling, whose tokens depend on when was
 # drafted, which must depend neither on a clock nor on the other rows of a batch.
@@ -81,6 +82,7 @@ class LosslessDecoder:
         self.accepted: list[torch.Tensor] = []
         self.counts = torch.zeros(self.block_length, device=input_ids.device)  # how often a draft ended where
         self.schedule: DraftSchedule | None = None
+        self.is_copy, self.copies = False, Yield(self.block_length)  # what copies yield is a matter of the text
         self.ahead: torch.Tensor | None = (
             None  # (B,) bool, whether the draft was made in advance; None: there is no draft
         )
@@ -180,18 +182,32 @@ class LosslessDecoder:
     def _draft(self, drafts: torch.Tensor, chosen: torch.Tensor) -> None:
         """Takes the drafts (B, n, b - 1, V) of the outcome (B,) that came true, -1 = none; or makes them, knowing the token."""
         missing = chosen < 0
-        self.ahead = ~missing
-        if not bool(missing.all()):
+        self.ahead, any_missing, all_missing = ~missing, bool(missing.any()), bool(missing.all())
+        copy = self._copy() if all_missing else None
+        self.is_copy = copy is not None
+        if copy is not None:
+            self.draft = copy
+            return
+        if not all_missing:
             logits = drafts[torch.arange(len(chosen), device=chosen.device), chosen.clamp(min=0)]
-        if bool(missing.any()):
+        if any_missing:
             b, block = self.block_length, torch.arange(self.block_length, device=self.token.device)
             ids = torch.where(block > 0, self.settings.mask_token_id, self.token[:, None])
             mask = torch.nn.functional.pad(self.valid, (0, b), value=True)[:, None].expand(-1, b, -1)
             self.switch.first = 0
             made = self._call(ids, self.length[:, None] + block, mask, block[:-1])
             self.cache.crop(-b)
-            logits = made if bool(missing.all()) else torch.where(missing[:, None, None], made, logits)
+            logits = made if all_missing else torch.where(missing[:, None, None], made, logits)
         self.draft, self.draft_probs = self._pick(logits, TOKEN_STREAM, 1)
+
+    def _copy(self) -> torch.Tensor | None:
+        """(B, b - 1) what `copied` finds, where all rows have it and it pays."""
+        if self.schedule is None or not self.schedule.copies_pay(self.copies, len(self.rows)):
+            return None
+        end = self.prompt_length + self.done[self.rows]
+        text = self.canvas[self.rows].scatter(-1, end[:, None], self.token[:, None])
+        found, has = copied(text, end, self.block_length - 1)
+        return found if bool(has.all()) else None
 
     def _noise(self, stream: int, n: int, first: int) -> torch.Tensor:
         """(B, n) uniform numbers for the tokens `first` places behind the next one and on."""
@@ -209,7 +225,8 @@ class LosslessDecoder:
         """Verifies the draft, and drafts on from wherever it may end; or adds the base's next token alone."""
         outcomes, rows = self._outcomes(), len(self.rows)
         if outcomes is None:
-            self.draft, self.ahead = self.canvas[self.rows, :0], None
+            draft, self.ahead = self._copy(), None
+            self.is_copy, self.draft = draft is not None, self.canvas[self.rows, :0] if draft is None else draft
         elif self.ahead is None:
             self._draft(self.canvas.new_empty(0), torch.full_like(self.rows, -1))
         block, ends = torch.cat([self.token[:, None], self.draft], -1), [outcome + 1 for outcome in outcomes or ()]
@@ -238,11 +255,13 @@ class LosslessDecoder:
         self.valid = torch.cat([self.valid, kept], -1)
         self.length, self.token = self.length + accepted + 1, token
         stay = self._leave(unfinished)
+        accepted, drafts = accepted[stay], drafts[stay]
+        if self.is_copy:
+            self.copies.add(accepted.tolist())
         if outcomes is None or not self.rows.numel():
             return
-        accepted, drafts = accepted[stay], drafts[stay]
         self.counts += torch.bincount(accepted, minlength=self.block_length)
-        if self.schedule is not None:
+        if self.schedule is not None and not self.is_copy:
             self.schedule.learn(accepted.tolist(), self.ahead[stay].tolist())
         chosen = torch.full_like(accepted, -1)
         for number, outcome in enumerate(outcomes):
@@ -277,6 +296,26 @@ class LosslessDecoder:
             if stay.numel():
                 self.cache.batch_select_indices(stay)
         return stay
+
+
+def copied(ids: torch.Tensor, end: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What followed where the last three tokens, else the last two, stood before, most recently; past the end it begins again.
+
+    Args:
+        ids: (B, L) texts.
+        end: (B,) columns of their last tokens.
+        n: tokens to copy.
+
+    Returns:
+        (B, n) tokens, and (B,) bool, whether there was such a place.
+    """
+    end, column = end[:, None], torch.arange(ids.shape[1], device=ids.device)
+    same = [ids.roll(back, -1) == ids.gather(-1, (end - back).clamp(min=0)) for back in range(3)]
+    two = same[0] & same[1] & (column > 0) & (column < end)
+    place = torch.where(two, column + ids.shape[1] * (same[2] & (column > 1)), -1).amax(-1, keepdim=True)
+    at = place % ids.shape[1]
+    source = at + 1 + torch.arange(n, device=ids.device) % (end - at).clamp(min=1)
+    return ids.gather(-1, source.clamp(max=ids.shape[1] - 1)), place[:, 0] >= 0
 
 
 def _is_finite(scores: torch.Tensor, token: torch.Tensor) -> torch.Tensor:

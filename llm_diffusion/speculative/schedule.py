@@ -1,11 +1,12 @@
 """How much to draft ahead, and whether at all, from what a pass costs on this machine and how far drafts were right so far.
 
-With b tokens a block, there are three ways to go on:
+With b tokens a block, there are four ways to go on:
 
     passes of a cycle                                                     seconds, measured            tokens it yields
     one row, without a draft                                              V(1)                         1
     a draft; then its verification                                        D(b) + V(b)                  what such drafts yielded so far
     a verification with the next drafts for k places where it may end     B(b (1 + k)) + miss D(b)     the same, made ahead or not
+    the verification of a draft that was copied from the text             V(b)                         what copies yielded so far
 """
 
 from __future__ import annotations
@@ -93,6 +94,21 @@ def schedule_of(model: torch.nn.Module, block_length: int, switch: AdapterSwitch
     return state.draft_schedule[1]
 
 
+class Yield:
+    """Tokens a cycle of one kind, from a first guess of half a block on."""
+
+    def __init__(self, block_length: int) -> None:
+        self.tokens, self.cycles = PRIOR * (block_length + 1) / 2, PRIOR
+
+    def add(self, accepted: list[int]) -> None:
+        """Of every text how many drafted tokens were right."""
+        self.tokens, self.cycles = self.tokens + sum(accepted) + len(accepted), self.cycles + len(accepted)
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / self.cycles
+
+
 @dataclass
 class DraftSchedule:
     """Chooses what the next cycle does; kept with the model, so that it learns over calls.
@@ -137,6 +153,11 @@ class DraftSchedule:
                 REST,
             )
         return None
+
+    def copies_pay(self, copies: Yield, texts: int) -> bool:
+        """Whether a draft that needs no pass yields more tokens a second than one that does, and than none."""
+        others = max(self.rate([], texts), 1 / self.costs.verify(texts))
+        return copies.mean / self.costs.verify(texts * self.block_length) >= others
 
     def rate(self, places: list[int], texts: int) -> float:
         """Tokens a second of each of `texts`, when drafts are made ahead for these places."""

@@ -22,7 +22,7 @@ from llm_diffusion.generation.generate import _settings, generate, generate_auto
 from llm_diffusion.models.forward import forward_state
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.speculative.adapters import AdapterSwitch
-from llm_diffusion.speculative.decoding import LosslessDecoder
+from llm_diffusion.speculative.decoding import LosslessDecoder, copied
 from llm_diffusion.speculative.schedule import Curve, DraftSchedule, PassCosts
 from llm_diffusion.speculative.training import check_drafts
 
@@ -325,6 +325,40 @@ def test_the_text_is_the_base_s_whatever_passes_cost(random_llama, costs):
     )
     if costs is DEAR:
         assert int(found.accepted.max()) <= 2  # no draft was tried; the last token comes with the one before it
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_copied_is_what_followed_the_last_tokens_before(seed):
+    """Against a search from the end of each text, for three tokens first, then for two."""
+    chance, n = torch.Generator().manual_seed(seed), 7
+    ids = torch.randint(0, 2 + seed, (12, 30), generator=chance)
+    end = torch.randint(0, 30, (12,), generator=chance)
+    found, has = copied(ids, end, n)
+    for row, last, tokens, copies in zip(ids.tolist(), end.tolist(), found.tolist(), has.tolist(), strict=True):
+        text = row[: last + 1]
+        spans = [
+            (size, at) for size in (3, 2) for at in range(last - size, -1, -1) if text[at : at + size] == text[-size:]
+        ]
+        spans = [(size, at) for size, at in spans if len(text) > size]
+        assert copies == bool(spans)
+        if spans:
+            size, at = spans[0]
+            repeated = text[at + size :]
+            assert tokens == [repeated[k % len(repeated)] for k in range(n)]
+
+
+def test_copies_take_no_pass_and_leave_the_text_to_the_base(random_llama):
+    model = drafter(random_llama(vocab_size=64), 8, 0.5)
+    ids = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 7, 8]])
+    base = model.get_base_model()
+    dear = PassCosts(*(Curve((1, 80), (c, c)) for c in (1.0, 99.0, 99.0)))
+    key = base.device, base.dtype, torch.get_num_threads(), 8
+    forward_state(base).draft_schedule = key, DraftSchedule(8, dear)
+    common = {"max_new_tokens": 48, "eos_token_id": None}
+    found = generate(model, ids, return_dict_in_generate=True, **common)
+    assert torch.equal(found.sequences, generate_autoregressive(model, ids, do_sample=False, **common))
+    # Drafts are too dear to be made: what is accepted beyond the base's own token are copies, of a token that repeats.
+    assert int(found.accepted.max()) == 8 and found.nfe.item() < 40
 
 
 def test_costs_are_measured_once_and_grow_with_the_rows(random_llama):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llm_diffusion.speculative.schedule import REST, Curve, DraftSchedule, PassCosts
+from llm_diffusion.speculative.schedule import REST, Curve, DraftSchedule, PassCosts, Yield
 
 
 def same_for_all(*curve) -> PassCosts:
@@ -55,3 +55,19 @@ def test_it_learns_that_drafts_are_never_right_and_tries_again():
         assert schedule.choose(1) is None
     schedule.learn([7] * 60, [True] * 30 + [False] * 30)
     assert schedule.choose(1)
+
+
+def test_copies_pay_by_what_they_yield():
+    costs = PassCosts(*(Curve((1, 9), (first, last)) for first, last in ((1.0, 3.0), (2.0, 2.0), (9.0, 9.0))))
+    schedule, copies = DraftSchedule(9, costs), Yield(9)
+    schedule.drafts, schedule.tokens = (
+        {True: 10.0, False: 10.0},
+        {True: 20.0, False: 20.0},
+    )  # 2 tokens in 5 seconds, or 1 in 1
+    copies.tokens, copies.cycles = 12.0, 4.0
+    assert schedule.copies_pay(copies, 1)  # 3 tokens in 3 seconds
+    copies.add([0])
+    assert copies.mean == 13 / 5 and not schedule.copies_pay(copies, 1)
+    schedule.tokens[False] = 60.0  # 6 tokens in 5 seconds
+    copies.add([4] * 10)
+    assert not schedule.copies_pay(Yield(4), 1) and schedule.copies_pay(copies, 1) == (copies.mean / 3 >= 1.2)
