@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterator
 from functools import partial
 from html import escape
@@ -164,10 +165,10 @@ def build_demo(inference: DiffusionInference, name: str) -> gradio.Blocks:
         gradio.Markdown(f"### {escape(name)}, `attention`={record.attention}\n\n{hint}.")
         text = gradio.Textbox("Sort the letters: k d e a", label="text", lines=2, elem_id="text")
         with gradio.Row():
-            longest = slider("longest answer, tokens", 1, 512, 64)
-            steps = slider("passes; 0: by threshold", 0, 512, 0, visible=not drafts)
-            threshold = slider("threshold", 0.05, 1, 0.9, step=0.01, visible=not drafts)
-            blocks = slider("block length; 0: none", 0, 128, 16, visible=not has_blocks)
+            longest = slider(1, 512, 64, label="longest answer, tokens")
+            steps = slider(0, 512, 0, label="passes; 0: by threshold", visible=not drafts)
+            threshold = slider(0.05, 1, 0.9, label="threshold", step=0.01, visible=not drafts)
+            blocks = slider(0, 128, 16, label="block length; 0: none", visible=not has_blocks)
         button = gradio.Button("Answer", variant="primary", elem_id="go")
         answer = gradio.HTML(_paper(""), elem_id="answer")
         gradio.HTML(_legend(drafts))
@@ -176,5 +177,8 @@ def build_demo(inference: DiffusionInference, name: str) -> gradio.Blocks:
 
 
 def launch(page: gradio.Blocks, host: str, port: int) -> None:
-    """Shows the page until the process is told to stop."""
+    """Shows the page until the process is told to stop; port 0: at a free one, which is printed."""
+    if not port:  # gradio would take it literally
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
     page.queue(default_concurrency_limit=1).launch(server_name=host, server_port=port, share=False)

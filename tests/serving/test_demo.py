@@ -106,7 +106,7 @@ WATCH = """() => {
     const answer = document.querySelector("#answer"), seen = window.seen = [];
     new MutationObserver(() => {
         const text = answer.querySelector(".prose").innerText;
-        if (text !== seen.at(-1)) seen.push(text);
+        if (text && text !== seen.at(-1)) seen.push(text);
     }).observe(answer, {subtree: true, childList: true, characterData: true});
 }"""
 COLOURS = "spans => spans.map(span => [span.textContent, getComputedStyle(span).color])"
@@ -137,6 +137,8 @@ def opened(browser, model):
             page.close()
         finally:
             process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+        assert process.returncode == 0
 
 
 def asked(page, text, want):
@@ -157,7 +159,7 @@ def rgb(colours):
 
 def choose(page, **values):
     for label, value in values.items():
-        box = page.get_by_role("spinbutton", name=re.compile(label))
+        box = page.get_by_role("spinbutton", name=re.compile(f"for {label}"))
         box.fill(str(value))
         box.press("Tab")
 
