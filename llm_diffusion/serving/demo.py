@@ -23,7 +23,9 @@ from ..models.record import record_of
 GAP = re.compile(r"_{2,}|\[(?:…|\.\.\.)\]")
 PASSES = ("#1b7f5c", "#2563a8", "#8a6d00")  # of the first pass, the second, the third, the fourth again
 GIVEN, MASKED = "#444a54", "#b9bec7"
-PAPER = "background:#fbfbfa;border-radius:8px;padding:10px 14px;color:#444a54"  # also where the browser is dark
+PAPER = (
+    "background:#fbfbfa;color:#444a54;border-radius:4px;padding:10px 12px;margin:-10px -12px"  # in a dark browser too
+)
 
 
 class Pages(Watch):
@@ -150,9 +152,9 @@ def build_demo(inference: DiffusionInference, name: str) -> gradio.Blocks:
     """The page; on a machine without a network too."""
     record = record_of(inference.model)
     drafts, has_blocks = record.mode.drafts, record.mode.has_blocks
-    hint = "A question"
+    hint = "Ask a question"
     if not has_blocks:
-        hint += ", or a text in which `____` or `[…]` stands for what is to be filled in"
+        hint += ", or write a text in which `____` or `[…]` stands for what is to be filled in"
     slider = partial(gradio.Slider, step=1, min_width=320)  # two in a row
 
     def show(*given: Any) -> Iterator[str]:
