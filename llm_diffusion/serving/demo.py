@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from html import escape
 from queue import SimpleQueue
 from threading import Thread
@@ -21,7 +23,9 @@ from ..models.record import record_of
 GAP = re.compile(r"_{2,}|\[(?:…|\.\.\.)\]")
 PASSES = ("#1b7f5c", "#2563a8", "#8a6d00")  # of the first pass, the second, the third, the fourth again
 GIVEN, MASKED = "#444a54", "#b9bec7"
-HINT = "A question, or a text in which `____` or `[…]` stands for what is to be filled in."
+PAPER = (
+    "background:#fbfbfa;color:#444a54;border-radius:4px;padding:10px 12px;margin:-10px -12px"  # in a dark browser too
+)
 
 
 class Pages(Watch):
@@ -50,7 +54,7 @@ class Pages(Watch):
         if text is not None and "".join(words for words, _ in cells) != text:
             cells = [(text, None)]
         spans = (_span(cell, self._colour(place, *cell, frame)) for place, cell in enumerate(cells))
-        return f'<div style="white-space:pre-wrap;font:15px/1.6 monospace">{"".join(spans)}</div>'
+        return _paper("".join(spans))
 
     def _colour(self, place: int, text: str, shade: int | None, frame: Frame) -> str:
         if shade is None:
@@ -62,6 +66,20 @@ class Pages(Watch):
 
 def _span(cell: Cell, colour: str) -> str:
     return f'<span style="color:{colour}">{escape(cell[0])}</span>'
+
+
+def _paper(html: str) -> str:
+    return f'<div style="{PAPER};min-height:4em;white-space:pre-wrap;font:15px/1.6 monospace">{html}</div>'
+
+
+def _legend(drafts: bool) -> str:
+    title = "Confidence of a token when it was written:"
+    entries = [(f"{least:g} and above" if least else "below", colour) for least, _, colour in SHADES]
+    if drafts:
+        title = "Forward pass that brought a token:"
+        entries = zip(("1, 4, …", "2, 5, …", "3, 6, …"), PASSES, strict=True)
+    spans = (_span((f"■ {words}", None), colour) for words, colour in entries)
+    return f'<div style="{PAPER}">{title} {" &ensp; ".join(spans)}</div>'
 
 
 class PageClosed(Exception):
@@ -133,9 +151,11 @@ def _decode(inference: DiffusionInference, text: str, settings: dict[str, Any], 
 def build_demo(inference: DiffusionInference, name: str) -> gradio.Blocks:
     """The page; on a machine without a network too."""
     record = record_of(inference.model)
-    legend = (("pass 1", PASSES[0]), ("2", PASSES[1]), ("3, and so on", PASSES[2]))
-    if not record.mode.drafts:
-        legend = ((f"from {least:g}" if least else "below", colour) for least, _, colour in SHADES)
+    drafts, has_blocks = record.mode.drafts, record.mode.has_blocks
+    hint = "Ask a question"
+    if not has_blocks:
+        hint += ", or write a text in which `____` or `[…]` stands for what is to be filled in"
+    slider = partial(gradio.Slider, step=1, min_width=320)  # two in a row
 
     def show(*given: Any) -> Iterator[str]:
         try:
@@ -144,19 +164,23 @@ def build_demo(inference: DiffusionInference, name: str) -> gradio.Blocks:
             raise gradio.Error(escape(str(error))) from error
 
     with gradio.Blocks(title=f"llm-diffusion: {name}", analytics_enabled=False) as page:
-        gradio.Markdown(f"### {escape(name)}, `attention`={record.attention}\n\n{HINT}")
-        text = gradio.Textbox("Sort the letters: k d e a", label="text", lines=3, elem_id="text")
+        gradio.Markdown(f"### {escape(name)}, `attention`={record.attention}\n\n{hint}.")
+        text = gradio.Textbox("Sort the letters: k d e a", label="text", lines=2, elem_id="text")
         with gradio.Row():
-            longest = gradio.Slider(1, 512, 64, step=1, label="longest answer, tokens")
-            steps = gradio.Slider(0, 512, 0, step=1, label="passes; 0: by threshold", visible=not record.mode.drafts)
-            threshold = gradio.Slider(0.05, 1, 0.9, label="threshold", visible=not record.mode.drafts)
-            blocks = gradio.Slider(0, 128, 16, step=1, label="block; 0: none", visible=not record.mode.has_blocks)
-        button, answer = gradio.Button("Answer", variant="primary", elem_id="go"), gradio.HTML(elem_id="answer")
-        gradio.HTML(" ".join(_span((words, None), colour) for words, colour in legend))
+            longest = slider(1, 512, 64, label="longest answer, tokens")
+            steps = slider(0, 512, 0, label="passes; 0: by threshold", visible=not drafts)
+            threshold = slider(0.05, 1, 0.9, label="threshold", step=0.01, visible=not drafts)
+            blocks = slider(0, 128, 16, label="block length; 0: none", visible=not has_blocks)
+        button = gradio.Button("Answer", variant="primary", elem_id="go")
+        answer = gradio.HTML(_paper(""), elem_id="answer")
+        gradio.HTML(_legend(drafts))
         gradio.on([button.click, text.submit], show, [text, longest, steps, threshold, blocks], answer)
     return page
 
 
 def launch(page: gradio.Blocks, host: str, port: int) -> None:
-    """Shows the page until the process is told to stop."""
+    """Shows the page until the process is told to stop; port 0: at a free one, which is printed."""
+    if not port:  # gradio would take it literally
+        with socket.create_server(("", 0)) as free:
+            port = free.getsockname()[1]
     page.queue(default_concurrency_limit=1).launch(server_name=host, server_port=port, share=False)
