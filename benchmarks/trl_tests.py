@@ -1,0 +1,223 @@
+"""TRL's own tests of SFTTrainer and DPOTrainer, run with TRL's classes and then with ours in their place.
+
+    python benchmarks/trl_tests.py --trl ../trl --output benchmarks/results/trl-tests.md
+    python benchmarks/trl_tests.py --trl ../trl --only "dpo and gpt_oss"
+
+`--trl` is a checkout of TRL's repository. Its two test files are copied, and one line of each is changed: the import of the trainer and its config.
+No hub is needed: the tiny models come from TRL's generators, with the embedded tokenizer, and the data sets from its scripts. Tests that need images
+or an accelerator and slow ones are left out; those of TRL's helpers (collators, chunked loss) stay, and can only agree.
+A test that TRL passes and we do not must be one of DIFFERENT, else the command fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import datasets
+import transformers
+import trl
+from lengths import table
+from transformers import AutoTokenizer, GenerationConfig
+
+from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
+
+FILES = {"SFT": "test_sft_trainer.py", "DPO": "test_dpo_trainer.py"}
+ORGANISATION = "trl-internal-testing"
+TEMPLATES = {"gpt_oss": "gptoss", "qwen3": "qwen3", "gpt_neox": None}  # by the generator's name
+LEFT_OUT = ["test requires vision", "test requires accelerator", "test requires multiple accelerators"]
+CONFTEST = f"""
+
+@pytest.fixture
+def lazy_shared_datadir():
+    import pathlib
+
+    return pathlib.Path(__file__).parent / "data"
+
+
+def pytest_collection_modifyitems(items):
+    left_out = {LEFT_OUT}
+    marked = lambda item: any(mark.kwargs.get("reason") in left_out for mark in item.iter_markers("skipif"))
+    items[:] = [item for item in items if not marked(item) and not item.get_closest_marker("slow")]
+"""
+STATES = ["passed", "failed", "skipped"]
+UNEXPLAINED = "**unexplained**"
+DIFFERENT: dict[str, str] = {}
+
+
+def installed(source: str) -> str:
+    """The source without the names that it imports from trl and that the installed TRL lacks."""
+    lines = source.splitlines(keepends=True)
+    for node in reversed(list(ast.walk(ast.parse(source)))):
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module and node.module.split(".")[0] == "trl":
+            module = importlib.import_module(node.module)
+            names = [alias.name for alias in node.names if hasattr(module, alias.name)]
+            if gone := {alias.name for alias in node.names} - set(names):
+                print(f"not in trl {trl.__version__}: {node.module}: {', '.join(sorted(gone))}")
+                new = [f"from {node.module} import {', '.join(names)}\n"] if names else []
+                new += [f"{name} = bool\n" for name in sorted(gone) if name.startswith("is_")]  # not available
+                lines[node.lineno - 1 : node.end_lineno] = new
+    return "".join(lines)
+
+
+def with_ours(source: str, kind: str) -> str:
+    """The source with our trainer and config under the names of TRL's.
+
+    Raises:
+        SystemExit: the import is not there, so that TRL would be compared with itself.
+    """
+    theirs = f"from trl import {kind}Config, {kind}Trainer\n"
+    if source.count(theirs) != 1:
+        raise SystemExit(f"no line {theirs!r} in {FILES[kind]}")
+    names = ", ".join(f"Diffusion{kind}{each} as {kind}{each}" for each in ("Config", "Trainer"))
+    return source.replace(theirs, f"from llm_diffusion import {names}\n")
+
+
+def save_dataset(splits: datasets.DatasetDict, name: str, config_name: str) -> None:
+    """Stands for `push_to_hub`: a folder that `load_dataset` reads by the same name, relative to where we are."""
+    page = Path(name, "README.md")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    configs = page.read_text().removesuffix("---\n") if page.exists() else "---\nconfigs:\n"
+    configs += f"- config_name: {config_name}\n  data_files:\n"
+    for split, rows in splits.items():
+        rows.to_parquet(f"{name}/{config_name}/{split}.parquet")
+        configs += f"  - split: {split}\n    path: {config_name}/{split}.parquet\n"
+    page.write_text(f"{configs}---\n")
+
+
+def save_model(model: Any, tokenizer: Any, generation_config: Any, *affixes: str) -> None:
+    """Stands for the generators' `push_to_hub(…, prefix, suffix)`."""
+    name = "-".join([affixes[0], type(model).__name__, *affixes[1:]])
+    for part in (model, tokenizer, generation_config):
+        if part is not None:
+            part.save_pretrained(f"{ORGANISATION}/{name}")
+
+
+def tokenizer_for(generator: str) -> Any:
+    """The embedded tokenizer with the chat template that the generator's model has."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    template = next((TEMPLATES[name] for name in TEMPLATES if generator.startswith(name)), "qwen2_5")
+    tokenizer.chat_template = None
+    if template:
+        tokenizer.chat_template = Path(trl.__file__).with_name("chat_templates").joinpath(f"{template}.jinja").read_text()
+    return tokenizer
+
+
+def make_hub(checkout: Path) -> None:
+    """Models and data sets that the tests name, as folders under the one we are in."""
+    sys.path.append(str(checkout))  # behind the installed TRL
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    with patch.object(datasets.DatasetDict, "push_to_hub", save_dataset):
+        for name in ("zen", "harmony", "toolcall"):
+            importlib.import_module(f"scripts.generate_{name}_dataset").main(0.1, True, f"{ORGANISATION}/{name}")
+    tokenizer_for("qwen3").save_pretrained("Qwen/Qwen3-4B")  # whose template one test borrows
+    common = importlib.import_module("scripts.generate_tiny_models._common")
+    for name in ("check_transformers_version", "check_dtype_pattern", "print_config_diff", "smoke_test"):
+        setattr(common, name, lambda *_: None)
+    common.push_to_hub = save_model
+    for path in sorted(checkout.glob("scripts/generate_tiny_models/for_causal_lm/[!p_]*.py")):
+        make_model(path)
+
+
+def make_model(generator: Path) -> None:
+    """Runs a generator with the embedded tokenizer and its special tokens."""
+    tokenizer = tokenizer_for(generator.stem)
+    source = re.sub(r"\n    (pad|eos|bos)_token_id=.*", "", generator.read_text())
+    ends = "pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None"
+    source = re.sub(r"(?<=\n)    vocab_size=.*", rf"\g<0> {ends},", source)
+    package = "scripts.generate_tiny_models.for_causal_lm"
+    importlib.import_module(package)
+    with (
+        patch.object(AutoTokenizer, "from_pretrained", lambda _: tokenizer),
+        patch.object(GenerationConfig, "from_pretrained", lambda _: GenerationConfig()),
+    ):
+        exec(compile(source, generator, "exec"), {"__package__": package, "__name__": f"{package}.{generator.stem}"})
+
+
+def outcomes(report: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Name of every test, and `passed`, `failed` or `skipped` with the first line of the reason."""
+    for case in ET.parse(report).iter("testcase"):
+        end = next((case.find(tag) for tag in ("failure", "error", "skipped") if case.find(tag) is not None), None)
+        name = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}".replace(f"{ORGANISATION}/", "")
+        state = "passed" if end is None else "skipped" if end.tag == "skipped" else "failed"
+        yield name, (state, "" if end is None else (end.get("message") or "").split("\n")[0])
+
+
+def run(kind: str, whose: str, only: str) -> dict[str, tuple[str, str]]:
+    report = Path(f"{kind}-{whose}.xml")
+    arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", only, f"--junitxml={report}", f"tests/{FILES[kind]}"]
+    log = report.with_suffix(".log")
+    with log.open("w") as out:
+        subprocess.run([sys.executable, "-m", "pytest", *arguments], stdout=out, stderr=out, check=False)
+    if not report.exists():
+        raise SystemExit(log.read_text())
+    return dict(outcomes(report))
+
+
+def copy_tests(checkout: Path) -> None:
+    for name in ("__init__.py", "testing_utils.py", "conftest.py", *FILES.values()):
+        text = installed((checkout / "tests" / name).read_text())
+        Path("tests", name).write_text(text + CONFTEST * (name == "conftest.py"))
+
+
+def compare(kind: str, only: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Two rows of counts, and a row for each test that ends otherwise with our classes."""
+    test = Path("tests", FILES[kind])
+    theirs = run(kind, "TRL", only)
+    test.write_text(with_ours(test.read_text(), kind))
+    ours = run(kind, "ours", only)
+    rows, differ = [], []
+    for whose, ends in (("TRL", theirs), ("ours", ours)):
+        count = Counter(state for state, _ in ends.values())
+        rows.append([kind, whose, *(str(count[state]) for state in STATES)])
+    for name, (state, _) in theirs.items():
+        if state != ours[name][0]:
+            why = next((why for start, why in DIFFERENT.items() if f"{kind} {name}".startswith(start)), "")
+            differ.append([f"{kind} {name}", state, ours[name][0], why or f"{UNEXPLAINED} {ours[name][1]}"])
+    return rows, differ
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl", type=Path, required=True, help="a checkout of TRL's repository")
+    parser.add_argument("--only", default="", help="what pytest's -k takes")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    checkout, output = args.trl.resolve(), args.output and args.output.resolve()
+    rows, differ = [["trainer", "classes", *STATES]], [["test", "TRL", "ours", "why"]]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        os.environ["HF_HOME"] = folder
+        shutil.copytree(checkout / "tests" / "data", "tests/data")
+        copy_tests(checkout)
+        make_hub(checkout)
+        for kind in FILES:
+            for all_rows, new in zip((rows, differ), compare(kind, args.only), strict=True):
+                all_rows += new
+    page = f"# TRL's own tests\n\n`python benchmarks/trl_tests.py --trl DIR`, trl {trl.__version__}, transformers {transformers.__version__}; "
+    page += f"tests of TRL {(checkout / 'VERSION').read_text().strip()}\n\n{table(rows)}\n\n{table(differ)}\n"
+    print(page)
+    if output:
+        output.write_text(page)
+    if any(UNEXPLAINED in row[-1] for row in differ):
+        sys.exit("tests differ for no known reason")
+
+
+if __name__ == "__main__":
+    main()
