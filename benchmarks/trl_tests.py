@@ -64,15 +64,16 @@ DIFFERENT: dict[str, str] = {}
 def installed(source: str) -> str:
     """The source without the names that it imports from trl and that the installed TRL lacks."""
     lines = source.splitlines(keepends=True)
-    for node in reversed(list(ast.walk(ast.parse(source)))):
-        if isinstance(node, ast.ImportFrom) and not node.level and node.module and node.module.split(".")[0] == "trl":
-            module = importlib.import_module(node.module)
-            names = [alias.name for alias in node.names if hasattr(module, alias.name)]
-            if gone := {alias.name for alias in node.names} - set(names):
-                print(f"not in trl {trl.__version__}: {node.module}: {', '.join(sorted(gone))}")
-                new = [f"from {node.module} import {', '.join(names)}\n"] if names else []
-                new += [f"{name} = bool\n" for name in sorted(gone) if name.startswith("is_")]  # not available
-                lines[node.lineno - 1 : node.end_lineno] = new
+    for node in reversed(ast.parse(source).body):
+        if not isinstance(node, ast.ImportFrom) or node.level or not node.module.startswith("trl"):
+            continue
+        module = importlib.import_module(node.module)
+        names = [alias.name for alias in node.names if hasattr(module, alias.name)]
+        if gone := sorted({alias.name for alias in node.names} - set(names)):
+            print(f"not in trl {trl.__version__}: {node.module}: {', '.join(gone)}")
+            new = [f"from {node.module} import {', '.join(names)}\n"] if names else []
+            new += [f"{name} = bool\n" for name in gone if name.startswith("is_")]  # not available
+            lines[node.lineno - 1 : node.end_lineno] = new
     return "".join(lines)
 
 
@@ -115,7 +116,8 @@ def tokenizer_for(generator: str) -> Any:
     template = next((TEMPLATES[name] for name in TEMPLATES if generator.startswith(name)), "qwen2_5")
     tokenizer.chat_template = None
     if template:
-        tokenizer.chat_template = Path(trl.__file__).with_name("chat_templates").joinpath(f"{template}.jinja").read_text()
+        templates = Path(trl.__file__).with_name("chat_templates")
+        tokenizer.chat_template = (templates / f"{template}.jinja").read_text()
     return tokenizer
 
 
@@ -163,12 +165,13 @@ def outcomes(report: Path) -> Iterator[tuple[str, tuple[str, str]]]:
 
 def run(kind: str, whose: str, only: str) -> dict[str, tuple[str, str]]:
     report = Path(f"{kind}-{whose}.xml")
-    arguments = ["-q", "--tb=short", "-p", "no:cacheprovider", "-k", only, f"--junitxml={report}", f"tests/{FILES[kind]}"]
     log = report.with_suffix(".log")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", only, f"--junitxml={report}", f"tests/{FILES[kind]}"]
     with log.open("w") as out:
-        subprocess.run([sys.executable, "-m", "pytest", *arguments], stdout=out, stderr=out, check=False)
+        subprocess.run(command, stdout=out, stderr=out, check=False)
     if not report.exists():
         raise SystemExit(log.read_text())
+    print(f"{kind} with the classes of {whose}: {log.read_text().splitlines()[-1]}", flush=True)
     return dict(outcomes(report))
 
 
@@ -183,9 +186,9 @@ def compare(kind: str, only: str) -> tuple[list[list[str]], list[list[str]]]:
     test = Path("tests", FILES[kind])
     theirs = run(kind, "TRL", only)
     test.write_text(with_ours(test.read_text(), kind))
-    ours = run(kind, "ours", only)
+    ours = run(kind, "llm_diffusion", only)
     rows, differ = [], []
-    for whose, ends in (("TRL", theirs), ("ours", ours)):
+    for whose, ends in (("TRL", theirs), ("llm_diffusion", ours)):
         count = Counter(state for state, _ in ends.values())
         rows.append([kind, whose, *(str(count[state]) for state in STATES)])
     for name, (state, _) in theirs.items():
