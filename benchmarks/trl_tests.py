@@ -4,7 +4,7 @@
     python benchmarks/trl_tests.py --trl ../trl --only "dpo and gpt_oss"
 
 `--trl` is a checkout of TRL's repository. Its two test files are copied, and one line of each is changed: the import of the trainer and its config.
-No hub is needed: the tiny models come from TRL's generators, with the embedded tokenizer, and the data sets from its scripts. Tests that need images
+No hub is needed: the tiny models come from TRL's generators, with a small tokenizer, and the data sets from its scripts. Tests that need images
 or an accelerator and slow ones are left out; those of TRL's helpers (collators, chunked loss) stay, and can only agree.
 A test that TRL passes and we do not must be one of DIFFERENT, else the command fails.
 """
@@ -15,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import json
 import os
 import re
 import shutil
@@ -33,8 +34,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 import datasets
 import transformers
 import trl
+from datasets import Dataset, DatasetDict
 from lengths import table
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
@@ -90,13 +92,15 @@ def with_ours(source: str, kind: str) -> str:
     return source.replace(theirs, f"from llm_diffusion import {names}\n")
 
 
-def save_dataset(splits: datasets.DatasetDict, name: str, config_name: str) -> None:
+def save_dataset(splits: DatasetDict, name: str, config_name: str) -> None:
     """Stands for `push_to_hub`: a folder that `load_dataset` reads by the same name, relative to where we are."""
     page = Path(name, "README.md")
     page.parent.mkdir(parents=True, exist_ok=True)
     configs = page.read_text().removesuffix("---\n") if page.exists() else "---\nconfigs:\n"
     configs += f"- config_name: {config_name}\n  data_files:\n"
     for split, rows in splits.items():
+        if "tools" in rows.column_names:  # the hub's are JSON
+            rows = rows.remove_columns("tools").add_column("tools", [json.dumps(tools) for tools in rows["tools"]])
         rows.to_parquet(f"{name}/{config_name}/{split}.parquet")
         configs += f"  - split: {split}\n    path: {config_name}/{split}.parquet\n"
     page.write_text(f"{configs}---\n")
@@ -110,9 +114,15 @@ def save_model(model: Any, tokenizer: Any, generation_config: Any, *affixes: str
             part.save_pretrained(f"{ORGANISATION}/{name}")
 
 
-def tokenizer_for(generator: str) -> Any:
-    """The embedded tokenizer with the chat template that the generator's model has."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+def fitting_tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded one trained anew, on the data sets: a few tests count on words being tokens."""
+    files = [str(path) for path in Path(ORGANISATION).rglob("*.parquet")]
+    texts = [json.dumps(row) for file in files for row in Dataset.from_parquet(file)]
+    return AutoTokenizer.from_pretrained(TINY_MODEL_PATH).train_new_from_iterator(texts, 4000)
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, generator: str) -> PreTrainedTokenizerBase:
+    """With the chat template that the generator's model has."""
     template = next((TEMPLATES[name] for name in TEMPLATES if generator.startswith(name)), "qwen2_5")
     tokenizer.chat_template = None
     if template:
@@ -126,22 +136,22 @@ def make_hub(checkout: Path) -> None:
     sys.path.append(str(checkout))  # behind the installed TRL
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-    with patch.object(datasets.DatasetDict, "push_to_hub", save_dataset):
+    with patch.object(DatasetDict, "push_to_hub", save_dataset):
         for name in ("zen", "harmony", "toolcall"):
             importlib.import_module(f"scripts.generate_{name}_dataset").main(0.1, True, f"{ORGANISATION}/{name}")
-    tokenizer_for("qwen3").save_pretrained("Qwen/Qwen3-4B")  # whose template one test borrows
+    tokenizer = fitting_tokenizer()
+    with_template(tokenizer, "qwen3").save_pretrained("Qwen/Qwen3-4B")  # whose template one test borrows
     common = importlib.import_module("scripts.generate_tiny_models._common")
     for name in ("check_transformers_version", "check_dtype_pattern", "print_config_diff", "smoke_test"):
         setattr(common, name, lambda *_: None)
     common.push_to_hub = save_model
     for path in sorted(checkout.glob("scripts/generate_tiny_models/for_causal_lm/[!_]*.py")):
         if not path.stem.startswith("peft"):  # no test names these
-            make_model(path)
+            make_model(path, with_template(tokenizer, path.stem))
 
 
-def make_model(generator: Path) -> None:
-    """Runs a generator with the embedded tokenizer and its special tokens."""
-    tokenizer = tokenizer_for(generator.stem)
+def make_model(generator: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Runs a generator with our tokenizer and its special tokens."""
     source = re.sub(r"\n    (pad|eos|bos)_token_id=.*", "", generator.read_text())
     ends = "pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None"
     source = re.sub(r"(?<=\n)    vocab_size=.*", f"    vocab_size=len(tokenizer), {ends},", source)
