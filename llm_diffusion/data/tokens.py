@@ -243,11 +243,11 @@ class RowCounts:
             self.said = line
 
 
-def read_dataset(dataset: Any, name: str) -> Any:
-    """A dataset that rows can be read from.
+def read_dataset(dataset: Any, name: str, is_prepared: bool = False) -> Any:
+    """A dataset that rows can be read from; `is_prepared`: nothing is to be done to them.
 
     Raises:
-        UserError: it is none, has splits, is empty, or transforms its rows as they are read.
+        UserError: it is none, has splits, is empty, or transforms its rows as they are read though they are to be prepared.
     """
     if isinstance(dataset, list):
         dataset = _table(dataset, name)
@@ -255,9 +255,10 @@ def read_dataset(dataset: Any, name: str) -> Any:
         raise UserError(f"`{name}`: it has the splits {sorted(dataset)}; pass one of them.")
     if not isinstance(dataset, Dataset | IterableDataset):
         raise UserError(f"`{name}`: a Dataset, an IterableDataset or a list of rows is needed, got {dataset!r:.60}.")
-    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom" and not is_prepared:
         raise UserError(
-            f"`{name}` has a transform (`with_transform`), which preparation would run once and keep; apply it by `map`."
+            f"`{name}` has a transform, `Dataset.with_transform()`, which preparation would run once and keep; apply it by `map`, or in "
+            "SFT set `dataset_kwargs`={'skip_prepare_dataset': True} and let it return trainer-ready rows."
         )
     first = next(iter(dataset), None)
     if first is None:

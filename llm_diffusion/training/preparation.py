@@ -106,12 +106,13 @@ def dataset_field(name: str) -> str:
     return f"{name}_dataset" if name in ("train", "eval") else f"eval_dataset[{name!r}]"
 
 
-def read_datasets(train: Any, evaluation: Any) -> tuple[Any, Any]:
+def read_datasets(train: Any, evaluation: Any, args: Any) -> tuple[Any, Any]:
     """What trainers are given as data, as TRL can look at it: lists become datasets; refused if there is nothing to read."""
-    train = None if train is None else read_dataset(train, "train_dataset")
+    is_prepared = bool((getattr(args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
+    train = None if train is None else read_dataset(train, "train_dataset", is_prepared)
     if isinstance(evaluation, dict):
-        return train, {name: read_dataset(part, dataset_field(name)) for name, part in evaluation.items()}
-    return train, None if evaluation is None else read_dataset(evaluation, "eval_dataset")
+        return train, {name: read_dataset(part, dataset_field(name), is_prepared) for name, part in evaluation.items()}
+    return train, None if evaluation is None else read_dataset(evaluation, "eval_dataset", is_prepared)
 
 
 def prepare_quantised(model: torch.nn.Module, args: DiffusionSFTConfig) -> None:

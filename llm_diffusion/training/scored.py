@@ -80,7 +80,7 @@ class ScoreTrainerMixin(DiffusionTrainerMixin):
             logger.warning(
                 "`model` has seen no noise yet: preferences and rewards teach it little; fine-tune it as a diffusion model first"
             )
-        train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
+        train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset, args)
         prepare_quantised(model, args)
         if peft_config is not None:
             peft_config = prepare_adapter(model, peft_config, record)

@@ -98,7 +98,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         self._mode = self.diffusion_collator.record.mode
         # What `_prepare_dataset` needs, which TRL calls before it returns.
         self._formatting = formatting_func
-        train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset)
+        train_dataset, eval_dataset = read_datasets(train_dataset, eval_dataset, args)
         with model_is_loaded(args):
             super().__init__(
                 model=model,

@@ -88,6 +88,22 @@ def test_masks_that_nobody_would_read_are_refused(tmp_path, tokenizer):
         trainer.evaluate(rows)
 
 
+def test_a_transform_runs_at_every_read_where_nothing_is_prepared(tmp_path, tokenizer):
+    reads = []
+
+    def draw(batch):
+        reads.append(len(reads))
+        return {side: [[5, 6, 7 + len(reads)] for _ in batch["text"]] for side in ("input_ids", "labels")}
+
+    rows = Dataset.from_list([{"text": "a"}] * 4).with_transform(draw)
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    trainer = make(tmp_path, tokenizer, dataset=rows, **skip)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"][0, 2] == 7 + len(reads)
+    before = len(reads)
+    trainer.train()
+    assert len(reads) > before
+
+
 @pytest.mark.parametrize("row", [{"messages": CHAT}, {"prompt": "a", "completion": "b"}])
 def test_a_formatting_function_wins_over_columns(tmp_path, tokenizer, row):
     settings = DiffusionSFTConfig(str(tmp_path), use_cpu=True, report_to="none")
