@@ -312,7 +312,7 @@ def test_times_of_segments_are_golden_ratios_apart() -> None:
     unit, golden = (times - MIN_TIME) / (1 - MIN_TIME), (5**0.5 - 1) / 2
     for k in range(5):
         apart = (unit[:, k] - (rows - MIN_TIME) / (1 - MIN_TIME) - k * golden).remainder(1)
-        assert torch.minimum(apart, 1 - apart).max() < 1e-9
+        assert torch.minimum(apart, 1 - apart).max() < 1e-6
         assert ks_distance(unit[:, k].float()) < 3 / 1000
 
 
