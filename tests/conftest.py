@@ -21,6 +21,9 @@ from llm_diffusion.models.loading import load_diffusion_model
 
 # A shell's background jobs ignore it, and so would every process started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# No deadlines: a busy machine is no defect.
+settings.register_profile("fast", deadline=None)
+settings.load_profile("fast")
 settings.register_profile("slow", max_examples=2000, deadline=None)
 
 

@@ -52,7 +52,7 @@ def loss_weights(
         return ((1 - probability) / probability).clamp(min=0).sqrt()
     index = torch.arange(masked.shape[-1], device=masked.device)
     distance = (index[:, None] - index).abs()
-    kernel = 0.5 * CART_DECAY * (1 - CART_DECAY) ** (distance - 1).clamp(min=0).float() * (distance > 0)
+    kernel = 0.5 * CART_DECAY * (1 - CART_DECAY) ** (distance - 1).float() * (distance > 0)
     visible = (~masked & (document_ids > 0))[:, None, :] & (document_ids[:, :, None] == document_ids[:, None, :])
     return (visible * kernel).sum(-1)
 

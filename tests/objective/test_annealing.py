@@ -1,6 +1,7 @@
 """The way from causal to bidirectional: schedules against their formulas, masks against what they must do to attention."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -57,6 +58,15 @@ def test_schedules(schedule, formula):
         assert annealing(schedule).causal_ratio(step) == pytest.approx(formula(step / 100), abs=1e-12)
         between = annealing(schedule, initial=0.9, final=0.2).causal_ratio(step)
         assert between == pytest.approx(0.2 + 0.7 * formula(step / 100), abs=1e-12)
+
+
+def test_points_may_stand_in_any_order():
+    assert [annealing("step", points=[[50, 0.25], [10, 0.8]]).causal_ratio(step) for step in (9, 10, 49, 50)] == [
+        1.0,
+        0.8,
+        0.8,
+        0.25,
+    ]
 
 
 @given(st.sampled_from(SCHEDULES), st.integers(0, 300))
@@ -127,10 +137,38 @@ def test_annealed_texts_of_a_packed_row_never_see_each_other_or_padding(mode, st
         ({"annealing_schedule": "step"}, "annealing_points"),
         ({"annealing_points": [[1, 0.5]]}, "annealing_points"),
         ({"annealing_schedule": "step", "annealing_points": [[1, 2.0]]}, "annealing_points"),
+        ({"annealing_schedule": "step", "annealing_points": [[1, -0.5]]}, "annealing_points"),
+        ({"annealing_schedule": "step", "annealing_points": [[1, 0.5], [2, 0.5, 3]]}, "annealing_points"),
+        ({"annealing_schedule": "step", "annealing_points": [[1, "x"]]}, "annealing_points[0][1]"),
+        ({"annealing": "block", "initial_causal_ratio": 0.5}, "annealing"),
     ],
 )
 def test_bad_settings_are_named(options, field):
     chosen = AnnealingSettings(**{"annealing": "soft", **options})
-    with pytest.raises(UserError, match=f"`{field}`"):
+    with pytest.raises(UserError, match=re.escape(f"`{field}`")):
         check_settings(chosen)
         chosen.check_annealing()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"annealing": None},
+        {"annealing": "block"},
+        {"initial_causal_ratio": 0.5, "final_causal_ratio": 0.5},
+        {"annealing_schedule": "step", "annealing_points": [[0, 1.0], [5, 0.0]]},
+    ],
+)
+def test_settings_that_go_together_pass(options):
+    chosen = AnnealingSettings(**{"annealing": "soft", **options})
+    check_settings(chosen)
+    chosen.check_annealing()
+
+
+@pytest.mark.parametrize("mode", ["soft", "stochastic"])
+def test_what_is_left_of_causality_is_a_soft_mask_for_good(mode):
+    for step in (100, 500):
+        found = annealing(mode=mode, final=0.25).mask(ONE_TEXT, step, seed=0, longest=12)
+        assert torch.equal(found, annealed(ONE_TEXT, 0.25))
+    assert annealing(mode=mode, final=0.25).mask(ONE_TEXT, 0, seed=0, longest=12).shape == (1, 1, 12, 12)

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_diffusion.objective.attention_masks import (
     additive,
+    annealed,
     bidirectional,
     block_causal,
     block_decoding,
     block_diffusion,
+    column_index,
     positions,
+    segments,
     symmetric,
 )
 
@@ -132,6 +135,7 @@ def test_block_diffusion_of_a_packed_row(clean):
 
 @pytest.mark.parametrize("additive_mask", [False, True])
 @pytest.mark.parametrize("open_rows", [False, True])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_symmetric_masks(additive_mask, open_rows, data):
     """Against the rule written out: same text, and no padding key. Host code may let rows of padding look everywhere."""
@@ -158,3 +162,73 @@ def test_masks_that_are_not_causal_pass_unchanged():
     sloped = torch.arange(6.0).expand(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), torch.finfo(torch.float32).min)
     with pytest.raises(ValueError, match="position biases"):
         symmetric(sloped[None, None])
+
+
+def test_padding_on_the_left_is_before_the_text() -> None:
+    assert positions(torch.tensor([[0, 0, 1, 1, 0]]))[0, :4].tolist() == [-1, -1, 0, 1]
+    assert column_index(torch.tensor([[7, 7, 7], [7, 7, 7]])).tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize("lengths", [[5], [3, 4], [1, 2, 6, 1]])
+def test_first_blocks_may_be_shortened(lengths: list[int], offset: int) -> None:
+    """Segments, and the blocks of the training mask, of three tokens of which the first has `offset` less (or none)."""
+    want, texts, number = [], [], 0
+    for text, n in enumerate(lengths):
+        numbers = [(place + offset) // 3 for place in range(n)]
+        want += [number + value - numbers[0] for value in numbers]
+        texts += [text] * n
+        number = want[-1] + 1
+    offsets = torch.tensor([[offset]])
+    documents, n = packed(lengths, padding=0), sum(lengths)
+    assert segments(documents, 3, offsets)[0].tolist() == want
+    found = block_diffusion(documents, 3, "causal", offsets)[0]
+    for q in range(n):
+        for k in range(n):
+            assert found[q, k] == (want[q] == want[k])
+            assert found[q, n + k] == (want[k] < want[q] and texts[q] == texts[k])
+
+
+def test_segments_of_padding_have_a_number_of_a_text() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 2, 0]])
+    assert segments(documents, 1)[0].tolist() == [0, 0, 0, 1, 2, 2]
+    assert segments(documents, None)[0].tolist() == [0, 0, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
+def test_causal_ratios_are_shares(ratio: float) -> None:
+    with pytest.raises(ValueError, match="causal_ratio"):
+        annealed(torch.ones(1, 2, dtype=torch.long), ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_annealed_masks_written_out(dtype: torch.dtype, ratio: float) -> None:
+    least = torch.finfo(dtype).min
+    found = annealed(torch.tensor([[1, 1, 2, 0]]), ratio, dtype)
+    future = {0.0: 0.0, 0.5: torch.tensor(0.5).log().to(dtype).item(), 1.0: least}[ratio]
+    assert found.dtype == dtype
+    assert found[0, 0, :3].tolist() == [[0, future, least, least], [0, 0, least, least], [least, least, 0, least]]
+
+
+def test_rows_of_padding_stay_open_and_hide_nothing() -> None:
+    """transformers lets padding on the left see everything; what it sees must not become visible to the text."""
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    causal[:, 0] = False
+    causal[0] = True
+    want = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    assert torch.equal(symmetric(causal[None, None])[0, 0], want)
+    least = torch.finfo(torch.float32).min
+    found = symmetric(torch.zeros(1, 1, 4, 4).masked_fill(~causal, least))
+    assert torch.equal(found[0, 0], torch.zeros(4, 4).masked_fill(~want, least))
+
+
+def test_of_a_batch_only_the_causal_masks_change() -> None:
+    """Also with biases on the mask that is not causal."""
+    causal, full = torch.ones(4, 4).tril().bool(), block_causal(torch.ones(1, 4, dtype=torch.long), 2)[0]
+    both = torch.stack([causal, full])[:, None]
+    assert torch.equal(symmetric(both)[0, 0], torch.ones(4, 4).bool()) and torch.equal(symmetric(both)[1, 0], full)
+    biased = torch.full((1, 1, 4, 4), -0.5).masked_fill(~full, torch.finfo(torch.float32).min)
+    assert torch.equal(symmetric(biased), biased)
+    single = torch.tensor([[[[True]]]])
+    assert torch.equal(symmetric(single), single)

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from collators import collator_of
 from oracle import MarkovChain
 
+from llm_diffusion import UserError
 from llm_diffusion.models.lm_head import scores_of_logits
-from llm_diffusion.objective.estimators import aligned_positions, elbo_draws, pair_times, trajectory_draws
+from llm_diffusion.objective.estimators import (
+    ESTIMATORS,
+    aligned_positions,
+    check_estimator,
+    draw,
+    elbo_draws,
+    pair_times,
+    share_masked,
+    trajectory_draws,
+)
 from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.collator import DataCollatorForDiffusionPreference
 from llm_diffusion.training.scoring import compute_diffusion_score
@@ -51,6 +63,20 @@ def pairs(n: int, prompt: int = 8, errors: int = 2, seed: int = 0) -> dict[str, 
     return collator()(rows)
 
 
+def repeated(
+    batch: dict[str, torch.Tensor], times: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor | int]]:
+    """Every pair so many times, and the keys of noise of its own for each: what many seeds would give, in one batch."""
+    n = len(batch["input_ids"]) // 2
+    both = {
+        name: value.unflatten(0, (2, n)).repeat(1, times, *[1] * (value.dim() - 1)) for name, value in batch.items()
+    }
+    return {name: value.flatten(0, 1) for name, value in both.items()}, {
+        "rows": torch.arange(n * times),
+        "n_rows": n * times,
+    }
+
+
 def score_of(chain: MarkovChain, batch: dict, seed: int, shift: bool = False, **options) -> torch.Tensor:
     own = collator(right_shift_logits=shift)
     draws = own.corrupt(batch, seed=seed, step=0, **options)
@@ -80,25 +106,28 @@ def test_texts_are_aligned(chosen: str, rejected: str, expected: list[int]) -> N
     assert theirs == expected and len(set(theirs)) == len(theirs)
 
 
+def test_long_texts_of_few_words_are_aligned() -> None:
+    """difflib leaves out what is frequent in 200 tokens or more, unless told not to."""
+    words = [1, 2] * 150
+    assert aligned_positions(words, [9, *words])[1] == [300, *range(300)]
+
+
 def test_common_tokens_are_masked_together() -> None:
     """Also behind an inserted token, where positions differ."""
     rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4, 5, 1, 2, 3, 4, 0], "rejected_ids": [3, 5, 5, 1, 2, 3, 4, 0]}]
     inserted = [{**rows[0], "rejected_ids": [0, *rows[0]["chosen_ids"]]}]
     for noisy in collator().corrupt(collator()(rows), seed=1, step=0):
         assert torch.equal(*noisy["masked"])
-    same = total = 0
-    batch = collator()(inserted)
-    for step in range(50):
-        for noisy in collator().corrupt(batch, seed=1, step=step):
-            same += (noisy["masked"][0, 2:10] == noisy["masked"][1, 3:11]).sum()
-            total += 8
-    assert same / total > 0.9
+    batch, keys = repeated(collator()(inserted), 100)
+    for noisy in collator().corrupt(batch, seed=1, step=0, **keys):
+        assert (noisy["masked"][:100, 2:10] == noisy["masked"][100:, 3:11]).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("shift", [False, True])
 def test_elbo_score_is_unbiased(shift: bool) -> None:
     batch = pairs(48)
-    scores = torch.stack([score_of(CHAIN, batch, seed, shift, n_draws=4) for seed in range(24)]).double()
+    many, keys = repeated(batch, 24)
+    scores = score_of(CHAIN, many, 0, shift, n_draws=4, **keys).double().view(2, 24, 48).transpose(0, 1).flatten(1)
     error = (scores - exact(CHAIN, batch)).mean(0)  # of 24 estimates, per row
     mean, spread = error.mean(), error.std() / len(error) ** 0.5
     assert abs(mean) < 3 * spread + 1e-9, (mean, spread)
@@ -107,15 +136,11 @@ def test_elbo_score_is_unbiased(shift: bool) -> None:
 
 def test_elbo_score_is_unbiased_in_blocks() -> None:
     """Each block has a time of its own: the weights still average to one a token."""
-    maskable = torch.ones(2, 12, dtype=torch.bool)
-    part = torch.arange(12).expand(2, -1) // 4
-    position, keys = torch.arange(12).expand(2, -1), torch.tensor([3, 3])
-    total = torch.zeros(2, 12)
-    for step in range(250):
-        times = pair_times(0, step, keys)
-        for masked, weights, _ in elbo_draws(0, step, keys, times, position, maskable, part, 4):
-            total += masked * weights / 1000
-    torch.testing.assert_close(total, torch.ones(2, 12), atol=0.15, rtol=0)
+    maskable, keys = torch.ones(500, 12, dtype=torch.bool), torch.arange(500)
+    position = torch.arange(12).expand(500, -1)
+    draws = elbo_draws(0, 3, keys, pair_times(0, 3, keys), position, maskable, position // 4, 4)
+    total = sum((masked * weights).mean(0) / 4 for masked, weights, _ in draws)
+    torch.testing.assert_close(total, torch.ones(12), atol=0.15, rtol=0)
 
 
 def test_trajectory_one_token_a_step_is_exact() -> None:
@@ -156,19 +181,12 @@ def test_policy_is_at_the_stated_distance() -> None:
 
 def spread(shared: bool, batch: dict, **options) -> float:
     """Standard deviation over seeds of the preference score, in nats."""
-    values = []
-    n = len(batch["input_ids"]) // 2
-    for seed in range(24):
-        seeds = [seed] * 4 if shared else [1000 + 4 * seed + i for i in range(4)]
-        chosen, rejected = slice(0, n), slice(n, 2 * n)
-        sides = [
-            score_of(chain, batch, own, **options)[side]
-            for (chain, side), own in zip(
-                [(POLICY, chosen), (CHAIN, chosen), (POLICY, rejected), (CHAIN, rejected)], seeds, strict=True
-            )
-        ]
-        values.append(sides[0] - sides[1] - sides[2] + sides[3])
-    return torch.stack(values).std(0).mean().item()
+    many, keys = repeated(batch, 24)
+    policy_chosen, base_chosen, policy_rejected, base_rejected = (
+        score_of(chain, many, 0 if shared else 1000 + i, **keys, **options).view(2, 24, -1)[side]
+        for i, (chain, side) in enumerate([(POLICY, 0), (CHAIN, 0), (POLICY, 1), (CHAIN, 1)])
+    )
+    return (policy_chosen - base_chosen - policy_rejected + base_rejected).std(0).mean().item()
 
 
 def test_shared_masks_leave_a_quarter_of_the_noise() -> None:
@@ -212,3 +230,149 @@ def test_parts_end_at_their_own_pace() -> None:
     assert len(draws) == 4 and torch.equal(revealed.sum(0), torch.full((7,), 4.0))
     assert revealed[:2, 4:6].sum() == 8 and revealed[0, 6] == 4
     assert draws[0][2][0].tolist() == [1.0] * 7 and sorted(draws[1][2][0].tolist())[:3] == [0.0, 0.5, 0.5]
+
+
+def test_draws_of_a_pair_have_the_count_of_their_stratum() -> None:
+    """k = ceil(u n) of n tokens, u = (draw + time) / draws, in exact arithmetic."""
+    keys, n, n_draws = torch.arange(6), 1000, 3
+    times = torch.tensor([0.0005, 0.1235, 0.2505, 0.5, 0.7505, 0.9995])
+    maskable, part = torch.ones(6, n, dtype=torch.bool), torch.zeros(6, n, dtype=torch.long)
+    position = torch.arange(n).expand(6, -1)
+    for draw_number, (masked, weights, levels) in enumerate(
+        elbo_draws(0, 3, keys, times, position, maskable, part, n_draws)
+    ):
+        for row, time in enumerate((5, 1235, 2505, 5000, 7505, 9995)):
+            exact = (draw_number + Fraction(time, 10_000)) / n_draws * n
+            k = int(masked[row].sum())
+            assert k in (-(-exact // 1), -(-(exact - Fraction(1, 1000)) // 1), -(-(exact + Fraction(1, 1000)) // 1))
+            assert levels[row].unique().item() == pytest.approx(k / n)
+            assert weights[row].unique().item() == pytest.approx(n / k)
+
+
+def test_draws_without_places_are_random_and_with_them_strata() -> None:
+    keys = torch.arange(512)
+    for n_pairs in (None, 512):
+        times = pair_times(1, 2, keys, n_pairs)
+        assert times.min() > 0 and times.max() < 1
+        assert abs(times.mean() - 0.5) < 4 / (12 * 512) ** 0.5
+        assert (len(set((times * 512).long().tolist())) == 512) == (n_pairs is not None)
+
+
+def test_a_trajectory_of_nothing_is_one_empty_draw() -> None:
+    nothing = torch.zeros(1, 4, dtype=torch.bool)
+    args = (torch.tensor([1]), torch.arange(4)[None], nothing, torch.zeros(1, 4, dtype=torch.long))
+    ((masked, _, levels),) = trajectory_draws(0, 0, *args, num_steps=3)
+    assert not masked.any() and (levels == 0).all()
+
+
+# -- draws for likelihoods
+
+PARTS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 1, 2])  # blocks of 3, 6 and 1 tokens
+SIZES = torch.tensor([3, 6, 1])[PARTS]
+
+
+@pytest.mark.parametrize("estimator", ["exact_count", "per_block"])
+def test_exact_counts_of_a_replicate_are_every_count_once(estimator: str) -> None:
+    """With as many samples as tokens, in blocks that divide them: every count as often, each weighed n / k."""
+    masked, weights = draw(PARTS, 5, estimator, n_samples=18, replicates=3, seed=1)
+    assert masked.shape == weights.shape == (18, 10) and weights.dtype == torch.float64
+    assert (weights[~masked] == 0).all()
+    for replicate in range(3):
+        own = slice(6 * replicate, 6 * replicate + 6)
+        for number, size in enumerate((3, 6, 1)):
+            inside = PARTS == number
+            counts = masked[own, inside].sum(-1)
+            assert sorted(counts.tolist()) == [k for k in range(1, size + 1) for _ in range(6 // size)]
+            totals = weights[own, inside].sum(-1)
+            torch.testing.assert_close(totals, torch.full((6,), float(size), dtype=torch.float64))
+    first, other = draw(PARTS, 5, estimator, 18, 3, seed=2)[0], draw(PARTS, 6, estimator, 18, 3, seed=1)[0]
+    assert not torch.equal(masked, first) and not torch.equal(masked, other)
+    assert not torch.equal(masked[:6], masked[6:12])
+
+
+@pytest.mark.parametrize("estimator", ["uniform", "stratified"])
+def test_levels_are_uniform_or_strata_and_the_share_that_is_masked(estimator: str) -> None:
+    """The level of a sample is known from its weights; of 400 tokens about that share is masked."""
+    n, samples, replicates = 400, 512, 8
+    parts = torch.arange(2 * n) // n
+    masked, weights = draw(parts, 3, estimator, samples, replicates, seed=4)
+    for inside in (parts == 0, parts == 1):
+        level = torch.where(masked, 1 / weights.clamp(min=1e-9), 0)[:, inside].amax(-1)
+        known = level > 0
+        assert known.float().mean() > 0.98
+        torch.testing.assert_close(weights[:, inside], masked[:, inside] / level.clamp(min=1e-9)[:, None])
+        share = masked[:, inside].double().mean(-1)
+        assert ((share - level).abs() <= 4.5 * (level * (1 - level) / n) ** 0.5 + 0.01).all()
+        strata = 0
+        for replicate in range(replicates):
+            own, there = (value[64 * replicate : 64 * replicate + 64] for value in (level, known))
+            starts = (own[there] * 64) % 1  # strata of one replicate are all entered at the same place
+            strata += bool((starts - starts[0]).abs().min() < 1e-6 and starts.std() < 1e-3)
+            if estimator == "stratified":
+                assert len(set((own[there] * 64).long().tolist())) == int(there.sum())
+        assert strata == (8 if estimator == "stratified" else 0)
+        assert abs(level.mean() - 0.5) < 0.06 and level.max() > 0.97
+    both = masked.view(samples, 2, n).double().mean(-1)
+    assert not torch.allclose(both[:, 0], both[:, 1], atol=0.1)  # every block has levels of its own
+
+
+@pytest.mark.parametrize("estimator", ["any_order", "left_to_right"])
+def test_orders_ask_for_every_token_once(estimator: str) -> None:
+    """Step s of an order masks what is not known after s tokens of each block, and asks for the next of each."""
+    masked, weights = draw(PARTS, 5, estimator, n_samples=4, replicates=2, seed=1)
+    steps, orders = 6, set()
+    assert masked.shape == weights.shape == (24, 10)
+    for order in range(4):
+        own = slice(steps * order, steps * order + steps)
+        asked = weights[own] > 0
+        assert (asked.sum(0) == 1).all() and set(weights[own][asked].tolist()) == {float(steps)}
+        when = asked.int().argmax(0)
+        for number in range(3):
+            size = int((PARTS == number).sum())
+            assert sorted(when[PARTS == number].tolist()) == list(range(size))
+        for step in range(steps):
+            assert torch.equal(masked[own][step], when >= step)
+        orders.add(tuple(when.tolist()))
+    if estimator == "left_to_right":
+        assert orders == {(0, 1, 2, 0, 1, 2, 3, 4, 5, 0)}
+    else:
+        assert len(orders) == 4
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_nothing_to_score_is_a_draw_a_replicate(estimator: str) -> None:
+    masked, weights = draw(PARTS[:0], 5, estimator, n_samples=8, replicates=4, seed=0)
+    assert masked.shape == weights.shape == (4, 0) and masked.dtype == torch.bool and weights.dtype == torch.float64
+
+
+def test_levels_of_a_row_are_the_shares_of_its_blocks() -> None:
+    masked = torch.rand(5, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    whole = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 3])  # the last block scores nothing
+    found = share_masked(masked, PARTS, whole)
+    assert found.shape == (5, 12)
+    for sample in range(5):
+        for column, number in enumerate(whole.tolist()):
+            inside = masked[sample][PARTS == number].tolist()
+            assert found[sample, column] == pytest.approx(sum(inside) / len(inside) if inside else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "n_samples", "replicates", "named"),
+    [
+        ("uniform", 8, 4, None),
+        ("any_order", 2, 2, None),
+        ("exact_count", 2**16, 8, None),
+        ("", 8, 4, "estimator"),
+        ("uniform", 8, 1, "replicates"),
+        ("uniform", 1, 2, "n_samples"),
+        ("uniform", 2**16 + 8, 8, "n_samples"),
+        ("uniform", 4, 8, "n_samples"),
+        ("uniform", 12, 8, "n_samples"),
+    ],
+)
+def test_samples_are_dealt_out_evenly(estimator: str, n_samples: int, replicates: int, named: str | None) -> None:
+    if named is None:
+        check_estimator(estimator, n_samples, replicates)
+        return
+    with pytest.raises(UserError, match=f"`{named}`"):
+        check_estimator(estimator, n_samples, replicates)

@@ -1,4 +1,4 @@
-"""Seeded noise: its distribution, what it does and does not depend on, and the two read-out conventions."""
+"""Seeded noise: its distribution, and what it does and does not depend on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_diffusion.objective.modes import IGNORE_INDEX, Bidirectional, align_with_readout
+from llm_diffusion.objective import noise
 from llm_diffusion.objective.noise import (
     MASK_STREAM,
     MIN_TIME,
@@ -18,8 +18,12 @@ from llm_diffusion.objective.noise import (
     content_keys,
     draw_exact_mask,
     draw_mask,
+    draw_tokens,
     hash_keys,
+    ranks,
+    row_keys,
     stratified_times,
+    times_of_segments,
     uniform,
 )
 
@@ -38,6 +42,23 @@ COUNTERS = {
     "alone": (COUNT,),
 }
 every_counter = pytest.mark.parametrize("parts", COUNTERS.values(), ids=COUNTERS.keys())
+
+
+def fmix32(h: int) -> int:
+    """The finaliser of MurmurHash3 (Appleby's MurmurHash3.cpp, in the public domain) on Python's integers."""
+    h ^= h >> 16
+    h = h * 0x85EBCA6B % 2**32
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 % 2**32
+    return h ^ h >> 16
+
+
+def key_of(*parts: int) -> int:
+    """Every part is mixed into the key of those before it, as the digits of a number of base 31 are."""
+    key = 0
+    for part in parts:
+        key = fmix32((fmix32(part % 2**32) + 0x9E3779B9 + 31 * key) % 2**32)
+    return key
 
 
 def ks_distance(values: torch.Tensor) -> float:
@@ -69,6 +90,24 @@ def test_uniform_is_uniform(parts: tuple) -> None:
     assert abs(values.mean() - 1 / 2) < 4 * (1 / 12 / N) ** 0.5
     assert abs(values.var() - 1 / 12) < 4 * (1 / 180 / N) ** 0.5
     assert ks_distance(values) < 2 / N**0.5
+
+
+def test_keys_are_the_same_in_every_version() -> None:
+    """A run that is resumed, or repeated with a later version, draws the noise it drew before."""
+    assert fmix32(1) == 0x514E28B7  # as published
+    parts = [(0,), (1,), (2**32 - 1,), (-1,), (2**40 + 3,), (0, 0), (0, 1), (1, 0), (7, 3, 11, 2**31, 5)]
+    for given_parts in parts:
+        first, *rest = given_parts
+        assert hash_keys(torch.tensor([first]), *rest).tolist() == [key_of(*given_parts)]
+        assert uniform(torch.tensor(first), *rest).item() == (key_of(*given_parts) // 512 + 0.5) / 2**23
+    row = torch.tensor([[9, 4, 4, 8]])
+    want = fmix32(sum(key_of(token, place) for place, token in enumerate([4, 4, 8])) % 2**32)
+    assert content_keys(row, torch.tensor([[0, 1, 1, 1]])).tolist() == [want]
+
+
+def test_streams_differ() -> None:
+    streams = {name: value for name, value in vars(noise).items() if name.endswith("_STREAM")}
+    assert len(streams) == len(set(streams.values())) == 9
 
 
 def test_uniform_is_above_zero_for_the_lowest_key() -> None:
@@ -236,33 +275,6 @@ def test_content_keys_of_many_rows_differ() -> None:
     assert ks_distance(uniform(0, 0, keys, TIME_STREAM)) < 2 / 4096**0.5
 
 
-@pytest.mark.parametrize("right_shift", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 7])
-def test_both_conventions_name_the_same_hidden_state(right_shift: bool, length: int) -> None:
-    """The state that the sampler reads for position p is the state on which the loss puts the target of p."""
-    tokens = torch.arange(3 * length).view(3, length) + 10
-    targets = align_with_readout(tokens, right_shift, IGNORE_INDEX)
-    assert targets.shape == tokens.shape
-    predicted = torch.arange(int(right_shift), length).expand(3, -1)  # shifted, token 0 has no predictor
-    states = Bidirectional(right_shift_logits=right_shift).readout_positions(predicted, predicted)
-    assert torch.equal(targets.gather(-1, states), tokens.gather(-1, predicted))
-    # Every other state has no target.
-    rest = torch.ones_like(targets, dtype=torch.bool).scatter(-1, states, False)
-    assert (targets[rest] == IGNORE_INDEX).all() and rest.sum() == 3 * int(right_shift)
-
-
-def test_position_0_reads_a_valid_state() -> None:
-    positions = torch.tensor([[0, 3, 1]])
-    assert Bidirectional(right_shift_logits=True).readout_positions(positions, positions).tolist() == [[0, 2, 0]]
-    assert Bidirectional(right_shift_logits=False).readout_positions(positions, positions).tolist() == [[0, 3, 1]]
-
-
-def test_shifted_values_keep_type_and_fill() -> None:
-    weights = torch.full((2, 1), math.pi).expand(2, 3)
-    shifted = align_with_readout(weights, True, 0.0)
-    assert shifted.dtype == weights.dtype and shifted[:, -1].eq(0).all() and shifted[:, :-1].eq(weights[:, 1:]).all()
-
-
 @few
 @given(st.data())
 def test_exact_masks_have_the_count_that_the_time_says(data) -> None:
@@ -270,7 +282,8 @@ def test_exact_masks_have_the_count_that_the_time_says(data) -> None:
     lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))
     part = torch.tensor([[i for i, n in enumerate(lengths) for _ in range(n)]])
     maskable = torch.tensor([data.draw(st.lists(st.booleans(), min_size=sum(lengths), max_size=sum(lengths)))])
-    unit = torch.tensor([data.draw(st.floats(0, 1)) for _ in lengths])
+    # Between the steps of every count up to 6, where rounding decides nothing.
+    unit = torch.tensor([(data.draw(st.integers(0, 59)) + 0.5) / 60 for _ in lengths])
     times = (MIN_TIME + (1 - MIN_TIME) * unit)[part[0]][None]
     masked, share = draw_exact_mask(3, 1, torch.tensor([9]), times, maskable, part)
     assert not (masked & ~maskable).any()
@@ -279,7 +292,7 @@ def test_exact_masks_have_the_count_that_the_time_says(data) -> None:
         n = int((maskable & inside).sum())
         k = int((masked & inside).sum())
         if n:
-            assert 1 <= k <= n and abs(k - max(1, float(unit[i]) * n)) < 1.01
+            assert k == math.ceil(float(unit[i]) * n)
             assert share[inside].unique().item() == pytest.approx(k / n)
 
 
@@ -289,3 +302,52 @@ def test_exact_masks_choose_every_token_alike() -> None:
     masked, _ = draw_exact_mask(0, 0, rows, times, ones, torch.zeros(6000, 5, dtype=torch.long))
     assert (masked.sum(-1) == 2).all()
     assert (masked.float().mean(0) - 0.4).abs().max() < 0.025
+
+
+def test_times_of_segments_are_golden_ratios_apart() -> None:
+    """And each alone is uniform; the first is the row's own."""
+    rows = torch.linspace(MIN_TIME, 1, 1000, dtype=torch.float64)
+    times = times_of_segments(rows, torch.arange(5).expand(1000, -1))
+    assert times.min() >= MIN_TIME and times.max() <= 1
+    unit, golden = (times - MIN_TIME) / (1 - MIN_TIME), (5**0.5 - 1) / 2
+    for k in range(5):
+        apart = (unit[:, k] - (rows - MIN_TIME) / (1 - MIN_TIME) - k * golden).remainder(1)
+        assert torch.minimum(apart, 1 - apart).max() < 1e-6
+        assert ks_distance(unit[:, k].float()) < 3 / 1000
+
+
+def test_random_tokens_are_uniform_and_of_the_row_alone() -> None:
+    rows, maskable = torch.arange(2000), torch.ones(2000, 6, dtype=torch.bool)
+    tokens = draw_tokens(1, 2, rows, maskable, 7)
+    counts = tokens.flatten().bincount(minlength=7)
+    assert tokens.shape == (2000, 6) and len(counts) == 7
+    assert (counts - 12_000 / 7).abs().max() < 4 * (12_000 * 6 / 49) ** 0.5
+    assert abs(chi_square(tokens[:, 0] / 7, tokens[:, 1] / 7, bins=7)) < 4
+    inside = torch.tensor([[False, True, True, False, True]])
+    assert torch.equal(draw_tokens(1, 2, rows[[9]], inside, 7)[inside], tokens[9, :3])
+
+
+@few
+@given(st.data())
+def test_ranks_are_places_in_the_order_of_the_noise(data: st.DataObject) -> None:
+    """By sorting every segment in Python."""
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    part = [i for i, n in enumerate(lengths) for _ in range(n)]
+    flags = [data.draw(st.lists(st.booleans(), min_size=len(part), max_size=len(part))) for _ in range(2)]
+    values = [data.draw(st.permutations(range(len(part)))) for _ in range(2)]
+    rank, sizes = ranks(torch.tensor(values) / len(part), torch.tensor(flags), torch.tensor([part, part]))
+    for r in range(2):
+        for i, number in enumerate(part):
+            inside = [j for j in range(len(part)) if part[j] == number and flags[r][j]]
+            assert sizes[r, i] == max(len(inside), 1)
+            before = sum(values[r][j] < values[r][i] for j in inside)
+            assert rank[r, i] == before if flags[r][i] else rank[r, i] >= len(inside)
+
+
+def test_rows_of_the_same_content_have_noise_of_their_own() -> None:
+    a, b = [5, 6, 7], [5, 7, 6]
+    keys = row_keys(torch.tensor([a, b, a, a, b]), torch.ones(5, 3, dtype=torch.long)).tolist()
+    assert len(set(keys)) == 5
+    # The first of its content is the same wherever it stands.
+    assert row_keys(torch.tensor([b, a]), torch.ones(2, 3, dtype=torch.long)).tolist() == [keys[1], keys[0]]
+    assert row_keys(torch.tensor([b, b, a]), torch.ones(3, 3, dtype=torch.long)).tolist() == [keys[1], keys[4], keys[0]]
