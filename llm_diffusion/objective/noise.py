@@ -80,7 +80,7 @@ def stratified_times(seed: int, step: int, rows: torch.Tensor, n_rows: int, low:
     # Strata are dealt out in random order: were they dealt in row order, sorted batches would tie length to noise.
     stratum = hash_keys(seed, step, everyone, ORDER_STREAM).argsort().argsort()[rows]
     offset = uniform(seed, step, torch.zeros_like(rows[:1]), TIME_STREAM)
-    return low + (high - low) * (stratum + offset) / n_rows
+    return low + (high - low) * ((stratum + offset) / n_rows)
 
 
 def times_of_segments(times: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
