@@ -2,8 +2,8 @@
 
     python benchmarks/same_text.py --questions gsm8k/test.jsonl chat/question.jsonl --limit 420 80
 
-Both sides answer the same batches greedily, the drafter in two passes a cycle, whether that pays in a batch or not. An answer that differs is a fault, or a tie: the gap between the base's two best logits where the two
-part is shown beside the step of the type there.
+Both sides answer the same batches greedily, the drafter in two passes a cycle, whether that pays in a batch or not. An answer that differs is a fault,
+or a tie: it is shown with the gap between the base's two best logits where the two part.
 """
 
 from __future__ import annotations
