@@ -426,13 +426,13 @@ def test_recipes_in_yaml(tmp_path):
 
 def test_custom_code_is_run_when_the_settings_trust_it(tmp_path, tokenizer):
     (tmp_path / "modeling_own.py").write_text(
-        "from transformers import Qwen3Config, Qwen3ForCausalLM\n\n\nclass OwnConfig(Qwen3Config):\n    model_type = 'own'\n\n\n"
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n\n\nclass OwnConfig(Qwen3Config):\n    model_type = 'of_the_folder'\n\n\n"
         "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
     )
     small(tmp_path, tokenizer)
     config = json.loads((tmp_path / "config.json").read_text())
     auto = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": auto}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "of_the_folder", "auto_map": auto}))
     with pytest.raises(ValueError, match="custom code"):
         sft(tmp_path / "out", str(tmp_path))
     trainer = sft(tmp_path / "out", str(tmp_path), None, {"trust_remote_code": True})
