@@ -131,13 +131,11 @@ def aligned_positions(chosen: list[int], rejected: list[int]) -> tuple[list[int]
 
     Every key stands once in each text.
     """
-    ours, theirs = list(range(len(chosen))), [-1] * len(rejected)
-    blocks = SequenceMatcher(a=chosen, b=rejected, autojunk=False).get_opcodes()
-    for _, start, end, other, other_end in blocks:
-        for i in range(other, other_end):
-            inside = start + i - other
-            theirs[i] = inside if inside < end else len(chosen) + i
-    return ours, theirs
+    theirs: list[int] = []
+    for _, start, end, other, other_end in SequenceMatcher(a=chosen, b=rejected, autojunk=False).get_opcodes():
+        places = range(start, start + other_end - other)
+        theirs += [place if place < end else len(chosen) + other - start + place for place in places]
+    return list(range(len(chosen))), theirs
 
 
 def pair_times(seed: int, step: int, keys: torch.Tensor, n_pairs: int | None = None) -> torch.Tensor:

@@ -223,6 +223,14 @@ def test_rows_of_padding_stay_open_and_hide_nothing() -> None:
     assert torch.equal(found[0, 0], torch.zeros(4, 4).masked_fill(~want, least))
 
 
+def test_rows_of_padding_that_see_nothing_see_nothing() -> None:
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    causal[:, 0] = False
+    want = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]).bool()
+    assert torch.equal(symmetric(causal[None, None])[0, 0], want)
+    assert torch.equal(symmetric(additive(causal[None]))[0, 0] == 0, want)
+
+
 def test_of_a_batch_only_the_causal_masks_change() -> None:
     """Also with biases on the mask that is not causal."""
     causal, full = torch.ones(4, 4).tril().bool(), block_causal(torch.ones(1, 4, dtype=torch.long), 2)[0]
