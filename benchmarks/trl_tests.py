@@ -207,7 +207,7 @@ def compare(kind: str, only: str) -> tuple[list[list[str]], list[list[str]], lis
             known = why != ours[name][1] and any(part in name for part in REFUSED[kind])
             differ.append([f"{kind} {name}", state, ours[name][0], why if known else f"{UNEXPLAINED} {why}"])
         elif state == "failed":
-            both.append(f"{kind} {name}")
+            both.append(f"{kind} {name}, ours with `{ours[name][1]:.110}`")
     return rows, differ, both
 
 
