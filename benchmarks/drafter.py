@@ -55,8 +55,8 @@ class UntilTime(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_training_stop = True
 
 
-def rows_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, Any]:
-    """The base's answers to prompts of its own and to the questions given: to train on, and held out."""
+def rows_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[list[Any], Any]:
+    """The base's answers to the questions, if there are any, and to prompts of its own: to train on, kind by kind, and held out of both."""
     cache, prompts = args.output / "answers.jsonl", []
     if args.questions:
         lines = args.questions.read_text().splitlines()[args.skip : args.skip + args.prompts]
@@ -65,7 +65,7 @@ def rows_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[Any, 
     kinds = [generate_answers(model, tokenizer, kind, max_new_tokens=192, cache=cache) for kind in prompts]
     kinds = [kind.filter(lambda row: sum(label != -100 for label in row["labels"]) > 8) for kind in kinds]
     held_out = concatenate_datasets([kind.select(range(HELD_OUT)) for kind in kinds])
-    return concatenate_datasets([kind.select(range(HELD_OUT, len(kind))) for kind in kinds]), held_out
+    return [kind.select(range(HELD_OUT, len(kind))) for kind in kinds], held_out
 
 
 def main() -> None:
@@ -90,7 +90,8 @@ def main() -> None:
     options = {"device": "cuda" if on_gpu else "cpu", "dtype": torch.bfloat16 if in_bf16 else torch.float32}
     name = str(DRAFTER) if args.go_on else "smollm2"
     model, tokenizer = load_diffusion_model(name, attention="lossless", block_length=8, **options)
-    train, held_out = rows_of(model, tokenizer, args)
+    kinds, held_out = rows_of(model, tokenizer, args)
+    train = concatenate_datasets(kinds)
     settings = DiffusionSFTConfig(
         str(args.output),
         **{key: value for key, value in preset.training.items() if key != "lr_scheduler_type"},
