@@ -22,6 +22,7 @@ from .. import UserError
 from ..models.attention import causal_attention
 from ..models.patching import adapters_off, base_of
 from ..models.record import record_of
+from ..models.sampling import sample
 from ..objective.attention_masks import additive, block_causal, positions
 from ..objective.losses import entropy, relative_error, soft_cross_entropy, total_variation
 from ..objective.modes import IGNORE_INDEX
@@ -182,7 +183,7 @@ def with_own_tokens(
     noise = uniform(seed, step, row_keys[rows], tokens, TOKEN_STREAM)[sampled]
     logits = logits[sampled].float()
     logits[:, mask_token_id] = -torch.inf
-    drawn = (logits.softmax(-1).cumsum(-1) < noise[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    drawn = sample(logits.softmax(-1), noise)
     ids = part["input_ids"].clone()
     ids[rows[sampled], tokens[sampled]] = drawn
     if end_token_ids:

@@ -10,6 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from llm_diffusion.models.attention import causal_attention
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.objective.modes import IGNORE_INDEX
+from llm_diffusion.training import distillation
 from llm_diffusion.training.distillation import head_inputs, teacher_scores, with_own_tokens
 
 LAYOUTS = [
@@ -170,6 +171,18 @@ def test_own_words_follow_the_students_distribution() -> None:
     share = torch.bincount(part["input_ids"][:, 1], minlength=5) / n
     torch.testing.assert_close(share[:4], logits[0, :4].softmax(-1), atol=0.03, rtol=0)
     assert share[4] == 0
+
+
+def test_a_sum_that_rounds_below_1_draws_no_mask(monkeypatch) -> None:
+    """Of the highest number that noise can be."""
+    monkeypatch.setattr(distillation, "uniform", lambda *_: torch.full((1,), 1 - 2.0**-24))
+    torch.manual_seed(8)  # whose sum is below that
+    logits, one = torch.randn(1, 151_936), torch.ones(1, 1, dtype=torch.bool)
+    noisy = {"tokens": torch.zeros(1, 1, dtype=torch.long), "masked": one, "weights": torch.ones(1, 1)}
+    rows = {name: torch.full((1, 1), 7) for name in ("input_ids", "labels")}
+    keys = (0, 0, torch.zeros(1, dtype=torch.long))
+    part = with_own_tokens(rows, noisy, logits, one, one[0], keys, logits.shape[1] - 1, ())
+    assert part["input_ids"].item() < logits.shape[1] - 1
 
 
 def test_an_end_token_of_its_own_ends_the_answer() -> None:
