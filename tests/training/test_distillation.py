@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import torch
 from small_trainers import LORA, make, moved, step_batch, tiny_model
@@ -231,3 +232,15 @@ def test_without_an_autoregressive_model_there_is_no_teacher(tmp_path, tokenizer
     model, own_tokenizer = load_diffusion_model(str(tmp_path / "full"))
     with pytest.raises(ValueError, match="converted themselves"):
         make(tmp_path, own_tokenizer, model=model, peft_config=LORA, distillation_hidden_weight=1.0)
+
+
+def test_a_converted_base_on_the_hub_is_no_teacher(tmp_path, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--user--converted"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    model, own = load_diffusion_model("tiny", device="cpu")
+    model.config.save_pretrained(repository / "snapshots" / "abc")
+    model.config.name_or_path = "user/converted"
+    with pytest.raises(ValueError, match="the weights under the adapters are converted themselves"):
+        make(tmp_path / "out", own, model, peft_config=LORA, distillation_weight=0.5)
