@@ -26,7 +26,7 @@ from ..data.tokens import tokenised
 from ..models.conversion import set_final_causal_ratio
 from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
-from ..models.patching import base_of
+from ..models.patching import base_of, in_eval_mode
 from ..models.record import record_of, update_record
 from ..models.special_tokens import set_end_tokens
 from ..objective.annealing import Annealing
@@ -282,13 +282,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         seed, step = self.args.seed + 1, self._conversion_step
         chosen = uniform(seed, step, part["noise_rows"]) < self.args.on_policy_share
         noisy = self._corrupt(part, "train", seed=seed)
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                scores = self._score(model, noisy, with_teacher=True)
-        finally:
-            model.train(training)
+        with in_eval_mode(model):
+            scores = self._score(model, noisy, with_teacher=True)
         keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
         special = collator.record.mask_token_id, collator.end_token_ids
         return with_own_tokens(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
