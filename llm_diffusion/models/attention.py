@@ -335,14 +335,12 @@ def in_attention(name: str) -> bool:
 @contextmanager
 def causal_attention(model: torch.nn.Module) -> Iterator[None]:
     """Attention as the autoregressive model had it, for decoding or scoring without gradients."""
-    model, patch = base_of(model), Patch()
-    _switch(patch, model, is_causal=True)
-    for config in _configs(model):
-        _set_windows(patch, model, config, _windows_of(config))
-    for module in model.modules():
-        if causal_ratio_of(module) is not None:
-            patch.set(module.diffusion_forward, "causal_ratio", None)
-    try:
+    model = base_of(model)
+    with Patch() as patch:
+        _switch(patch, model, is_causal=True)
+        for config in _configs(model):
+            _set_windows(patch, model, config, _windows_of(config))
+        for module in model.modules():
+            if causal_ratio_of(module) is not None:
+                patch.set(module.diffusion_forward, "causal_ratio", None)
         yield
-    finally:
-        patch.undo()

@@ -204,7 +204,9 @@ class ForwardProcess:
         if complement:
             self._take_complement(noisy)
         # 4. weights
-        tail_weight = self._weigh(noisy, tail, training)
+        kind, document_ids = self.settings.loss_weight, noisy.document_ids
+        noisy.weights = loss_weights(kind, noisy.weights, noisy.probability, noisy.masked, document_ids)
+        tail_weight = torch.where(tail, self.settings.eos_tail_weight if training else 1.0, 1.0)
         # 5. additions
         first_step = self._add_first_steps(noisy, noise, tail_weight, training)
         noisy.hidden = noisy.masked
@@ -286,12 +288,6 @@ class ForwardProcess:
         p = noisy.probability
         noisy.weights = noisy.weights * p / (1 - p).clamp(min=1e-6)
         noisy.masked, noisy.probability = noisy.maskable & ~noisy.masked, 1 - p
-
-    def _weigh(self, noisy: NoisyRows, tail: torch.Tensor, training: bool) -> torch.Tensor:
-        """Applies the loss's own weighting; returns what each token's place in text or tail weighs, (B, L)."""
-        kind, document_ids = self.settings.loss_weight, noisy.document_ids
-        noisy.weights = loss_weights(kind, noisy.weights, noisy.probability, noisy.masked, document_ids)
-        return torch.where(tail, self.settings.eos_tail_weight if training else 1.0, 1.0)
 
     def _add_first_steps(
         self, noisy: NoisyRows, noise: tuple, tail_weight: torch.Tensor, training: bool

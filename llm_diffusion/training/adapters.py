@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -25,8 +24,17 @@ from ..models.record import DiffusionRecord, record_of, update_record
 
 def has_converted_weights(model: torch.nn.Module) -> bool:
     """Whether the weights under any adapters come from a converted checkpoint, and not from an autoregressive one."""
-    file = Path(base_of(model).config._name_or_path) / "config.json"
-    return file.is_file() and "diffusion" in json.loads(file.read_text())
+    return "diffusion" in _saved_config(model)
+
+
+def _saved_config(model: torch.nn.Module) -> dict[str, Any]:
+    """The config of the checkpoint that the weights under any adapters were loaded from; empty where there is none."""
+    try:
+        # Of published layouts it is of another class. What was loaded is here already: nothing is asked of the hub.
+        path = resolve_path(base_of(model).config.name_or_path)
+        return PreTrainedConfig.get_config_dict(path, local_files_only=True)[0]
+    except (OSError, ValueError):
+        return {}
 
 
 def add_rows(model: torch.nn.Module, peft_config: PeftConfig, tokens: list[int], added: Iterable[int] = ()) -> None:
@@ -83,15 +91,11 @@ def keep_mask_row(model: PeftModel) -> None:
 
 def rows_suffice(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the rows that adapters train, and save, are all that the checkpoint of their base lacks of the tokenizer's tokens."""
-    rows, config = getattr(model.active_peft_config, "trainable_token_indices", None) or [], base_of(model).config
-    try:
-        # Of published layouts it is of another class. What was loaded is here already: nothing is asked of the hub.
-        saved, _ = PreTrainedConfig.get_config_dict(resolve_path(config.name_or_path), local_files_only=True)
-        known = (saved.get("text_config") or saved)["vocab_size"]
-    except (OSError, ValueError, KeyError):
-        return False  # PEFT decides
+    rows, saved = getattr(model.active_peft_config, "trainable_token_indices", None) or [], _saved_config(model)
+    known = (saved.get("text_config") or saved).get("vocab_size")
     trained = set().union(*rows.values()) if isinstance(rows, dict) else set(rows)
-    return bool(trained) and trained.issuperset(range(known, len(tokenizer)))
+    # Where it is not known, PEFT decides.
+    return known is not None and bool(trained) and trained.issuperset(range(known, len(tokenizer)))
 
 
 def prepare_adapter(

@@ -27,9 +27,8 @@ def own_config(args: TrainingArguments | None, kind: type[TrainingArguments], na
     if not isinstance(args, TrainingArguments) or type(args) not in kind.__mro__:
         raise TypeError(f"`args` must be a {kind.__name__}, got {type(args).__name__}.")
     values = args.to_dict()
-    if issubclass(
-        kind, GRPOConfig
-    ):  # TRL has set the first beside `steps_per_generation`, and takes one; its dropout is on
+    if issubclass(kind, GRPOConfig):
+        # TRL has set the first beside `steps_per_generation`, and takes one; its dropout is on.
         values |= {"generation_batch_size": None, "disable_dropout": True}
     hidden = {name: getattr(args, name) for name in values if name.endswith("_token")}  # eos_token for one
     return kind(**{**values, **hidden})

@@ -4,7 +4,6 @@
 2. `head_inputs`: the hidden states that reach the vocabulary, of teacher and student alike.
 3. `with_own_tokens`: rows in which the student's own guesses stand in place of masked text, for the teacher to judge.
 
-
 References: knowledge distillation (arXiv 1503.02531), on-policy distillation (GKD, arXiv 2306.13649).
 """
 
@@ -20,8 +19,9 @@ from transformers import DynamicCache
 
 from .. import UserError
 from ..models.attention import causal_attention
-from ..models.patching import adapters_off, base_of
+from ..models.patching import adapters_off, base_of, in_eval_mode
 from ..models.record import record_of
+from ..models.sampling import sample
 from ..objective.attention_masks import additive, block_causal, positions
 from ..objective.losses import entropy, relative_error, soft_cross_entropy, total_variation
 from ..objective.modes import IGNORE_INDEX
@@ -95,7 +95,6 @@ def without_mask_token(logits: torch.Tensor, adapted: PeftModel) -> torch.Tensor
     return logits
 
 
-@torch.no_grad()
 def teacher_scores(
     model: torch.nn.Module,
     adapted: PeftModel,
@@ -121,13 +120,8 @@ def teacher_scores(
     if packed:
         mask = additive(block_causal(document_ids, 1), base_of(adapted).dtype)
         inputs = {"attention_mask": mask, "position_ids": positions(document_ids).clamp(min=0)}
-    training = adapted.training
-    adapted.eval()  # no dropout
-    try:
-        with adapters_off(adapted), causal_attention(adapted), head_inputs(adapted) as caught:
-            logits = model(input_ids=ids, **inputs, use_cache=False, logits_to_keep=wanted).logits
-    finally:
-        adapted.train(training)
+    with in_eval_mode(adapted), adapters_off(adapted), causal_attention(adapted), head_inputs(adapted) as caught:
+        logits = model(input_ids=ids, **inputs, use_cache=False, logits_to_keep=wanted).logits
     hidden = caught[-1] if caught[-1].dim() == 2 else caught[-1][wanted]
     return without_mask_token(logits[place], adapted), hidden[place]
 
@@ -182,7 +176,7 @@ def with_own_tokens(
     noise = uniform(seed, step, row_keys[rows], tokens, TOKEN_STREAM)[sampled]
     logits = logits[sampled].float()
     logits[:, mask_token_id] = -torch.inf
-    drawn = (logits.softmax(-1).cumsum(-1) < noise[:, None]).sum(-1).clamp(max=logits.shape[-1] - 1)
+    drawn = sample(logits.softmax(-1), noise)
     ids = part["input_ids"].clone()
     ids[rows[sampled], tokens[sampled]] = drawn
     if end_token_ids:

@@ -26,10 +26,11 @@ from ..data.tokens import tokenised
 from ..models.conversion import set_final_causal_ratio
 from ..models.forward import add_row_scores
 from ..models.lm_head import train_rows_alone
-from ..models.patching import base_of
+from ..models.patching import base_of, in_eval_mode
 from ..models.record import record_of, update_record
 from ..models.special_tokens import set_end_tokens
 from ..objective.annealing import Annealing
+from ..objective.attention_masks import positions
 from ..objective.modes import IGNORE_INDEX
 from ..objective.noise import uniform
 from ..speculative.training import accepted_lengths, ready_drafter
@@ -181,7 +182,12 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             return maskable.any(-1).sum()
         if self.args.normalization == "length":
             return (batch["attention_mask"] > 0).sum()
-        return self._corrupt(batch, "train")["masked"].sum()
+        passes = self._passes("train")
+        return sum(self._corrupt(batch, "train", complement)["masked"].sum() for complement in passes) / len(passes)
+
+    def _passes(self, mode: str) -> tuple[bool, ...]:
+        """Whether each pass over the rows of a batch masks the complement."""
+        return (False, True) if mode == "train" and self.args.complementary_masks else (False,)
 
     def compute_loss(
         self,
@@ -192,7 +198,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
     ) -> torch.Tensor:
         """NELBO of the batch in nats a maskable token (training: its share of the whole step's)."""
         mode = "train" if self.model.training else "eval"
-        passes = (False, True) if mode == "train" and self.args.complementary_masks else (False,)
+        passes = self._passes(mode)
         parts = [
             self._part_loss(model, part, mode, complement, 1 / len(passes))
             for part in by_length(inputs, self.args.pad_to_multiple_of or 1)
@@ -276,13 +282,8 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         seed, step = self.args.seed + 1, self._conversion_step
         chosen = uniform(seed, step, part["noise_rows"]) < self.args.on_policy_share
         noisy = self._corrupt(part, "train", seed=seed)
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                scores = self._score(model, noisy, with_teacher=True)
-        finally:
-            model.train(training)
+        with in_eval_mode(model):
+            scores = self._score(model, noisy, with_teacher=True)
         keys, collator = (seed, step, part["noise_rows"]), self.diffusion_collator
         special = collator.record.mask_token_id, collator.end_token_ids
         return with_own_tokens(part, noisy, scores.logits, scores.keep, chosen, keys, *special), chosen
@@ -306,8 +307,9 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             # Evaluation is at the target, as generation is.
             at = step if mode == "train" else annealing.total_steps
             mask = annealing.mask(part["attention_mask"], at, self.args.seed, self.args.max_length)
-            if mask is not None:
-                noisy["inputs"]["attention_mask"] = mask
+            if mask is not None:  # some architectures derive positions from a 2-D mask, which this is not
+                place = positions(part["attention_mask"]).clamp(min=0)
+                noisy["inputs"] |= {"attention_mask": mask, "position_ids": place}
         return noisy
 
     def _block_length(self) -> int | None:
@@ -366,6 +368,14 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
             output.metrics[f"{metric_key_prefix}_loss"] = values[loss]
         return output
 
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The rows, without labels where a loader has dealt the first ones again, so that every process has a whole last batch."""
+        loader, labels = self.accelerator.gradient_state, inputs["labels"]
+        if not loader.end_of_dataloader or loader.remainder <= 0:
+            return inputs
+        places = self.accelerator.process_index * len(labels) + torch.arange(len(labels), device=labels.device)
+        return {**inputs, "labels": labels.masked_fill((places >= loader.remainder)[:, None], IGNORE_INDEX)}
+
     def prediction_step(
         self,
         model: torch.nn.Module,
@@ -374,7 +384,7 @@ class DiffusionSFTTrainer(DiffusionTrainerMixin, SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The loss; and for `compute_metrics` the logits (B, M, V) and labels (B, M) of masked tokens alone, -100 behind a row's last."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeated(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
             if prediction_loss_only:

@@ -45,8 +45,9 @@ def numbered_rows(batches: list[dict[str, Any]], accelerator: Accelerator, texts
     processes, index, seen = accelerator.num_processes, accelerator.process_index, 0
     for batch in batches:
         size = len(batch["input_ids"]) // texts
-        # Loaders deal whole micro-batches to the processes in turn.
-        batch["noise_rows"] = torch.arange(size) + seen * processes + index * size
+        # Loaders deal whole micro-batches to the processes in turn, and put them on the device.
+        first, device = seen * processes + index * size, batch["input_ids"].device
+        batch["noise_rows"] = torch.arange(first, first + size, device=device)
         seen += size
     for batch in batches:
         batch["n_noise_rows"] = seen * processes

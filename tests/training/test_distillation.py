@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import torch
 from small_trainers import LORA, make, moved, step_batch, tiny_model
@@ -10,6 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from llm_diffusion.models.attention import causal_attention
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.objective.modes import IGNORE_INDEX
+from llm_diffusion.training import distillation
 from llm_diffusion.training.distillation import head_inputs, teacher_scores, with_own_tokens
 
 LAYOUTS = [
@@ -172,6 +174,18 @@ def test_own_words_follow_the_students_distribution() -> None:
     assert share[4] == 0
 
 
+def test_a_sum_that_rounds_below_1_draws_no_mask(monkeypatch) -> None:
+    """Of the highest number that noise can be."""
+    monkeypatch.setattr(distillation, "uniform", lambda *_: torch.full((1,), 1 - 2.0**-24))
+    torch.manual_seed(8)  # whose sum is below that
+    logits, one = torch.randn(1, 151_936), torch.ones(1, 1, dtype=torch.bool)
+    noisy = {"tokens": torch.zeros(1, 1, dtype=torch.long), "masked": one, "weights": torch.ones(1, 1)}
+    rows = {name: torch.full((1, 1), 7) for name in ("input_ids", "labels")}
+    keys = (0, 0, torch.zeros(1, dtype=torch.long))
+    part = with_own_tokens(rows, noisy, logits, one, one[0], keys, logits.shape[1] - 1, ())
+    assert part["input_ids"].item() < logits.shape[1] - 1
+
+
 def test_an_end_token_of_its_own_ends_the_answer() -> None:
     """The next answer of the row goes on."""
     ids = torch.tensor([[7, 5, 5, 5, 7, 5, 5]])
@@ -218,3 +232,15 @@ def test_without_an_autoregressive_model_there_is_no_teacher(tmp_path, tokenizer
     model, own_tokenizer = load_diffusion_model(str(tmp_path / "full"))
     with pytest.raises(ValueError, match="converted themselves"):
         make(tmp_path, own_tokenizer, model=model, peft_config=LORA, distillation_hidden_weight=1.0)
+
+
+def test_a_converted_base_on_the_hub_is_no_teacher(tmp_path, tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--user--converted"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    model, own = load_diffusion_model("tiny", device="cpu")
+    model.config.save_pretrained(repository / "snapshots" / "abc")
+    model.config.name_or_path = "user/converted"
+    with pytest.raises(ValueError, match="the weights under the adapters are converted themselves"):
+        make(tmp_path / "out", own, model, peft_config=LORA, distillation_weight=0.5)

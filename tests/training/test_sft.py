@@ -1,13 +1,17 @@
 """DiffusionSFTTrainer: the loss against a second formula, seeded noise, equal gradients, resuming, saving."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
-from small_trainers import LORA, make, tiny_model
-from transformers import AutoTokenizer
+from small_trainers import LORA, make, step_batch, tiny_model
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from llm_diffusion import (
     DiffusionSFTConfig,
@@ -21,6 +25,8 @@ from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.objective.attention_masks import annealed, positions
 from llm_diffusion.objective.modes import IGNORE_INDEX
 from llm_diffusion.training.preparation import by_length
+from llm_diffusion.training.scoring import metric_values
+from llm_diffusion.training.trainer import numbered_rows
 
 
 def losses(trainer):
@@ -339,6 +345,26 @@ def test_two_processes_have_the_losses_of_one(tmp_path, in_two_processes):
     torch.testing.assert_close(torch.tensor(two), one, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_that_a_loader_repeats_are_evaluated_once(tmp_path, tokenizer, monkeypatch):
+    """Five rows in batches of two make the second of two processes see the first rows again."""
+    trainer = make(tmp_path, tokenizer, evaluation=tiny_dataset(5, split="test"), per_device_eval_batch_size=2)
+    one = trainer.evaluate()["eval_nelbo"]
+    for index in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", index)
+        loader = DataLoader(trainer.eval_dataset, batch_size=2, collate_fn=trainer.data_collator)
+        for batch in prepare_data_loader(loader, num_processes=2, process_index=index):
+            trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+    two = {name: float(value) for name, value in trainer._sums["eval"].items()}
+    assert metric_values(two, bounded=True)["nelbo"] == pytest.approx(one, rel=1e-5)
+
+
+def test_places_of_rows_are_on_the_device_of_their_batch():
+    """Where loaders put it: what a step's loss is divided by may be counted from the noise, before anything else is moved."""
+    batch = {"input_ids": torch.ones(4, 8, dtype=torch.long, device="meta")}
+    numbered_rows([batch], SimpleNamespace(num_processes=1, process_index=0))
+    assert batch["noise_rows"].device == batch["input_ids"].device
+
+
 def test_the_mask_row_joins_the_rows_that_a_user_trains(tmp_path, tokenizer):
     own = copy.deepcopy(LORA)
     own.trainable_token_indices = [5]
@@ -440,6 +466,20 @@ def test_annealed_steps_follow_their_mask_and_evaluation_the_target(tmp_path, to
     logits = trainer.model(input_ids=noisy["inputs"]["input_ids"], attention_mask=bias, use_cache=False).logits
     nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), noisy["targets"], reduction="none")
     torch.testing.assert_close(got, (nll * noisy["weights"]).sum() / count, atol=1e-4, rtol=1e-5)
+
+
+def test_a_model_that_counts_positions_by_its_mask_is_annealed(tmp_path, tokenizer):
+    """The last of very many steps is as good as the target, which needs no 4-D mask."""
+    losses = []
+    for settings in ({}, {"annealing": "soft", "annealing_schedule": "linear", "annealing_steps": 10**6}):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_attention_heads": 2}
+        model = OPTForCausalLM(OPTConfig(vocab_size=512, num_hidden_layers=2, dropout=0.0, **sizes))
+        trainer = make(tmp_path, tokenizer, model, **settings)
+        trainer.state.global_step = 10**6 - 1
+        batch = step_batch(trainer)
+        losses.append(trainer.compute_loss(trainer.model.train(), batch, num_items_in_batch=trainer.items).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_annealing_resumes_where_it_was(tmp_path, tokenizer):
@@ -662,6 +702,15 @@ def test_complementary_masks_are_two_passes(tmp_path, tokenizer):
     scores = trainer._score(trainer.model, noisy)
     other = ((scores.nll * noisy["weights"][scores.keep]).sum() / count).item()
     assert both == pytest.approx((single + other) / 2, rel=1e-5)
+
+
+def test_both_passes_of_complementary_masks_are_counted(tmp_path, tokenizer):
+    """Together they mask every token once; the first alone may have masked none."""
+    trainer = make(tmp_path, tokenizer, normalization="masked", complementary_masks=True, per_device_train_batch_size=1)
+    for step in range(5):
+        trainer.state.global_step = step
+        batch = step_batch(trainer)
+        assert trainer.items == (batch["labels"] != IGNORE_INDEX).sum() / 2
 
 
 def test_what_stays_of_the_causal_mask_stays_in_later_runs(tmp_path, tokenizer):
