@@ -32,7 +32,7 @@ from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
 from ..models.files import UNFINISHED, atomic, locked
 from ..objective.settings import check_settings, read_path, setting
-from .datasets import PLAIN_CHAT_TEMPLATE, data_files
+from .datasets import PLAIN_CHAT_TEMPLATE, local_files
 from .rows import Place, read_row
 
 _CHUNK = 2**20  # tokens of a `.bin` read at once
@@ -162,8 +162,7 @@ def _documents(plan: Preparation, tokenizer: PreTrainedTokenizerBase) -> Iterato
 def _streamed(plan: Preparation, path: Path) -> Iterator[dict[str, Any]]:
     try:
         if path.exists() or plan.source.startswith((".", "/", "~")):
-            kind, files = data_files(plan.source)
-            yield from load_dataset(kind, data_files=files, split="train", streaming=True)
+            yield from load_dataset(**local_files(plan.source), split="train", streaming=True)
         else:
             yield from load_dataset(plan.source, plan.config, split=plan.split, streaming=True)
     except (FileNotFoundError, UserError):

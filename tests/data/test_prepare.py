@@ -20,7 +20,7 @@ def ids(tokenizer):
 
 
 def sources(path, ids, tokenizer):
-    (path / "t.txt").write_text("\n".join(TEXTS[:20] + ["", "  "] + TEXTS[20:]) + "\n")
+    (path / "t.txt").write_text("\ufeff" + "\n".join(TEXTS[:20] + ["", "  "] + TEXTS[20:]) + "\n")
     (path / "j.jsonl").write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in TEXTS))
     Dataset.from_dict({"text": TEXTS}).to_parquet(str(path / "p.parquet"))
     flat = [token for row in ids for token in [*row, tokenizer.eos_token_id]]
