@@ -323,14 +323,18 @@ def _load_saved(name: str, path: Path) -> DatasetDict:
     _check_whole(path)
     try:
         loaded = load_from_disk(str(path)).with_format(None)  # rows are plain, whatever they were saved as
-        splits = loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
-        for rows in splits.values():
-            rows.data.validate(full=True)  # reading a row whose offsets are wrong would end the process
+        return _validated(loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded))
     except IndexError as error:  # raised for a table without rows
         raise UserError(f"`dataset`: {name!r} is empty.") from error
     except Exception as error:  # half a dozen types: Arrow's, and what JSON of another shape makes
         found = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"`dataset`: {name!r} is damaged: {found}") from error
+
+
+def _validated(splits: DatasetDict) -> DatasetDict:
+    """Tables that can be read: a row with wrong offsets would end the process, one that is no UTF-8 could not be named."""
+    for rows in splits.values():
+        rows.data.validate(full=True)
     return splits
 
 
@@ -377,7 +381,7 @@ def _by_split(name: str, files: list[str]) -> dict[str, list[str]] | list[str]:
 
 def _load(source: str, **options: Any) -> DatasetDict:
     try:
-        return load_dataset(**options)
+        return _validated(load_dataset(**options))
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
         # "An error occurred while generating the dataset" says nothing, what is behind it does.
         reason = textwrap.shorten(f"{str(error) or type(error).__name__} {error.__cause__ or ''}", 300)

@@ -155,9 +155,9 @@ def mixed_folder(folder):
     return folder
 
 
-def written(name, text):
+def written(name, text, encoding="utf-8"):
     def write(folder):
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding)
         return folder / name
 
     return write
@@ -186,6 +186,8 @@ def saved_without_rows(folder):
         written("data.jsonl", '{"text": "a"}\n{"text": \n{"text": "c"}\n'),
         written("data.json", "not json"),
         written("data.parquet", "not parquet"),
+        written("data.txt", "a\ncafé\n", "latin-1"),
+        written("data.jsonl", '{"text": "a"}\n{"text": "café"}\n', "latin-1"),
         written("data.jsonl", '{"text": "a"}\n'),
         written("tokens.bin", "ab"),
         saved_without_train,
