@@ -119,7 +119,9 @@ def _write(
         except DatasetGenerationError as error:  # for whatever went wrong on the way
             raise error.__cause__ or error from None
     if "train" not in splits:
-        tokens = plan.counts.get("train", {}).get("tokens", 0)
+        if "train" not in plan.counts:
+            raise UserError(f"`test`: all {len(held_out)} documents of {plan.source!r} are held out; set fewer.")
+        tokens = plan.counts["train"]["tokens"]
         raise UserError(f"`source`: {plan.source!r} is too short: {tokens} tokens, a row has {plan.length}.")
     return splits
 
@@ -136,7 +138,9 @@ def _rows(
         count["tokens"] += len(ids)
         rows = [[*ids, end]]
         if plan.form == "padded":
-            rows = [rows[0][:length] + [pad] * (length - len(rows[0]))]
+            if (cut := len(rows[0]) - length) > 0:
+                count["tokens cut off"] = count.get("tokens cut off", 0) + cut
+            rows = [rows[0][:length] + [pad] * -cut]
         elif plan.form == "joined":
             left += rows[0]
             rows = [left[start : start + length] for start in range(0, len(left) - length + 1, length)]
@@ -196,8 +200,8 @@ def _from_bin(path: Path, plan: Preparation, tokenizer: PreTrainedTokenizerBase)
     tokens, left = np.memmap(path, dtype=plan.dtype, mode="r"), np.empty(0, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK].astype(np.int64)
-        if chunk.min() < 0 or chunk.max() >= len(tokenizer):
-            found = f"{str(path)!r} has token {chunk.max()}, {plan.model!r} has {len(tokenizer)}"
+        if len(wrong := chunk[(chunk < 0) | (chunk >= len(tokenizer))]):
+            found = f"{str(path)!r} has token {wrong[0]}, {plan.model!r} has {len(tokenizer)}"
             raise UserError(f"`source`: {found}; it is of another tokenizer, or `--dtype` is another.")
         chunk = np.concatenate([left, chunk])
         *whole, left = np.split(chunk, np.flatnonzero(chunk == tokenizer.eos_token_id) + 1)
