@@ -128,7 +128,7 @@ QLORA_BOUNDS: dict[str, dict[str, Any]] = {
     "llm_int8_threshold": {"min": 0},
 }
 # Keys of the trainers that the main job sets itself; and those that one stage cannot have for itself.
-_OF_THE_RUN = ("output_dir", "use_cpu", "resume_from_checkpoint", "model_init_kwargs", "trust_remote_code")
+_OF_THE_RUN = "output_dir use_cpu resume_from_checkpoint model_init_kwargs trust_remote_code dataset_text_field".split()
 _RENAMED = {
     "num_train_epochs": "`epochs`",
     "per_device_train_batch_size": "`batch_size`",
@@ -339,6 +339,7 @@ def _check_generation(hp: HyperParameters) -> None:
 
 def settings_page() -> str:
     """docs/settings.md."""
+    from .generation.config import UnmaskingSettings
     from .models.record import ConversionSettings
     from .objective.annealing import AnnealingSettings
     from .objective.forward_process import NoiseSettings
@@ -347,7 +348,7 @@ def settings_page() -> str:
     intro = "Written by `python -m llm_diffusion.config`. In JSON and YAML None is `null`, and True `true`. Numbers are finite, whole ones below 2³¹."
     page = f"# Settings\n\n{intro}\n"
     shared = NoiseSettings, AnnealingSettings, ConversionSettings
-    for kind in (HyperParameters, DiffusionSFTConfig, *shared, ScoreSettings, DiffusionGRPOConfig):
+    for kind in (HyperParameters, DiffusionSFTConfig, *shared, ScoreSettings, DiffusionGRPOConfig, UnmaskingSettings):
         first_line = kind.__doc__.strip().splitlines()[0]
         page += f"\n## `{kind.__name__}`\n\n{first_line}\n\n{settings_table(kind)}\n"
     return page

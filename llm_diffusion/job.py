@@ -36,6 +36,7 @@ from .data.datasets import (
     load_preference_splits,
     load_splits,
     readable,
+    split_rows,
 )
 from .evaluation.answers import AnswerReport, evaluate_answers
 from .evaluation.metrics import ANSWER_METRICS, AnswersCallback
@@ -188,6 +189,7 @@ def make_stage(hp: HyperParameters, stage: dict[str, Any], output: Path, device:
         "save_strategy": "no",
         "disable_tqdm": not sys.stderr.isatty(),
         **hp.training,
+        "dataset_text_field": "text",  # what `load_splits` calls the column
     }
     if prefers := stage["name"] == DPO:
         settings = {key: settings[key] for key in settings.keys() & training_hints(True).keys() - NOT_FOR_DPO}
@@ -241,7 +243,8 @@ class Data:
 def load_data(hp: HyperParameters) -> Data:
     shares = {"test_size": hp.test_size, "seed": hp.seed, "limit": DEBUG_EXAMPLES if hp.debug else hp.max_examples}
     every_token = all(stage.get("completion_only_loss") is False for stage in stages_of(hp))
-    data = Data(*load_splits(hp.dataset, every_token=every_token, **shares))
+    text_field = hp.training.get("dataset_text_field", "text")
+    data = Data(*load_splits(hp.dataset, every_token=every_token, text_field=text_field, **shares))
     logger.info(f"data: {len(data.train):,} examples to train on, {len(data.test):,} held out")
     if not any(stage["name"] == DPO for stage in stages_of(hp)):
         return data
@@ -260,8 +263,7 @@ def self_generated_data(hp: HyperParameters, model: Module, tokenizer: Tokenizer
     logger.info(f"data: the model writes {n:,} prompts and answers them; kept in {cache}")
     prompts = generate_prompts(model, tokenizer, n, seed=hp.seed, cache=cache)
     rows = generate_answers(model, tokenizer, prompts, max_new_tokens=answer_limit(hp), cache=cache)
-    held_out = min(int(hp.test_size), n - 1) if hp.test_size >= 1 else hp.test_size
-    return Data(*rows.train_test_split(test_size=held_out, seed=hp.seed).values())
+    return Data(*split_rows(rows, hp.test_size, hp.seed))
 
 
 def generated_beside(output: Path) -> Path:

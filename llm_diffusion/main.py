@@ -31,7 +31,10 @@ from .presets.files import NO_TEXT
 
 COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 # Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
-FAULTS = "UserError OSError FloatingPointError MemoryError OutOfMemoryError SafetensorError ArrowException TransportError".split()
+FAULTS = (
+    "UserError OSError UnicodeDecodeError FloatingPointError MemoryError OutOfMemoryError SafetensorError "
+    "ArrowException TransportError"
+).split()
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
 EXTRAS = {"bitsandbytes": "qlora", "wandb": "wandb", "gguf": "gguf", "fastapi": "serve", "uvicorn": "serve"}
 EXTRAS |= {"gradio": "demo", "lm_eval": "eval", "sacrebleu": "eval", "rouge_score": "eval"}

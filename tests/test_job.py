@@ -26,6 +26,16 @@ def test_debug_limits_the_data_and_marks_the_run(tmp_path):
     assert make_stage(hp, stages_of(hp)[1], tmp_path, "cpu", "none").arguments.run_name == "debug-tiny-sft"
 
 
+def test_the_column_of_texts_is_a_setting_of_the_run(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "a b c", "text": null}\n' * 4)
+    given = {"dataset": str(tmp_path / "a.jsonl"), "dataset_text_field": "body"}
+    assert load_data(build(given)).train["text"][:] == ["a b c"] * 3
+    hp = build(given)
+    assert make_stage(hp, stages_of(hp)[1], tmp_path, "cpu", "none").arguments.dataset_text_field == "text"
+    with pytest.raises(UserError, match=r"`sft_config.dataset_text_field`: all stages share it"):
+        build({"sft_config": {"dataset_text_field": "body"}})
+
+
 def test_settings_reach_the_trainer(tmp_path):
     hp = build({"warmup_steps": 7, "max_grad_norm": 0.5, "sft_config": {"learning_rate": 1e-5}})
     pretrain, sft = (make_stage(hp, stage, tmp_path, "cpu", "none").arguments for stage in stages_of(hp))

@@ -295,6 +295,11 @@ def test_bad_input_is_one_line_and_exit_code_2(case, tmp_path, monkeypatch):
         (("evaluate", "tiny", "{folder}/none", "--prompts", "tiny"), "`model`"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--limit", "0"), "--limit"),
         (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--answers"), "`--from-model`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--settings", '{"steps": 4}'), "`--from-model`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--from-model", "x", "--kinds", "converse"), "`--kinds`"),
+        (("prefer", "tiny", "--output", "{folder}/o.jsonl", "--from-model", "x", "--judge-model", "y"), "`--judge`"),
+        (("prefer", "{answers}", "--output", "{folder}/o.jsonl", "--kinds", "converse"), "`kinds`"),
+        (("evaluate", "tiny", "--text", "{latin}", "--output", "{folder}/out"), "`--text`"),
         (("prefer", "{same}", "--output", "{folder}/o.jsonl"), "`chosen`"),
         (("prefer", "{same}", "--output", "{same}"), "is the source"),
         (("prepare-data", "{same}", "--model", "tiny", "--output", "{folder}"), "is not empty"),
@@ -306,8 +311,11 @@ def test_bad_command_line(arguments, expected, tmp_path):
         "bad": write(tmp_path / "bad.yaml", "a: [1\n"),
         "same": write(tmp_path / "same.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "a"}\n'),
         "folder": str(tmp_path),
+        "answers": write(tmp_path / "answers.jsonl", '{"prompt": "q", "answer": "a", "right": true}\n'),
+        "latin": str(tmp_path / "latin.txt"),
         "scratch": write(tmp_path / "scratch.json", f'{{"pipeline": "arm", "init_from": "", {shape}\n}}'),
     }
+    Path(files["latin"]).write_text("café", encoding="latin-1")
     result = invoke(*(re.sub(r"\{(\w+)\}", lambda m: files[m[1]], a) for a in arguments))
     assert result.exit_code == 2
     assert re.match("error: ", result.stderr.splitlines()[-1], re.IGNORECASE) and expected in result.stderr
@@ -375,6 +383,7 @@ FAULTS = {
     "weights cut off": lambda p: [save_file(MANY, p / "a.safetensors"), load_file(truncated(p / "a.safetensors"))],
     "a table cut off": lambda p: pyarrow.ipc.open_file(pyarrow.py_buffer(b"ARROW1 and more")),
     "a file that vanished": lambda p: (p / "none").read_text(),
+    "a text that is no UTF-8": lambda p: b"caf\xe9 ".decode(),
     "nobody there": lambda p: httpx.get("http://127.0.0.1:9"),
 }
 

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +51,18 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow's
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 def load_splits(
-    name: str, *, test_size: float | int, seed: int, limit: int | None = None, every_token: bool = False
+    name: str,
+    *,
+    test_size: float | int,
+    seed: int,
+    limit: int | None = None,
+    every_token: bool = False,
+    text_field: str = "text",
 ) -> tuple[Dataset, Dataset]:
     """Train and test split of a dataset.
 
@@ -63,29 +73,38 @@ def load_splits(
         seed: of the split.
         limit: use this many training examples at most.
         every_token: whether conversations are trained on as a whole, so that none needs an answer.
+        text_field: column of whole texts; it is called `text` from here on.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no usable column, no example.
     """
-    sources = _sources(name)
+    sources, trainable = _sources(name), partial(_trainable, every_token=every_token, text_field=text_field)
     if sources != {name: None}:
-        return _mixture(sources, test_size, seed, limit, every_token)
+        return _mixture(sources, test_size, seed, limit, trainable)
     if name == "tiny":
         n_test = int(test_size) if test_size >= 1 else 500
         return tiny_dataset(limit or TINY_ROWS, seed), first_rows(tiny_dataset(n_test, seed, "test"), limit)
-    return _held_out(_trainable(name, every_token), name, test_size, seed, limit)
+    return _held_out(trainable(name), name, test_size, seed, limit)
 
 
-def _trainable(name: str, every_token: bool, field: str = "dataset") -> DatasetDict:
+def _trainable(name: str, field: str = "dataset", *, every_token: bool, text_field: str) -> DatasetDict:
     splits = load_any(name)
     if "train" not in splits:
         raise UserError(f"`dataset`: {name!r} has the splits {sorted(splits)}, a split `train` is needed.")
+    if text_field != "text":
+        splits = DatasetDict({split: _with_text(rows, text_field) for split, rows in splits.items()})
     _check_columns(splits["train"], name)
     form = form_of(splits["train"].column_names)
     if others := [split for split in SPLITS if split in splits and form_of(splits[split].column_names) != form]:
         found = f"but its split {others[0]!r} has the columns {splits[others[0]].column_names}"
         raise UserError(f"`dataset`: {name!r} has rows of `{form}`, {found}.")
     return _checked(splits, name, field, partial(_is_example, every_token=every_token))
+
+
+def _with_text(rows: Dataset, text_field: str) -> Dataset:
+    """Rows whose texts are in the column `text`, and none that were there."""
+    rows = rows.remove_columns({"text"} & set(rows.column_names))
+    return rows.rename_column(text_field, "text") if text_field in rows.column_names else rows
 
 
 # -- mixtures
@@ -127,10 +146,10 @@ def _amount(source: str, text: str) -> Amount:
 
 
 def _mixture(
-    sources: dict[str, Amount], test_size: float | int, seed: int, limit: int | None, every_token: bool
+    sources: dict[str, Amount], test_size: float | int, seed: int, limit: int | None, trainable: Callable
 ) -> tuple[Dataset, Dataset]:
     """Rows of all sources, shuffled; each gives as many of them as it was asked for, and holds out its part of `test_size`."""
-    chosen = {source: _chosen(source, amount, seed, every_token) for source, amount in sources.items()}
+    chosen = {source: _chosen(source, amount, seed, trainable) for source, amount in sources.items()}
     total, pairs = 1 if test_size < 1 else sum(len(splits["train"]) for splits in chosen.values()), []
     for source, splits in chosen.items():
         held_out = max(1, round(test_size * len(splits["train"]) / total))
@@ -142,14 +161,14 @@ def _mixture(
     return train, test
 
 
-def _chosen(source: str, amount: Amount, seed: int, every_token: bool) -> DatasetDict:
+def _chosen(source: str, amount: Amount, seed: int, trainable: Callable) -> DatasetDict:
     """Rows of a source, chosen by the seed, in the one column that all sources can have."""
     n = amount if isinstance(amount, int) else None
     if source == "tiny":
         train, test = load_splits(source, test_size=min(n or 500, 500), seed=seed, limit=n)
         splits = DatasetDict(train=train, test=test)
     else:
-        splits = _trainable(source, every_token, f"dataset`: `{source}")
+        splits = trainable(source, f"dataset`: `{source}")
     rows = splits["train"].shuffle(seed=seed)
     splits["train"] = first_rows(rows, n or max(1, round((amount or 1) * len(rows))))
     return DatasetDict({k: rows.map(_as_mixed, remove_columns=rows.column_names) for k, rows in splits.items()})
@@ -179,12 +198,12 @@ def load_preference_splits(
     """
     try:
         splits = load_any(name)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(str(error).replace("`dataset`", "`preference_dataset`")) from error
-    if len(splits.get("train", ())) == 0:
-        raise UserError(f"`preference_dataset`: {name!r} has no row in a split `train`.")
-    check_pair_columns(splits["train"].column_names, "preference_dataset")
-    return _held_out(_checked(splits, name, "preference_dataset", _is_pair), name, test_size, seed, limit)
+        if len(splits.get("train", ())) == 0:
+            raise UserError(f"`dataset`: {name!r} has no row in a split `train`.")
+        check_pair_columns(splits["train"].column_names, "dataset")
+        return _held_out(_checked(splits, name, "dataset", _is_pair), name, test_size, seed, limit)
+    except (UserError, FileNotFoundError) as error:
+        raise type(error)(str(error).replace("`dataset`", "`preference_dataset`", 1)) from error
 
 
 def _checked(splits: DatasetDict, name: str, field: str, is_usable: Callable[..., bool]) -> DatasetDict:
@@ -220,9 +239,15 @@ def _held_out(
     if test is None:
         if len(train) < 2:
             raise UserError(f"`dataset`: {name!r} has one example; at least two are needed, one of them held out.")
-        held_out = test_size if test_size < 1 else min(int(test_size), len(train) - 1)
-        train, test = train.train_test_split(test_size=held_out, seed=seed).values()
+        train, test = split_rows(train, test_size, seed)
     return first_rows(train, limit), first_rows(test, limit)
+
+
+def split_rows(rows: Dataset, test_size: float | int, seed: int) -> tuple[Dataset, Dataset]:
+    """At least one row to train on, and a share (below 1) or number of the rows held out."""
+    held_out = math.ceil(test_size * len(rows)) if test_size < 1 else int(test_size)
+    train, test = rows.train_test_split(test_size=min(held_out, len(rows) - 1), seed=seed).values()
+    return train, test
 
 
 def first_rows(rows: Dataset, n: int | None) -> Dataset:
@@ -249,7 +274,7 @@ def load_examples(name: str, limit: int | None = None) -> list[dict]:
     """Examples to evaluate on: the test split where there is one, else all; "tiny" are 60 held-out ones.
 
     Args:
-        name: as in `load_splits`.
+        name: as in `load_splits`, but no mixture.
     """
     if name == "tiny":
         return list(tiny_dataset(limit or 60, split="test"))
@@ -285,39 +310,79 @@ def load_any(name: str, configuration: str | None = None) -> DatasetDict:
         command = f"llm-diffusion prepare-data {name} --model MODEL --output {path.with_suffix('')}"
         raise UserError(f"`dataset`: {name!r} is a bare array of token ids; run `{command}`, and name that folder.")
     if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        try:
-            loaded = load_from_disk(str(path)).with_format(None)  # rows are plain, whatever they were saved as
-        except IndexError as error:  # raised for a table without rows
-            raise UserError(f"`dataset`: {name!r} is empty.") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"`dataset`: {name!r} is damaged: {' '.join(str(error).split())}") from error
-        return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+        return _load_saved(name, path)
     if path.exists() or name.startswith((".", "/", "~")) or path.suffix in _FORMATS:
-        kind, files = data_files(name)
-        splits = {Path(f).stem: f for f in files if Path(f).stem in SPLITS}
-        return _load(name, kind, data_files=splits if splits and path.is_dir() else files)
-    return _load(name, name, *filter(None, [configuration]))
+        found = local_files(name)
+        if path.is_dir():
+            found["data_files"] = _by_split(name, found["data_files"])
+        return _load(name, **found)
+    return _load(name, path=name, name=configuration)
 
 
-def data_files(name: str) -> tuple[str, list[str]]:
-    """Kind (as `load_dataset` calls it) and paths of a file, or of the files of a folder. ValueError: none, or several kinds."""
+def _load_saved(name: str, path: Path) -> DatasetDict:
+    _check_whole(path)
+    try:
+        loaded = load_from_disk(str(path)).with_format(None)  # rows are plain, whatever they were saved as
+        return _validated(loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded))
+    except IndexError as error:  # raised for a table without rows
+        raise UserError(f"`dataset`: {name!r} is empty.") from error
+    except Exception as error:  # half a dozen types: Arrow's, and what JSON of another shape makes
+        found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"`dataset`: {name!r} is damaged: {found}") from error
+
+
+def _validated(splits: DatasetDict) -> DatasetDict:
+    """Tables that can be read: a row with wrong offsets would end the process, one that is no UTF-8 could not be named."""
+    for rows in splits.values():
+        rows.data.validate(full=True)
+    return splits
+
+
+def _check_whole(path: Path) -> None:
+    """Refuses tables that were cut off; between two batches `datasets` would read what is left without an error."""
+    for file in sorted(path.rglob("data-*.arrow")):
+        with file.open("rb") as table:
+            table.seek(max(0, file.stat().st_size - len(END_OF_STREAM)))
+            if table.read() != END_OF_STREAM:
+                raise UserError(f"`dataset`: {str(file)!r} is damaged: it is cut off; bring a whole copy back.")
+
+
+def local_files(name: str) -> dict[str, Any]:
+    """Keywords of `load_dataset` for a file, or for all files of a folder.
+
+    Raises:
+        FileNotFoundError, UserError: there are none, or several kinds.
+    """
     path = read_path("dataset", name)
     if not path.exists():
         raise FileNotFoundError(f"`dataset`: {name!r} does not exist; give an existing file or folder, or a hub name.")
-    files = sorted(f for f in ([path] if path.is_file() else path.iterdir()) if f.suffix in _FORMATS)
+    files = sorted(f for f in ([path] if path.is_file() else path.glob("[!.]*")) if f.suffix in _FORMATS)
     formats = {_FORMATS[f.suffix] for f in files}
     if len(formats) != 1:
         found = f"files of one kind among {sorted(_FORMATS)}, found {sorted(formats) or 'none'}"
         raise UserError(f"`dataset`: {name!r} must hold {found}.")
     if not any(f.stat().st_size for f in files):
         raise UserError(f"`dataset`: {name!r} is empty.")
-    return formats.pop(), [str(f) for f in files]
+    encoding = {"encoding": "utf-8-sig"} if formats == {"text"} else {}  # a byte order mark is no text
+    return {"path": formats.pop(), "data_files": [escape(str(f)) for f in files], **encoding}  # a name is no pattern
 
 
-def _load(name: str, *args: str, **options: object) -> DatasetDict:
+def _by_split(name: str, files: list[str]) -> dict[str, list[str]] | list[str]:
+    """The files of a folder by split, where some are called `train.jsonl` or `test-00000-of-00002.jsonl`."""
+    splits: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        found = re.fullmatch(rf"({'|'.join(SPLITS)})(-\d+-of-\d+)?", Path(file).stem)
+        splits[found[1] if found else ""].append(file)
+    others = splits.pop("", [])
+    if splits and others:
+        logger.warning(f"{name}: not read beside {sorted(splits)}: {', '.join(Path(file).name for file in others)}")
+    return dict(splits) or others
+
+
+def _load(source: str, **options: Any) -> DatasetDict:
     try:
-        return load_dataset(*args, **options)
+        return _validated(load_dataset(**options))
     except Exception as error:  # the loaders raise a dozen types for "not there", "offline" and "malformed"
         # "An error occurred while generating the dataset" says nothing, what is behind it does.
         reason = textwrap.shorten(f"{str(error) or type(error).__name__} {error.__cause__ or ''}", 300)
-        raise UserError(f"`dataset`: {name!r} could not be loaded: {reason}") from error
+        raise UserError(f"`dataset`: {source!r} could not be loaded: {reason}") from error

@@ -32,7 +32,7 @@ from .. import UserError
 from ..models.checkpoints import from_hub, resolve_path
 from ..models.files import UNFINISHED, atomic, locked
 from ..objective.settings import check_settings, read_path, setting
-from .datasets import PLAIN_CHAT_TEMPLATE, data_files
+from .datasets import PLAIN_CHAT_TEMPLATE, local_files
 from .rows import Place, read_row
 
 _CHUNK = 2**20  # tokens of a `.bin` read at once
@@ -119,7 +119,9 @@ def _write(
         except DatasetGenerationError as error:  # for whatever went wrong on the way
             raise error.__cause__ or error from None
     if "train" not in splits:
-        tokens = plan.counts.get("train", {}).get("tokens", 0)
+        if "train" not in plan.counts:
+            raise UserError(f"`test`: all {len(held_out)} documents of {plan.source!r} are held out; set fewer.")
+        tokens = plan.counts["train"]["tokens"]
         raise UserError(f"`source`: {plan.source!r} is too short: {tokens} tokens, a row has {plan.length}.")
     return splits
 
@@ -136,7 +138,9 @@ def _rows(
         count["tokens"] += len(ids)
         rows = [[*ids, end]]
         if plan.form == "padded":
-            rows = [rows[0][:length] + [pad] * (length - len(rows[0]))]
+            if (cut := len(rows[0]) - length) > 0:
+                count["tokens cut off"] = count.get("tokens cut off", 0) + cut
+            rows = [rows[0][:length] + [pad] * -cut]
         elif plan.form == "joined":
             left += rows[0]
             rows = [left[start : start + length] for start in range(0, len(left) - length + 1, length)]
@@ -162,8 +166,7 @@ def _documents(plan: Preparation, tokenizer: PreTrainedTokenizerBase) -> Iterato
 def _streamed(plan: Preparation, path: Path) -> Iterator[dict[str, Any]]:
     try:
         if path.exists() or plan.source.startswith((".", "/", "~")):
-            kind, files = data_files(plan.source)
-            yield from load_dataset(kind, data_files=files, split="train", streaming=True)
+            yield from load_dataset(**local_files(plan.source), split="train", streaming=True)
         else:
             yield from load_dataset(plan.source, plan.config, split=plan.split, streaming=True)
     except (FileNotFoundError, UserError):
@@ -197,8 +200,8 @@ def _from_bin(path: Path, plan: Preparation, tokenizer: PreTrainedTokenizerBase)
     tokens, left = np.memmap(path, dtype=plan.dtype, mode="r"), np.empty(0, dtype=np.int64)
     for start in range(0, len(tokens), _CHUNK):
         chunk = tokens[start : start + _CHUNK].astype(np.int64)
-        if chunk.min() < 0 or chunk.max() >= len(tokenizer):
-            found = f"{str(path)!r} has token {chunk.max()}, {plan.model!r} has {len(tokenizer)}"
+        if len(wrong := chunk[(chunk < 0) | (chunk >= len(tokenizer))]):
+            found = f"{str(path)!r} has token {wrong[0]}, {plan.model!r} has {len(tokenizer)}"
             raise UserError(f"`source`: {found}; it is of another tokenizer, or `--dtype` is another.")
         chunk = np.concatenate([left, chunk])
         *whole, left = np.split(chunk, np.flatnonzero(chunk == tokenizer.eos_token_id) + 1)

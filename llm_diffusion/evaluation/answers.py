@@ -280,8 +280,13 @@ def prefer(
     target = Path(output)
     if target.exists() and Path(source).exists() and target.samefile(source):
         raise UserError(f"`--output`: {output!r} is the source, which would be lost; choose another file.")
-    if (answers or judge) and from_model is None:
-        raise UserError("`--answers` and `--judge` are of a model's answers; name the model with `--from-model`.")
+    of_a_model = {"--answers": answers, "--judge": judge, "--judge-model": judge_model, "--settings": settings}
+    if from_model is None and (given := [option for option, value in of_a_model.items() if value]):
+        raise UserError(f"`{given[0]}` is of a model's answers; name the model with `--from-model`.")
+    if from_model is not None and kinds is not None:
+        raise UserError("`--kinds` chooses errors that are injected; leave it out with `--from-model`.")
+    if judge_model and not judge:
+        raise UserError("`--judge-model` is a model at `--judge`; name its URL too.")
     label = LLMJudge(judge, judge_model or "") if judge else None
     records = load_records(source, limit, seed=seed)
     if from_model is not None:

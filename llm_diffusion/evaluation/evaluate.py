@@ -34,7 +34,7 @@ from ..models.patching import base_of
 from ..models.record import layered, record_of
 from ..models.smollm2 import answering
 from ..objective.estimators import REPLICATES, check_estimator
-from ..objective.settings import read_path, redacted
+from ..objective.settings import read_path, redacted, user_settings
 from ..reasoning.pairs import LLMJudge
 from ..reasoning.problems import load_records
 from .answers import (
@@ -270,7 +270,8 @@ def read_texts(name: str, limit: int | None) -> list[str]:
     if not path.is_file():
         raise UserError(f"`--text`: {name!r} is not a file.")
     if path.suffix != ".jsonl":
-        return [path.read_text()]
+        with user_settings(f"`--text`: {name!r}", UnicodeDecodeError):
+            return [path.read_text(encoding="utf-8-sig")]
     examples = load_examples(name, limit)
     if "text" not in examples[0]:
         raise UserError(f"`--text`: {name!r} has no `text` in its lines, but {sorted(examples[0])}.")

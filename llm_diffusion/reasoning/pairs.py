@@ -179,11 +179,14 @@ def _checked_pair(row: dict, where: str) -> dict:
     chosen, rejected = (side[-1]["content"] for side in sides.values())
     if chosen.strip() == rejected.strip():
         raise UserError(f"{where}: `chosen` and `rejected` are the same; change one of them or leave the row out.")
-    kind, span = row.get("kind") or "labelled", tuple(row.get("span") or _changed(chosen, rejected))
+    kind, span = row.get("kind") or "labelled", row.get("span") or _changed(chosen, rejected)
     if kind not in KINDS + NATURAL_KINDS:
         raise UserError(f"{where}: `kind` must be one of {list(KINDS + NATURAL_KINDS)}, got {kind!r}.")
-    if len(span) != 2 or not 0 <= span[0] <= span[1] <= len(rejected):
-        raise UserError(f"{where}: `span` must be a start and an end within the rejected answer, got {span}.")
+    match span:
+        case [int(start), int(end)] if 0 <= start <= end <= len(rejected):
+            span = start, end
+        case _:
+            raise UserError(f"{where}: `span` must be a start and an end within the rejected answer, got {span}.")
     if kind in KINDS:
         trace = Trace(read_problem({"messages": [*prompt, *sides["chosen"]]}))
         if not is_declared(trace, kind, Wrong(rejected, span)):
@@ -193,12 +196,17 @@ def _checked_pair(row: dict, where: str) -> dict:
 
 
 def _as_messages(side: str | list[dict], role: str, where: str) -> list[dict]:
-    messages = [{"role": role, "content": side}] if isinstance(side, str) else list(side)
-    if not messages or not all({"role", "content"} <= set(message) for message in messages):
+    messages = [{"role": role, "content": side}] if isinstance(side, str) else side
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise UserError(f"{where} must be text or messages with `role` and `content`, got {side!r}.")
     if not (messages[-1]["content"] or "").strip():
         raise UserError(f"{where} is empty; give it a text or leave the row out.")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _is_message(turn: Any) -> bool:
+    texts = isinstance(turn, dict) and {"role", "content"} <= set(turn)
+    return texts and isinstance(turn["role"], str) and isinstance(turn["content"], str | None)
 
 
 def _changed(chosen: str, rejected: str) -> Span:
@@ -229,8 +237,10 @@ def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
     groups: dict[str, list[dict]] = defaultdict(list)
     for index, row in enumerate(rows):
         where = f"`answers`: row {index}"
-        if not {"prompt", "answer", "right"} <= set(row) or row["right"] not in (True, False, None):
-            raise UserError(f"{where} must have `prompt`, `answer`, `right` (true, false, null), got {sorted(row)}.")
+        texts = isinstance(row.get("answer"), str) and isinstance(row.get("reference"), str | None)
+        if not texts or not {"prompt", "right"} <= set(row) or row["right"] not in (True, False, None):
+            wanted = "`prompt`, `answer` (text), `right` (true, false, null)"
+            raise UserError(f"{where} must have {wanted}, got {row!r:.200}.")
         groups[json.dumps(_as_messages(row["prompt"], "user", f"{where}: `prompt`"))].append(row)
     pairs, left_out = [], 0
     for key, answers in groups.items():
@@ -253,6 +263,8 @@ def pairs_from_answers(rows: Sequence[dict]) -> Dataset:
 def pairs_of(records: Sequence[dict], seed: int = 0, kinds: Sequence[str] | None = None) -> Dataset:
     """Pairs of labelled answers, pairs that are checked, or of worked answers with an error injected; by their columns."""
     columns = set(records[0])
+    if kinds is not None and columns & {"right", "chosen", "rejected"}:
+        raise UserError("`kinds` chooses the errors that are injected into right answers; leave it out for other rows.")
     if {"answer", "right"} <= columns:
         return pairs_from_answers(records)
     return checked_pairs(records) if columns & {"chosen", "rejected"} else preference_pairs(records, seed, kinds)

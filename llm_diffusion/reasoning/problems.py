@@ -82,7 +82,7 @@ def read_problem(record: dict) -> Problem:
         ValueError: no form fits its columns, or it has no answer.
     """
     problem = _read({name: value for name, value in record.items() if value is not None})
-    if not all(text.strip() for text in (problem.question, problem.answer, problem.reference)):
+    if not all((text or "").strip() for text in (problem.question, problem.answer, problem.reference)):
         raise UserError(f"the question or the answer is empty in the record {textwrap.shorten(str(record), 120)}.")
     kind = record.get("kind")
     return replace(problem, kind=kind if isinstance(kind, str) else problem.form)

@@ -1,12 +1,18 @@
 """Datasets by name: every source, the splits, and one clear error for what cannot be trained on."""
 
+import codecs
 import json
 import os
 import random
+import re
 from collections import Counter
+from contextlib import suppress
 
+import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loguru import logger
 from transformers import AutoTokenizer
 
@@ -98,7 +104,9 @@ def test_every_source_gives_disjoint_seeded_splits(tmp_path, source):
     assert set(load(path, seed=1)[1]) != set(test)
 
 
-@pytest.mark.parametrize(("test_size", "held_out"), [(0.5, 10), (0.05, 1), (3, 3), (1, 1), (19, 19), (500, 19)])
+@pytest.mark.parametrize(
+    ("test_size", "held_out"), [(0.5, 10), (0.05, 1), (0.99, 19), (3, 3), (1, 1), (19, 19), (500, 19)]
+)
 def test_the_test_size_is_a_share_or_a_number(tmp_path, test_size, held_out):
     train, test = load(as_txt(tmp_path, ROWS), test_size=test_size)
     assert (len(train), len(test)) == (20 - held_out, held_out)
@@ -147,9 +155,9 @@ def mixed_folder(folder):
     return folder
 
 
-def written(name, text):
+def written(name, text, encoding="utf-8"):
     def write(folder):
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding)
         return folder / name
 
     return write
@@ -178,6 +186,8 @@ def saved_without_rows(folder):
         written("data.jsonl", '{"text": "a"}\n{"text": \n{"text": "c"}\n'),
         written("data.json", "not json"),
         written("data.parquet", "not parquet"),
+        written("data.txt", "a\ncafé\n", "latin-1"),
+        written("data.jsonl", '{"text": "a"}\n{"text": "café"}\n', "latin-1"),
         written("data.jsonl", '{"text": "a"}\n'),
         written("tokens.bin", "ab"),
         saved_without_train,
@@ -198,14 +208,94 @@ def test_a_missing_file_is_named_and_the_hub_not_asked(name):
         load_splits(name, test_size=0.2, seed=0)
 
 
+def damaged_json(folder, file, text):
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(folder)
+    (folder / file).write_text(text)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"_data_files'])
+@pytest.mark.parametrize("file", ["dataset_dict.json", "train/state.json", "train/dataset_info.json"])
+def test_a_saved_dataset_with_damaged_json_is_refused_or_whole(tmp_path, file, text):
+    damaged_json(tmp_path / "saved", file, text)
+    try:
+        assert sorted(sum(load(tmp_path / "saved"), [])) == sorted(TEXTS)
+    except UserError as error:
+        assert f"`dataset`: '{tmp_path / 'saved'}' is damaged" in str(error)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved dataset of several batches: its file, what is in it, and where the batches end."""
+    folder = tmp_path_factory.mktemp("cut") / "saved"
+    Dataset.from_list([{"text": f"line {i}"} for i in range(1100)]).save_to_disk(folder)
+    (file,) = folder.glob("*.arrow")
+    ends = []
+    with pa.memory_map(str(file)) as source, suppress(StopIteration):
+        batches = pa.ipc.open_stream(source)
+        while batches.read_next_batch():
+            ends.append(source.tell())
+    return file, file.read_bytes(), ends
+
+
+@given(st.data())
+def test_a_saved_dataset_that_is_cut_off_is_refused_by_its_file(saved, data):
+    file, whole, ends = saved
+    assert len(ends) > 1  # at these `datasets` sees no damage
+    file.write_bytes(whole[: data.draw(st.sampled_from(ends) | st.integers(0, len(whole) - 1))])
+    with pytest.raises(UserError, match=re.escape(f"{str(file)!r} is damaged")):
+        load_splits(str(file.parent), test_size=1, seed=0)
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_a_saved_dataset_with_flipped_bytes_neither_ends_the_process_nor_loses_rows(saved, data):
+    file, whole, ends = saved
+    place, change = data.draw(st.integers(0, ends[-1])), data.draw(st.integers(1, 255))
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ change]) + whole[place + 1 :])
+    try:
+        train, test = load_splits(str(file.parent), test_size=1, seed=0)
+    except UserError as error:
+        assert "`dataset`" in str(error)
+    else:
+        assert len(train) + len(test) == 1100
+
+
 # -- rows
 
 
-def test_a_folder_with_a_test_file_keeps_its_test_rows_apart(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n' * 5)
-    (tmp_path / "test.jsonl").write_text('{"text": "c"}\n' * 3)
+@pytest.mark.parametrize("names", [("train", "test"), ("train-00000-of-00001", "validation-00000-of-00001")])
+def test_a_folder_with_a_test_file_keeps_its_test_rows_apart(tmp_path, names):
+    for name, texts in zip((*names, "more"), ("ab" * 5, "ccc", "d"), strict=True):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = []
+    sink = logger.add(lines.append, format="{message}")
     train, test = load_splits(str(tmp_path), test_size=0.2, seed=0)
+    logger.remove(sink)
     assert set(train["text"]) == {"a", "b"} and set(test["text"]) == {"c"}
+    assert any("not read" in line and "more.jsonl" in line for line in lines)
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    folder = tmp_path / "[ab]*"
+    folder.mkdir()
+    for name, text in (("*.txt", "a\nb\n"), ("other.txt", "c\n"), (".hidden.txt", "d\n")):
+        (folder / name).write_text(text)
+    assert sorted(sum(load(folder / "*.txt"), [])) == ["a", "b"]
+    assert sorted(sum(load(folder), [])) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("source", [as_txt, as_jsonl, as_json])
+def test_a_byte_order_mark_and_line_ends_of_windows_are_no_text(tmp_path, source):
+    path = source(tmp_path, ROWS)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert sorted(sum(load(path), [])) == sorted(TEXTS)
+
+
+def test_texts_of_another_column_are_called_text(tmp_path):
+    path = as_jsonl(tmp_path, [{"body": text, "text": None} for text in TEXTS])
+    assert sorted(sum(load(path, text_field="body"), [])) == sorted(TEXTS)
+    with pytest.raises(UserError, match="`dataset`"):
+        load(path, text_field="words")
 
 
 def test_blank_lines_are_no_examples(tmp_path):
@@ -221,6 +311,8 @@ def test_pairs_are_split_and_other_columns_refused(tmp_path):
     for name in (str(as_txt(tmp_path, ROWS)), str(tmp_path / "none.jsonl")):
         with pytest.raises((ValueError, FileNotFoundError), match="`preference_dataset`"):
             load_preference_splits(name, test_size=0.2, seed=0)
+    with pytest.raises(UserError, match="`preference_dataset`.* one example"):
+        load_preference_splits(str(as_jsonl(tmp_path, [train[0]])), test_size=0.2, seed=0)
 
 
 def test_examples_come_from_the_test_split_where_there_is_one(tmp_path):

@@ -20,7 +20,7 @@ def ids(tokenizer):
 
 
 def sources(path, ids, tokenizer):
-    (path / "t.txt").write_text("\n".join(TEXTS[:20] + ["", "  "] + TEXTS[20:]) + "\n")
+    (path / "t.txt").write_text("\ufeff" + "\n".join(TEXTS[:20] + ["", "  "] + TEXTS[20:]) + "\n")
     (path / "j.jsonl").write_text("".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in TEXTS))
     Dataset.from_dict({"text": TEXTS}).to_parquet(str(path / "p.parquet"))
     flat = [token for row in ids for token in [*row, tokenizer.eos_token_id]]
@@ -58,6 +58,8 @@ def test_padded_rows_are_a_document_each(tmp_path, tokenizer, ids):
     for split, documents in (("test", ids[:10]), ("train", ids[10:30])):
         want = [([*row, tokenizer.eos_token_id] + [pad] * 10)[:10] for row in documents]
         assert splits[split]["input_ids"] == want
+        lost = sum(max(0, len(row) + 1 - 10) for row in documents)
+        assert plan.counts[split]["tokens cut off"] == lost > 0
     assert json.loads((tmp_path / "out" / "prepared.json").read_text())["counts"]["test"]["documents"] == 10
 
 
@@ -127,6 +129,7 @@ def test_the_job_trains_on_what_was_prepared(tmp_path, tokenizer, ids):
         ("t.txt", ("--train", "0"), "`train`"),
         ("t.txt", ("--dtype", "float"), "`dtype`"),
         ("t.txt", ("--length", "5000"), "too short"),
+        ("t.txt", ("--test", "50"), "`test`: all 40 documents"),
         ("j.jsonl", ("--text-field", "body"), "--text-field"),
         ("b.bin", ("--dtype", "uint32"), "`--dtype` is another"),
         ("odd.bin", (), "set `--dtype`"),

@@ -2,10 +2,14 @@
 
 import json
 import random
+from contextlib import suppress
 
 import pytest
 from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llm_diffusion import UserError
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.reasoning.pairs import (
     KINDS,
@@ -122,6 +126,26 @@ def test_plain_texts_get_kind_step_and_span():
 def test_what_is_refused(row, message):
     with pytest.raises(ValueError, match=message):
         checked_pairs([row])
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text("ab "),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {"prompt": ANYTHING}, optional=dict.fromkeys(("chosen", "rejected", "kind", "span", "reference"), ANYTHING)
+    ),
+    st.dictionaries(st.sampled_from(["answer", "right", "chosen", "rejected"]), ANYTHING | st.just("b")),
+)
+def test_any_row_gives_a_pair_or_is_refused(row, more):
+    with suppress(UserError):
+        assert len(pairs_of([row | more])) == 1
 
 
 def test_an_injected_kind_is_checked_and_let_through():
