@@ -179,11 +179,9 @@ class DiffusionInference:
         return self.tokenizer
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        return (
-            self.tokenizer.batch_decode(self.answer_ids(encoded, **settings), skip_special_tokens=True)
-            if encoded
-            else []
-        )
+        if not encoded:
+            return []
+        return self.tokenizer.batch_decode(self.answer_ids(encoded, **settings), skip_special_tokens=True)
 
     def answer_ids(self, encoded: list[list[int]], **settings: Any) -> torch.Tensor:
         """(B, n) tokens that answer prompts given as tokens, at least one, padded behind their ends."""

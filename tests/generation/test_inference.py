@@ -56,9 +56,10 @@ def test_masks_are_filled_and_nothing_else_is_touched(random_diffuser, ragged, r
     assert torch.equal(ids, before), "the batch given must stay as it was"
 
 
+@pytest.mark.parametrize("settings", [{}, {"block_length": 3}, {"block_length": 3, "steps": 9}], ids=str)
 @pytest.mark.parametrize("right_shift", [True, False])
-def test_a_row_does_not_depend_on_the_others(random_diffuser, ragged, right_shift):
-    inference = ld.DiffusionInference(random_diffuser(right_shift), MASK, None, steps=None)
+def test_a_row_does_not_depend_on_the_others(random_diffuser, ragged, right_shift, settings):
+    inference = ld.DiffusionInference(random_diffuser(right_shift), MASK, None, **{"steps": None, **settings})
     together = inference(ragged)
     for i in range(4):
         keep = ragged["attention_mask"][i].bool()
