@@ -266,7 +266,10 @@ def side_by_side(models: tuple[str, ...], prompts: tuple[str, ...], chat: bool, 
 @decoding_settings
 def chat(model: str, question: str | None, settings: str) -> None:
     """Ask a converted MODEL one QUESTION, or talk to it line by line."""
+    from .generation.config import check_one_answer
+
     inference = load_inference(model, read_mapping(settings, "--settings"))
+    check_one_answer(inference.settings)
     messages: list[dict[str, str]] = []
     for line in [question] if question is not None else sys.stdin:
         messages.append({"role": "user", "content": line.rstrip("\n")})

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
 from ..data.rows import Place, form_of, prompt_and_answer, read_row
+from ..generation.config import check_one_answer
 from ..generation.generate import generate, generate_autoregressive
 from ..generation.inference import DiffusionInference
 from ..models.patching import base_of
@@ -167,11 +168,11 @@ def evaluate_answers(
         split: between all processes, each of which must call this and gets the whole report.
     """
 
-    def all_answered(mine: list[dict]) -> list[tuple]:
-        return _answered(model, tokenizer, mine, autoregressive, settings)
-
+    check_one_answer(settings)
+    if not examples:
+        raise UserError("`examples` are empty: there is nothing to answer.")
     started = time.perf_counter()
-    rows = over_processes(all_answered, examples, split)
+    rows = over_processes(lambda mine: _answered(model, tokenizer, mine, autoregressive, settings), examples, split)
     seconds = time.perf_counter() - started
     texts, tokens, ended, rates, accepted = zip(*rows, strict=True)
     right = defaultdict(list)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..config import read_mapping
 from ..data.datasets import PLAIN_CHAT_TEMPLATE, load_examples
-from ..generation.config import DiffusionGenerationConfig, check_room, decoding_settings
+from ..generation.config import DiffusionGenerationConfig, check_one_answer, check_room, decoding_settings
 from ..models.checkpoints import best_device, is_adapter, resolve_path
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
@@ -104,6 +104,7 @@ class Evaluation:
         records, self.examples = self.examples, [as_example(record, row) for row, record in enumerate(self.examples)]
         self.references = [prompt_and_reference(example, row)[1] for row, example in enumerate(self.examples)]
         check_references(self.references)  # before hours of answering
+        check_one_answer(self.decoding or {})
         self.problems = [as_problem(record) for record in records]
         self.harness = load_harness() if self.tasks else None
         self.reports: dict[str, AnswerReport] = {}

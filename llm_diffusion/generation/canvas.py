@@ -79,7 +79,8 @@ class CanvasDecoder:
         span = input_ids.shape[1] - first
         block_length = self.record.block_length or min(settings.block_length or span, span)
         self.settings.block_length = block_length
-        self.steps = max(1, settings.steps // -(-span // block_length)) if settings.steps else 0  # of a block
+        n_blocks = -(-attention_mask[:, first:].sum(-1) // block_length)  # of every row, which others do not lengthen
+        self.steps = ((settings.steps or 0) // n_blocks.clamp(min=1)).clamp(min=1)  # (B,) of a block
         self.passes = 2 if settings.guided else 1  # of a step, in one batch
         self.eos = eos_ids(settings, input_ids.device)
         self.padded = not bool(attention_mask.all())
@@ -155,7 +156,7 @@ class CanvasDecoder:
         working = torch.ones_like(rows.busy) if self.cache is None else active == active.amin()
         eligible = (rows.open if settings.revises else pending) & (rows.block == active[:, None]) & working[:, None]
         if settings.steps:
-            steps_left = torch.where(active == rows.active, rows.steps_left - 1, self.steps)
+            steps_left = torch.where(active == rows.active, rows.steps_left - 1, self.steps[rows.index])
             rows.steps_left = torch.where(working, steps_left, rows.steps_left)
         rows.active = torch.where(working, active, rows.active)
         unfinished = pending.any(-1) | rows.busy
@@ -174,7 +175,8 @@ class CanvasDecoder:
             self._leave(stay, n_rows)
         # The eligible positions of every row side by side; rows that have fewer are filled up with others.
         columns = eligible.long().argsort(dim=-1, descending=True, stable=True)[:, :most]
-        return Window(rows, columns, eligible.gather(-1, columns), pending, working, block, self.steps)
+        steps = self.steps[rows.index]
+        return Window(rows, columns, eligible.gather(-1, columns), pending, working, block, steps)
 
     def _fill(self, window: Window) -> None:
         """One forward pass, and what changes by it."""

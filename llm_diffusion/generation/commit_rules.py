@@ -124,7 +124,7 @@ def remdm_alpha(time: torch.Tensor, loop: tuple[float, float, float] | None = No
 
 def revise_remdm(
     steps_left: torch.Tensor,
-    steps: int,
+    steps: int | torch.Tensor,
     eta: float,
     masked: torch.Tensor,
     open_: torch.Tensor,
@@ -141,6 +141,7 @@ def revise_remdm(
 
     Args:
         steps_left: (B,) this one included.
+        steps: of all rows, or (B,).
         random: (B, L) uniform numbers in (0, 1).
         kind: "cap", sigma = min(eta, sigma_max); "rescale", sigma = eta sigma_max; "conf", the rescaled one dealt out among the
             committed tokens by softmax(-confidence), and masks committed as under sigma = 0, so their share is kept but roughly; "loop",

@@ -242,6 +242,12 @@ def check_room(model: torch.nn.Module, text: int, new: int, setting: str = "max_
         raise UserError(f"`{setting}`: {text} tokens and {new} new ones exceed the model's {limit} positions.")
 
 
+def check_one_answer(settings: dict[str, Any]) -> None:
+    """Raises UserError for settings that give a prompt several answers, where one is expected."""
+    if (copies := settings.get("num_return_sequences") or 1) > 1:
+        raise UserError(f"`num_return_sequences`={copies}: a request gets one answer; leave it out.")
+
+
 def saved_settings(model: torch.nn.Module) -> dict[str, Any]:
     """Those of a model's `generation_config` that unmasking takes; none where no converted model was saved with it.
 

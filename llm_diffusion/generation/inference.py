@@ -115,8 +115,8 @@ class DiffusionInference:
         check_room(self.model, ids.shape[1], 0, "input_ids")
         if not ((ids == self.settings["mask_token_id"]) & mask.bool()).any():
             raise UserError(f"`input_ids`: no mask token (id {self.settings['mask_token_id']}), nothing to fill.")
-        # What follows a gap is seen from the start.
-        whole = {"block_length": None, "grow_canvas": False} if self.settings.get("grow_canvas") else {}
+        # What follows a gap is seen from the start, and decoded behind an end too.
+        whole = BOTH_SIDES if self.settings.get("grow_canvas") else {"length_quantile": None}
         return fill_masks(self.model, ids, mask, DiffusionGenerationConfig(**self.settings | whole)).sequences
 
     def generate(self, prompts: list[str] | str, **settings: Any) -> list[str]:
@@ -139,7 +139,7 @@ class DiffusionInference:
             for row, turns in enumerate(messages if several else [messages])
         ]
         answers = self._answer(encoded, settings)
-        return answers if several else answers[0]
+        return answers if several or len(answers) > 1 else answers[0]
 
     def infill(self, text: str | list[str], max_gap_length: int = 16, **settings: Any) -> str:
         """Fills the mask tokens in `text`, one token each; or gaps of up to `max_gap_length` tokens between several pieces of it.
@@ -152,26 +152,26 @@ class DiffusionInference:
         self, text: str | list[str], max_gap_length: int = 16, on_step: OnStep | None = None, **settings: Any
     ) -> list[int]:
         """The same as tokens; `on_step` sees them being filled, see `fill_masks`, once the lengths of the gaps are known."""
-        tokenizer, pieces = self._tokenizer(), checked_texts(text, "text")
-        ends = end_token_ids(self.model, tokenizer) or None
+        tokenizer, pieces, mask = self._tokenizer(), checked_texts(text, "text"), self.settings["mask_token_id"]
+        _check_both_sides(self.model)
         # Text follows the gap: it cannot end there, and is seen from the start.
-        chosen = layered({**self.settings, "eos_token_id": None, "suppress_tokens": ends}, settings)
-        config = DiffusionGenerationConfig(**{**chosen, **BOTH_SIDES})
+        config = DiffusionGenerationConfig(**layered({**self.settings, "eos_token_id": None}, settings) | BOTH_SIDES)
+        config.suppress_tokens = [*(config.suppress_tokens or []), *end_token_ids(self.model, tokenizer)]
         if isinstance(text, str):
             ids = text_ids(tokenizer, text)
         else:
             pieces = [text_ids(tokenizer, piece, add_special_tokens=not i) for i, piece in enumerate(pieces)]
             gaps = fill_gaps(self.model, pieces, config, max_gap_length)
-            if on_step is not None:
-                gaps = [[self.settings["mask_token_id"]] * len(gap) for gap in gaps]
+            again = on_step is not None or any(mask in piece for piece in pieces)
+            gaps = [[mask] * len(gap) for gap in gaps] if again else gaps
             ids = pieces[0] + [token for gap, piece in zip(gaps, pieces[1:], strict=True) for token in gap + piece]
-            if on_step is None:
+            if not again:
                 return ids
-        ids = torch.tensor([ids], device=self.device)
-        if not (ids == self.settings["mask_token_id"]).any():
+        if mask not in ids:
             raise UserError(f"`text`: no {tokenizer.mask_token} in it, so there is nothing to fill.")
-        check_room(self.model, ids.shape[1], 0, "text")
-        return fill_masks(self.model, ids, torch.ones_like(ids), config, on_step=on_step).sequences[0].tolist()
+        check_room(self.model, len(ids), 0, "text")
+        canvas = torch.tensor([ids], device=self.device)
+        return fill_masks(self.model, canvas, torch.ones_like(canvas), config, on_step=on_step).sequences[0].tolist()
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
@@ -179,11 +179,9 @@ class DiffusionInference:
         return self.tokenizer
 
     def _answer(self, encoded: list[list[int]], settings: dict[str, Any]) -> list[str]:
-        return (
-            self.tokenizer.batch_decode(self.answer_ids(encoded, **settings), skip_special_tokens=True)
-            if encoded
-            else []
-        )
+        if not encoded:
+            return []
+        return self.tokenizer.batch_decode(self.answer_ids(encoded, **settings), skip_special_tokens=True)
 
     def answer_ids(self, encoded: list[list[int]], **settings: Any) -> torch.Tensor:
         """(B, n) tokens that answer prompts given as tokens, at least one, padded behind their ends."""
@@ -230,6 +228,14 @@ def check_autoregressive(settings: dict[str, Any]) -> None:
 BOTH_SIDES = {"block_length": None, "grow_canvas": False, "length_quantile": None}
 
 
+def _check_both_sides(model: torch.nn.Module) -> None:
+    record = record_of(model)
+    if record.mode.has_blocks:
+        raise UserError(
+            f"`attention`={record.attention!r} does not see the text behind a gap; use a bidirectional model."
+        )
+
+
 @torch.no_grad()
 def fill_gaps(
     model: torch.nn.Module,
@@ -253,11 +259,7 @@ def fill_gaps(
     Returns:
         One list of tokens for each of the `len(pieces) - 1` gaps.
     """
-    record = record_of(model)
-    if record.mode.has_blocks:
-        raise UserError(
-            f"`attention`={record.attention!r} does not see the text behind a gap; use a bidirectional model."
-        )
+    _check_both_sides(model)
     if len(pieces) < 2:
         raise UserError(f"`pieces`: a gap lies between two pieces of text, got {len(pieces)}.")
     if isinstance(max_gap_length, bool) or not isinstance(max_gap_length, int) or max_gap_length < 1:

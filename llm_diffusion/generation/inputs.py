@@ -48,13 +48,22 @@ def checked_inputs(
         return ids, mask.long()
     real = mask == 1
     rising = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0]
-    facts = [ids.min(), ids.max(), (real | (mask == 0)).all(), (rising <= 1).all(), real[:, -1].all()]
-    lowest, highest, binary, whole, ended = torch.stack([fact.long() for fact in facts]).tolist()
+    facts = [
+        ids.min(),
+        ids.max(),
+        (real | (mask == 0)).all(),
+        real.any(-1).all(),
+        (rising <= 1).all(),
+        real[:, -1].all(),
+    ]
+    lowest, highest, binary, filled, whole, ended = torch.stack([fact.long() for fact in facts]).tolist()
     if lowest < 0 or highest >= weight.shape[0]:
         wrong = lowest if lowest < 0 else highest
         raise UserError(f"`input_ids` must be rows of the embedding, [0, {weight.shape[0]}), got {wrong}.")
     if not binary:
         raise UserError("`attention_mask` must be 1 at tokens and 0 at padding, got other numbers.")
+    if left_padded and not filled:
+        raise UserError("`attention_mask`: a row is padding alone; answer an empty prompt by itself.")
     if left_padded and not ended:
         raise UserError("`input_ids`: prompts must be padded on the left (`tokenizer.padding_side='left'`).")
     if not whole:

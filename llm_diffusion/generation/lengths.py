@@ -78,26 +78,28 @@ def predict_lengths(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     settings: DiffusionGenerationConfig,
-    longest: int,
+    longest: int | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lengths of the answers of left-padded prompts (B, P) by `settings.length_quantile`, at most `longest`, and forward passes, (B,) each.
+    """Lengths of the answers of left-padded prompts (B, P) by `settings.length_quantile`, and forward passes, (B,) each.
 
-    The first canvas has `settings.initial_length` tokens; rows that do not end in it get another one, twice as long.
+    The first canvas has `settings.initial_length` tokens; rows that do not end in it get another one, twice as long. `longest`, of all
+    rows or (B,), bounds both.
     """
-    ends, width = end_ids(model, settings, input_ids.device), min(settings.initial_length, longest)
-    lengths, nfe = torch.full_like(input_ids[:, 0], longest), torch.zeros_like(input_ids[:, 0])
+    ends, nfe, first = end_ids(model, settings, input_ids.device), torch.zeros_like(input_ids[:, 0]), input_ids.shape[1]
+    lengths, width = nfe + longest, settings.initial_length
     rows = torch.arange(len(input_ids), device=input_ids.device)
     with in_eval_mode(model):
         while rows.numel():
+            room = lengths[rows]
+            width = min(width, int(room.max()))
             ids, mask = with_masks(input_ids[rows], attention_mask[rows], width, settings.mask_token_id)
-            probabilities = end_probabilities(model, ids, mask, input_ids.shape[1], ends)
+            inside = torch.arange(width, device=ids.device) < room[:, None]
+            mask[:, first:] = inside
+            probabilities = end_probabilities(model, ids, mask, first, ends).masked_fill(~inside, 0.0)
             found = quantile_lengths(probabilities, settings.length_quantile)
             nfe[rows] += 1
-            done = found <= width
-            lengths[rows] = torch.where(done, found, lengths[rows])
-            if width == longest:
-                break
-            rows, width = rows[~done], min(2 * width, longest)
+            lengths[rows] = torch.where(found <= width, found, room)
+            rows, width = rows[(found > width) & (room > width)], 2 * width
     return lengths, nfe
 
 
@@ -121,10 +123,16 @@ def fill_sized(
     confidence = torch.zeros(canvas.shape, device=canvas.device)
     nfe, done = torch.zeros_like(canvas[:, 0]), torch.zeros_like(canvas[:, 0])
     rows, gone = torch.arange(len(canvas), device=canvas.device), torch.zeros_like(done, dtype=torch.bool)
+
+    def filled() -> torch.Tensor:
+        """The canvas, in which the end token stands behind an end."""
+        after = (torch.isin(canvas, ends) & was_open).long().cumsum(-1) > 0
+        return torch.where(after & (canvas == settings.mask_token_id), ends[0] if ends.numel() else canvas, canvas)
+
     while rows.numel():
         texts, text_mask = _aligned(canvas[rows], mask[rows], first + done[rows])
         room = settings.max_new_tokens - done[rows]
-        lengths, passes = predict_lengths(model, texts, text_mask, settings, int(room.max()))
+        lengths, passes = predict_lengths(model, texts, text_mask, settings, room)
         lengths, width = (lengths + settings.length_margin).minimum(room), texts.shape[1]
         ids, ids_mask = with_masks(texts, text_mask, int(lengths.max()), settings.mask_token_id)
         inside = torch.arange(ids.shape[1] - width, device=ids.device) < lengths[:, None]
@@ -134,7 +142,7 @@ def fill_sized(
 
         def step(drafts: torch.Tensor, sure: torch.Tensor, at: Any = at, inside: Any = inside, rows: Any = rows) -> Any:
             canvas[at], confidence[at] = drafts[:, -inside.shape[1] :][inside], sure[:, -inside.shape[1] :][inside]
-            given_up = recorder.step(canvas, confidence)
+            given_up = recorder.step(canvas if settings.revises else filled(), confidence)
             return None if given_up is None else gone.logical_or_(given_up)[rows]
 
         output = fill_masks(model, ids, ids_mask, settings, width, step, processors)
@@ -143,10 +151,7 @@ def fill_sized(
         done[rows] += lengths
         over = (torch.isin(canvas[rows], ends) & was_open).any(-1) | (done[rows] >= settings.max_new_tokens)
         rows = rows[~(over | gone[rows])]
-    # Behind the end stands the end token.
-    after = (torch.isin(canvas, ends) & was_open).long().cumsum(-1) > 0
-    canvas = torch.where(after & (canvas == settings.mask_token_id), ends[0] if ends.numel() else canvas, canvas)
-    return recorder.output(canvas, was_open, nfe, ends)
+    return recorder.output(filled(), was_open, nfe, ends)
 
 
 def _aligned(ids: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

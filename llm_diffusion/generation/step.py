@@ -61,7 +61,7 @@ class Window:
     pending: torch.Tensor  # (B, L) bool, all masks
     working: torch.Tensor  # (B,) bool, rows that take part; the others wait
     block: int  # the furthest one being filled
-    block_steps: int  # steps of a block, where `steps` is set
+    block_steps: torch.Tensor  # (B,) steps of a block, where `steps` is set
 
     def __post_init__(self) -> None:
         self.ids = self.rows.ids.gather(-1, self.columns)  # (B, k) tokens there now

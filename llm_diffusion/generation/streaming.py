@@ -42,6 +42,8 @@ class Stream:
     ) -> None:
         self.streamer, self.settings, self.start = streamer, settings, prompts.shape[1]
         self.block_length = record.block_length or settings.block_length or settings.max_new_tokens
+        if settings.length_quantile is not None and settings.revises:  # each canvas counts its blocks anew
+            self.block_length = settings.max_new_tokens
         lengths = attention_mask.sum(-1)
         self.offsets = (lengths - record.mode.block_start(lengths)).tolist()  # prompt tokens in blocks
         self.one_row, self.sent, self.by_row = len(prompts) == 1, 0, hasattr(streamer, "put_rows")
@@ -125,6 +127,10 @@ class Watch(BaseStreamer):
 
     def end(self) -> None:
         self._show(self._final)
+        self.stop()
+
+    def stop(self) -> None:
+        """Shows nothing further."""
         self._live.stop()
 
     def _show(self, frame: Frame) -> None:
@@ -139,7 +145,8 @@ class Watch(BaseStreamer):
         for token, probability in frame:
             text = "" if token in self.tokenizer.all_special_ids else self.tokenizer.decode([token])
             # Some tokenizers drop the space before a token that stands alone.
-            if self.tokenizer.convert_ids_to_tokens(token).startswith("▁") and not text.startswith(" "):
+            # Rows of the embedding behind the vocabulary are no token's.
+            if (self.tokenizer.convert_ids_to_tokens(token) or "").startswith("▁") and not text.startswith(" "):
                 text = " " + text
             shade = next(i for i, (least, _, _) in enumerate(SHADES) if probability >= least)
             cells.append((HIDDEN, None) if token == self.mask_token_id else (text, shade))
@@ -192,4 +199,7 @@ def generate_watched(inference: Any, prompts: Iterable[str], console: Console | 
     """Each prompt's answer by a `DiffusionInference`, when it has formed on the console, and what showed it."""
     for prompt in prompts:
         view = Watch(inference.tokenizer, inference.settings["mask_token_id"], console)
-        yield inference.generate(prompt, streamer=view)[0], view
+        try:
+            yield inference.generate(prompt, streamer=view)[0], view
+        finally:  # a text that was broken off gives the terminal its cursor back
+            view.stop()

@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from .. import UserError
 from ..data.rows import Place, read_turns
-from ..generation.config import DiffusionGenerationConfig, check_room
+from ..generation.config import DiffusionGenerationConfig, check_one_answer, check_room
 from ..generation.inference import DiffusionInference
 from ..generation.inputs import checked_texts
 from ..models.record import layered, record_of
@@ -239,8 +239,7 @@ def build_app(inference: DiffusionInference, name: str, batch_size: int = 32, ma
     Raises:
         UserError: settings that give a request several answers.
     """
-    if (copies := inference.settings.get("num_return_sequences") or 1) > 1:
-        raise UserError(f"`num_return_sequences`={copies}: a request gets one answer; leave it out.")
+    check_one_answer(inference.settings)
     endpoint, started = Endpoint(inference, name, batch_size, max_tokens), int(time.time())
 
     @asynccontextmanager

@@ -10,7 +10,7 @@ On a CPU a pass that only drafts may run on a copy of the weights, adapters merg
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -53,17 +53,20 @@ class AdapterSwitch(AbstractContextManager):
         self._mask_row: torch.Tensor | None = None
         if self._mask_token_id is not None:  # as the adapters have it, scaled as the embedding scales
             self._mask_row = embedding(torch.tensor([[self._mask_token_id]], device=embedding.weight.device))[0, 0]
-        self._patch.set(base, "adapter_switch", True)
-        for module in modules:
-            if isinstance(module, LoraLayer):
-                self._patch.set(module, "forward", self._forward_of(module))
-            elif isinstance(module, AuxiliaryTrainingWrapper | TrainableTokensLayer):
-                self._patch.set(module, "_disable_adapters", True)
-        # Under a mask row of its own the head is wrapped; what the row adds is banned from drafts in any case.
-        for head in base.get_output_embeddings().modules():
-            if in_int8 and type(head) is torch.nn.Linear and can_quantise(head.weight):
-                copy = int8_linear(head, [head.weight], partial(torch.Tensor.detach, head.weight), head.bias)
-                self._patch.set(head, "forward", partial(self._forward, head.forward, [], copy))
+        with ExitStack() as broken_off:  # between two copies, which take their time: nothing stays behind
+            broken_off.enter_context(self._patch)
+            self._patch.set(base, "adapter_switch", True)
+            for module in modules:
+                if isinstance(module, LoraLayer):
+                    self._patch.set(module, "forward", self._forward_of(module))
+                elif isinstance(module, AuxiliaryTrainingWrapper | TrainableTokensLayer):
+                    self._patch.set(module, "_disable_adapters", True)
+            # Under a mask row of its own the head is wrapped; what the row adds is banned from drafts in any case.
+            for head in base.get_output_embeddings().modules():
+                if in_int8 and type(head) is torch.nn.Linear and can_quantise(head.weight):
+                    copy = int8_linear(head, [head.weight], partial(torch.Tensor.detach, head.weight), head.bias)
+                    self._patch.set(head, "forward", partial(self._forward, head.forward, [], copy))
+            broken_off.pop_all()
         self._hook = embedding.register_forward_hook(self._embed)
 
     def _forward_of(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:

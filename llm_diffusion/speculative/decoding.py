@@ -83,9 +83,8 @@ class LosslessDecoder:
         self.counts = torch.zeros(self.block_length, device=input_ids.device)  # how often a draft ended where
         self.schedule: DraftSchedule | None = None
         self.is_copy, self.copies = False, Yield(self.block_length)  # what copies yield is a matter of the text
-        self.ahead: torch.Tensor | None = (
-            None  # (B,) bool, whether the draft was made in advance; None: there is no draft
-        )
+        # (B,) bool, whether the draft was made in advance; None: there is no draft
+        self.ahead: torch.Tensor | None = None
         self.cache = DynamicCache()
         # Drafts may reach further than the model can count; what is there is never accepted.
         self.last_place = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - 1

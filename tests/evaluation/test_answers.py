@@ -69,6 +69,12 @@ def test_exact_match_counts_by_kind(tiny, autoregressive):
         assert report.tokens_per_forward == 1
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 1.0, "num_return_sequences": 2}, {}], ids=str)
+def test_one_answer_to_each_of_some_examples(tiny, settings):
+    with pytest.raises(ld.UserError, match="`num_return_sequences`=2" if settings else "`examples` are empty"):
+        evaluate_answers(*tiny, examples() if settings else [], **settings)
+
+
 def test_the_mean_is_over_kinds():
     assert AnswerReport(exact_match={"a": 100.0, "b": 0.0, "c": 20.0}).mean == 40.0
 

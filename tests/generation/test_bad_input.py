@@ -100,6 +100,14 @@ def test_masks_that_are_none(modes, attention, name):
         ld.generate(modes[attention][0], IDS, torch.tensor(BAD_MASKS[name]), max_new_tokens=4)
 
 
+def test_an_empty_prompt_beside_another_is_told_from_padding_on_the_right(modes):
+    model, tokenizer = modes["bidirectional"]
+    inference = ld.DiffusionInference(model, MASK, None, steps=None, tokenizer=tokenizer, max_new_tokens=4)
+    assert len(inference.generate("")) == 1
+    with pytest.raises(UserError, match="empty prompt by itself"):
+        inference.generate(["", "Tom has"])
+
+
 @pytest.mark.parametrize("mask", [[[1] * 4] * 2, "x", 1, numpy.ones((2, 4))])
 def test_masks_of_another_type(modes, mask):
     with pytest.raises(UserError, match="`attention_mask` must be a tensor"):

@@ -56,9 +56,10 @@ def test_masks_are_filled_and_nothing_else_is_touched(random_diffuser, ragged, r
     assert torch.equal(ids, before), "the batch given must stay as it was"
 
 
+@pytest.mark.parametrize("settings", [{}, {"block_length": 3}, {"block_length": 3, "steps": 9}], ids=str)
 @pytest.mark.parametrize("right_shift", [True, False])
-def test_a_row_does_not_depend_on_the_others(random_diffuser, ragged, right_shift):
-    inference = ld.DiffusionInference(random_diffuser(right_shift), MASK, None, steps=None)
+def test_a_row_does_not_depend_on_the_others(random_diffuser, ragged, right_shift, settings):
+    inference = ld.DiffusionInference(random_diffuser(right_shift), MASK, None, **{"steps": None, **settings})
     together = inference(ragged)
     for i in range(4):
         keep = ragged["attention_mask"][i].bool()
@@ -148,6 +149,37 @@ def test_chat_goes_through_the_template(inference):
         text = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
         assert inference.generate(text) == [answer]
         assert "<|" not in answer
+
+
+def test_all_answers_to_one_conversation_come_back(inference):
+    turns, settings = [{"role": "user", "content": "Sort the letters: k d e a"}], {"temperature": 1.0}
+    answers = inference.chat(turns, num_return_sequences=3, **settings)
+    assert answers == inference.chat([turns], num_return_sequences=3, **settings) and len(answers) == 3
+
+
+def test_tokens_that_a_user_bans_are_banned_beside_the_ends(inference):
+    """By a call, or for all of them; an end has no place in a gap in any case."""
+    tokenizer, text = inference.tokenizer, "12" + 8 * "<|mask|>" + "45=57"
+    few = {20, 21}
+    others = [token for token in range(512) if token not in {*few, tokenizer.eos_token_id}]
+    always = ld.DiffusionInference(
+        inference.model, tokenizer.mask_token_id, None, steps=None, tokenizer=tokenizer, suppress_tokens=others
+    )
+    assert set(always.infill_ids(text, temperature=5.0)[2:10]) <= few
+    assert set(inference.infill_ids(text, temperature=5.0, suppress_tokens=others)[2:10]) <= few
+
+
+def test_masks_in_pieces_are_filled_too(inference):
+    tokenizer = inference.tokenizer
+    ids = inference.infill_ids(["12<|mask|>45", "=57"], max_gap_length=2)
+    assert tokenizer.mask_token_id not in ids and tokenizer.decode(ids).startswith("12")
+
+
+def test_a_sized_canvas_is_a_matter_of_answers(random_diffuser, ragged):
+    """Masks behind an end that another mask stands before are filled like others."""
+    model, ends = random_diffuser(False), list(range(5, 20))
+    want = ld.DiffusionInference(model, MASK, ends, steps=None)(ragged)
+    assert torch.equal(ld.DiffusionInference(model, MASK, ends, steps=None, length_quantile=0.5)(ragged), want)
 
 
 def test_infill_fills_the_gaps_of_a_text(inference):
@@ -286,3 +318,6 @@ def test_models_that_do_not_see_what_follows_are_refused(random_llama, tokenizer
     model = ld.convert_to_diffusion(random_llama(), tokenizer, attention="block", block_length=4)
     with pytest.raises(ValueError, match="`attention`='block'.*behind a gap"):
         fill_gaps(model, [[3], [4]], gap_settings())
+    inference = ld.DiffusionInference(model, None, None, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="`attention`='block'.*behind a gap"):
+        inference.infill(f"12{tokenizer.mask_token}45")

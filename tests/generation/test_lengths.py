@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -119,6 +121,31 @@ def test_a_canvas_that_was_too_short_goes_on(random_diffuser) -> None:
     assert not torch.isin(output.sequences[:, 5:], torch.tensor([EOS, MASK])).any()
     assert output.nfe.min() > 12  # one token a step, and the first steps
     assert torch.equal(seen[-1][0], output.sequences) and (seen[-1][1][:, 5:] > 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"block_length": 2, "steps": 9}, {"threshold": 0.1}], ids=str)
+def test_canvases_that_go_on_do_not_depend_on_the_batch(random_diffuser, options) -> None:
+    """One row has less room left than others, and a shorter canvas."""
+    (ids, mask), chosen = prompts(), config(length_quantile=0.05, initial_length=2, **options)
+    for seed in range(6):
+        model = random_diffuser(True, seed=seed)
+        both = fill_sized(model, ids, mask, chosen)
+        for row in range(2):
+            alone = ids[row][mask[row].bool()][None]
+            want = fill_sized(model, alone, torch.ones_like(alone), chosen)
+            assert both.sequences[row, 5:].tolist() == want.sequences[0, alone.shape[1] :].tolist()
+            assert both.nfe[row] == want.nfe[0]
+
+
+def test_nothing_behind_an_end_is_streamed(random_diffuser) -> None:
+    """A row is seen to have ended in the step that ends it."""
+    for seed in range(6):
+        puts = []
+        streamer = SimpleNamespace(put=lambda value, puts=puts: puts.extend(value.flatten().tolist()), end=lambda: None)
+        settings = {"length_quantile": 0.01, "initial_length": 4, "length_margin": 2, "block_length": 1}
+        ends = {"mask_token_id": MASK, "eos_token_id": [2, 3, 7, 11, 13, 17, 19, 23], "max_new_tokens": 12}
+        ids = generate(random_diffuser(True, seed=seed), torch.tensor([[5, 6]]), streamer=streamer, **settings, **ends)
+        assert puts == ids[0].tolist()
 
 
 def test_a_row_that_is_given_up_is_decoded_no_further(random_diffuser) -> None:

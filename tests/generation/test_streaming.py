@@ -14,7 +14,7 @@ from transformers import TextDiffusionStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 import llm_diffusion as ld
-from llm_diffusion.generation.streaming import HIDDEN, Watch
+from llm_diffusion.generation.streaming import HIDDEN, Watch, generate_watched
 from llm_diffusion.main import cli
 
 MASK = 31
@@ -44,6 +44,26 @@ RULES = [
     {"threshold": 0.05, "editing_threshold": 0.1},
     {"revision": "p2", "steps": 24},
 ]
+
+
+def test_revised_tokens_of_a_sized_canvas_are_put_when_nothing_changes_them(random_diffuser):
+    """Each canvas counts its blocks from its own start."""
+    common = {"max_new_tokens": 12, "block_length": 4, "length_quantile": 0.01, "initial_length": 2, "length_margin": 2}
+    for seed in range(6):
+        recorder = Recorder()
+        ids = ld.generate(
+            random_diffuser(True, seed),
+            torch.tensor([[11, 12, 13]]),
+            streamer=recorder,
+            eos_token_id=29,
+            suppress_tokens=[29],
+            revision="remdm-rescale",
+            eta=0.9,
+            remasking="random",
+            steps=24,
+            **common,
+        )
+        assert [token for block in recorder.puts for token in block[0]] == ids[0].tolist()
 
 
 @pytest.mark.parametrize("settings", RULES, ids=str)
@@ -234,3 +254,23 @@ def test_the_picture_of_the_docs_is_made_by_the_command_beside_it(tmp_path):
         assert root.tag == SPACE + "svg" and "http" not in text.replace("http://www.w3.org/2000/svg", "")
         assert "@keyframes" in text and len(root.findall(f"{SPACE}g")) > 3
     assert recorded.stat().st_size < 60_000
+
+
+def test_rows_of_the_embedding_that_are_no_tokens_are_shown_as_nothing(tiny):
+    view = Watch(tiny[1], tiny[1].mask_token_id)
+    assert view.cells([(len(tiny[1]) + 5, 0.9)]) == [("", 1)]
+
+
+def test_a_text_that_is_broken_off_gives_the_cursor_back(tiny):
+    class BrokenOff:
+        tokenizer, settings = tiny[1], {"mask_token_id": tiny[1].mask_token_id}
+
+        def generate(self, prompt, streamer):
+            streamer.put(torch.tensor([[5]]))
+            streamer.put_draft(torch.tensor([[5, 6]]))
+            raise KeyboardInterrupt
+
+    file = io.StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        list(generate_watched(BrokenOff(), ["x"], Console(file=file, force_terminal=True)))
+    assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")

@@ -147,3 +147,19 @@ def test_the_mask_row_is_scaled_as_the_embedding_scales() -> None:
     with AdapterSwitch(model) as switch:
         switch.first = 0
         torch.testing.assert_close(embedding(ids), want)
+
+
+def test_a_switch_that_is_broken_off_leaves_nothing_behind(random_llama, monkeypatch) -> None:
+    """By Ctrl-C or for want of memory, while the int8 copies are made."""
+    model, copies = adapted(random_llama), iter(range(5))
+
+    def broken_off(*args: object) -> None:
+        if next(copies) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_diffusion.speculative.adapters.int8_linear", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        AdapterSwitch(model, in_int8=True)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with AdapterSwitch(model):
+        pass
