@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
-from ..generation.config import DiffusionGenerationConfig
+from ..generation.config import DiffusionGenerationConfig, UnmaskingSettings, check_one_answer
 from ..generation.generate import generate, generate_autoregressive
 from ..models.loading import load_diffusion_model
 from ..models.patching import base_of
@@ -73,6 +73,7 @@ class DiffusionLM(TemplateLM):
     ) -> None:
         super().__init__()
         DiffusionGenerationConfig(**settings)  # a wrong setting fails here, not after an hour
+        check_one_answer(settings)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise UserError(f"`batch_size` must be a whole number from 1, got {batch_size!r}.")
         if isinstance(pretrained, str):
@@ -159,7 +160,9 @@ class DiffusionLM(TemplateLM):
             n = length(batch[0])["max_new_tokens"]
             written = [()] * len(batch)  # a completion as long as the window is not tried
             if n < self.max_length:
-                written = self._decode([row.ids[: row.first] for row in batch], {"max_new_tokens": n, "seed": 0})
+                # The defaults, over what the model was saved with: a threshold commits several tokens a step.
+                settings = {**vars(UnmaskingSettings()), "max_new_tokens": n}
+                written = self._decode([row.ids[: row.first] for row in batch], settings)
             same += [tuple(ids[:n]) == row.ids[row.first :] for ids, row in zip(written, batch, strict=True)]
         return groups.get_original(same)
 

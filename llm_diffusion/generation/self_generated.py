@@ -123,8 +123,14 @@ def generate_prompts(
 def _sampled(model: torch.nn.Module, start: torch.Tensor, max_new_tokens: int, seed: int) -> list[list[int]]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        options = {"max_new_tokens": max_new_tokens, "do_sample": True, "top_k": 0}
-        return generate_autoregressive(model, start.expand(BATCH_SIZE, -1), **options)[:, start.shape[1] :].tolist()
+        rows = start.expand(BATCH_SIZE, -1)
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": True,
+            "top_k": 0,
+            "attention_mask": rows.new_ones(rows.shape),
+        }
+        return generate_autoregressive(model, rows, **options)[:, start.shape[1] :].tolist()
 
 
 def generate_answers(

@@ -96,14 +96,14 @@ def _refusal(name: str, error: Exception) -> CheckpointError:
     )
 
 
-def download(name: str, **patterns: Any) -> str:
+def download(name: str, revision: str | None = None, **patterns: Any) -> str:
     """Fetches a model's files from the hub; the folder they are in. `patterns` are keywords of `snapshot_download`."""
     path = resolve_path(name)
     if Path(path).exists():
         return path
     patterns = patterns or {"ignore_patterns": ["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"]}
     try:
-        return snapshot_download(path, **patterns)
+        return snapshot_download(path, revision=revision, **patterns)
     except Exception as error:
         raise _refusal(name, error) from error
 

@@ -34,10 +34,13 @@ def replace_synced(written: Path, path: Path) -> None:
     """Gives a file or folder of the same disk its name, once all of it would survive a power cut."""
     for part in (written, *written.rglob("*")):
         _sync(part)
-    if path.is_dir():  # which no rename replaces
-        shutil.rmtree(path)
+    old = None
+    if path.is_dir():  # which no rename replaces; removing it takes its time, in which there would be neither
+        old = path.replace(written.with_name(f"{written.name}.old"))
     written.replace(path)
     _sync(path.parent)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:

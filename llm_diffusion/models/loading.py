@@ -85,12 +85,13 @@ def load_diffusion_model(
         gguf_file: a GGUF file in the folder or hub repository, whose weights are unpacked (2 or 4 bytes a parameter, by `dtype`).
             `quantization` takes them through bf16 in CPU memory, 2 bytes a parameter. An adapter remembers its file.
         options: `attention`, `block_length`, `clean_context`, `right_shift_logits`, `time_embedding` and `mask_token_id`, see
-            `ConversionSettings`; further keywords of `from_pretrained` (`device_map`, `max_memory`, `revision`, …).
+            `ConversionSettings`; further keywords of `from_pretrained` (`device_map`, `max_memory`, …). `revision` is the branch, tag or
+            commit of the repository, for all of its files; the base under an adapter is another repository.
 
     Returns:
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
-    path, device = resolve_path(name_or_path), device or best_device()
+    path, device = _at_revision(name_or_path, options), device or best_device()
     conversion = {name: options.pop(name, None) for name in CONVERSION_OPTIONS}
     options = loader_options(device, dtype, quantization, trust_remote_code=trust_remote_code, **options)
     record = read_record(path) if (adapter := is_adapter(path)) else DiffusionRecord()
@@ -118,6 +119,12 @@ def load_diffusion_model(
     elif record_of(model).time_embedding and not gguf_file:
         _load_time_embedding(model, path, saved=not new)
     return model.eval(), tokenizer
+
+
+def _at_revision(name_or_path: str, options: dict[str, Any]) -> str:
+    """As `resolve_path`; where `revision` is among the options, the folder that holds every file as it was there."""
+    revision = options.pop("revision", None)
+    return resolve_path(name_or_path) if revision is None else download(name_or_path, revision)
 
 
 def _load_tokenizer(
@@ -202,7 +209,7 @@ def load_autoregressive(
     Raises:
         UserError: a diffusion adapter, whose weights mean nothing without its attention; or attention that stays open.
     """
-    path, device = resolve_path(name_or_path), device or best_device()
+    path, device = _at_revision(name_or_path, options), device or best_device()
     remote = {"trust_remote_code": trust_remote_code}
     options = loader_options(device, **options, **remote)
     tokenizer = from_hub(AutoTokenizer, path, **remote)

@@ -14,6 +14,7 @@ from llm_diffusion import UserError
 from llm_diffusion.evaluation.harness import DiffusionLM, run_tasks
 from llm_diffusion.evaluation.likelihood import DEFAULT_LENGTH, likelihood, log_likelihood_bound
 from llm_diffusion.evaluation.tasks import local_tasks
+from llm_diffusion.generation.config import DiffusionGenerationConfig
 from llm_diffusion.generation.generate import generate, generate_autoregressive
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the harness itself
@@ -53,6 +54,24 @@ def test_is_greedy_tells_whether_the_model_would_write_it(tiny, autoregressive) 
     other = [*ids[:-1], (ids[-1] + 1) % 400]
     requested = [(("", ""), context["input_ids"][0].tolist(), completion) for completion in (ids, other)]
     assert [same for _, same in lm._loglikelihood_tokens(requested)] == [True, False]
+
+
+def test_is_greedy_is_one_token_a_step_whatever_the_model_was_saved_with(tiny, monkeypatch) -> None:
+    model, tokenizer = tiny
+    ids = tokenizer("Sort the letters: k d e a", return_tensors="pt")["input_ids"]
+    one_by_one = generate(model, ids, max_new_tokens=8)[0, ids.shape[1] :].tolist()
+    saved = {"threshold": 0.01, "mask_token_id": tokenizer.mask_token_id, "max_new_tokens": 64}
+    monkeypatch.setattr(model, "generation_config", DiffusionGenerationConfig(**saved))
+    at_once = generate(model, ids, max_new_tokens=8)[0, ids.shape[1] :].tolist()
+    assert at_once != one_by_one
+    lm = DiffusionLM(model, tokenizer, autoregressive=False, n_samples=8, progress=False)
+    requested = [(("", ""), ids[0].tolist(), completion) for completion in (one_by_one, at_once)]
+    assert [same for _, same in lm._loglikelihood_tokens(requested)] == [True, False]
+
+
+def test_one_answer_to_a_request(tiny) -> None:
+    with pytest.raises(UserError, match="`num_return_sequences`=2"):
+        DiffusionLM(*tiny, temperature=1.0, num_return_sequences=2)
 
 
 def test_ar_scores_are_those_of_the_loss(tiny) -> None:

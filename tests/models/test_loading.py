@@ -222,16 +222,16 @@ def test_an_adapter_comes_back_as_it_was(base, tmp_path, vocab, tied):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """`hub(name, folder)`: the folder as a repository in a cache of its own, without a connection."""
-    cache, commit = tmp_path / "hub", "0123456789abcdef" * 2 + "01234567"
+    cache = tmp_path / "hub"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # PEFT reads both
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
 
-    def put(name, folder):
-        repository = cache / f"models--{name.replace('/', '--')}"
+    def put(name, folder, revision="main"):
+        repository, commit = cache / f"models--{name.replace('/', '--')}", f"{abs(hash(revision)):040x}"
         shutil.copytree(folder, repository / "snapshots" / commit)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
         return repository / "snapshots" / commit
 
     return put
@@ -263,6 +263,25 @@ def test_a_checkpoint_on_the_hub_is_found_by_its_name(base, hub, tmp_path):
     hub("user/full", tmp_path / "saved")
     again, _ = load("user/full", device="cpu")
     assert torch.equal(logits_of(again), logits_of(model))
+
+
+def test_a_revision_is_that_of_every_file(base, hub, tmp_path):
+    """Weights, attention, time embedding and tokenizer; those of `main` are others."""
+    for revision, options in (("main", {}), ("v2", {"attention": "block", "block_length": 4, "time_embedding": True})):
+        model, tokenizer = load(str(base()), device="cpu", **options)
+        tokenizer.add_tokens([f"<{revision}>"])
+        if options:
+            randomise_time(model)
+        model.save_pretrained(tmp_path / revision)
+        tokenizer.save_pretrained(tmp_path / revision)
+        hub("user/model", tmp_path / revision, revision)
+    again, tokenizer = load("user/model", revision="v2", device="cpu")
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert ld.probe_attention(again, 4) == "block"
+    assert "<v2>" in tokenizer.get_vocab() and "<main>" not in tokenizer.get_vocab()
+    assert "<main>" in load("user/model", device="cpu")[1].get_vocab()
+    with pytest.raises(OSError, match="`model`: 'user/model' is neither a folder here nor available"):
+        load("user/model", revision="v3", device="cpu")
 
 
 def test_an_adapter_of_the_embedded_model_comes_back(tmp_path):
