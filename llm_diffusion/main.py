@@ -31,10 +31,8 @@ from .presets.files import NO_TEXT
 
 COUNT, SEED = click.IntRange(1, LARGEST), click.IntRange(*SEEDS.values())
 # Of memory, a disk, damaged files and the network, as libraries raise them; torch has no class for most. By name: importing them is slow.
-FAULTS = (
-    "UserError OSError UnicodeDecodeError FloatingPointError MemoryError OutOfMemoryError SafetensorError "
-    "ArrowException TransportError"
-).split()
+FAULTS = "UserError OSError UnicodeDecodeError FloatingPointError MemoryError OutOfMemoryError".split()
+FAULTS += "SafetensorError ArrowException TransportError".split()
 TORCH_FAULTS = r"^DataLoader worker \(pid|DefaultCPUAllocator: |PytorchStreamWriter failed|unexpected pos \d"
 EXTRAS = {"bitsandbytes": "qlora", "wandb": "wandb", "gguf": "gguf", "fastapi": "serve", "uvicorn": "serve"}
 EXTRAS |= {"gradio": "demo", "lm_eval": "eval", "sacrebleu": "eval", "rouge_score": "eval"}
@@ -96,9 +94,8 @@ def job_settings(command: Callable) -> Callable:
     return command
 
 
-decoding_settings = click.option(
-    "--settings", metavar="JSON", default="{}", help="Decoding settings, '{\"max_new_tokens\": 64}' for one."
-)
+decoding = "Decoding settings, '{\"max_new_tokens\": 64}' for one."
+decoding_settings = click.option("--settings", metavar="JSON", default="{}", help=decoding)
 
 
 @click.group(cls=Commands, invoke_without_command=True, context_settings={"max_content_width": 110})
@@ -111,9 +108,8 @@ def cli(ctx: click.Context, list_presets: bool, resume: bool, **settings: str | 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks of missing CPU kernels that are not needed
     logger.remove()
     logger.configure(patcher=lambda record: record.update(message=redacted(record["message"])))
-    logger.add(
-        sys.stderr, format="<green>{time:HH:mm:ss}</green> {message}", colorize=sys.stderr.isatty(), level="INFO"
-    )
+    colours = sys.stderr.isatty()
+    logger.add(sys.stderr, format="<green>{time:HH:mm:ss}</green> {message}", colorize=colours, level="INFO")
     if ctx.invoked_subcommand is None and list_presets:
         click.echo("\n".join(preset_names()))
     elif ctx.invoked_subcommand is None:
@@ -268,9 +264,8 @@ def chat(model: str, question: str | None, settings: str) -> None:
     """Ask a converted MODEL one QUESTION, or talk to it line by line."""
     from .generation.config import check_one_answer
 
-    inference = load_inference(model, read_mapping(settings, "--settings"))
+    inference, messages = load_inference(model, read_mapping(settings, "--settings")), []
     check_one_answer(inference.settings)
-    messages: list[dict[str, str]] = []
     for line in [question] if question is not None else sys.stdin:
         messages.append({"role": "user", "content": line.rstrip("\n")})
         messages.append({"role": "assistant", "content": inference.chat(messages)})
