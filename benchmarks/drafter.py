@@ -55,6 +55,13 @@ class UntilTime(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_training_stop = True
 
 
+def on_this_machine() -> dict[str, Any]:
+    """Where SmolLM2 is loaded to, and its type: bf16 where that is multiplied as such."""
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu or has_fast_bfloat16() else torch.float32
+    return {"device": "cuda" if on_gpu else "cpu", "dtype": dtype}
+
+
 def rows_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[list[Any], Any]:
     """The base's answers to the questions, if there are any, and to prompts of its own: to train on, kind by kind, and held out of both."""
     cache, prompts = args.output / "answers.jsonl", []
@@ -85,9 +92,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="with the last checkpoint in the output folder")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    preset, on_gpu = resolve("smollm2"), torch.cuda.is_available()
-    in_bf16 = on_gpu or has_fast_bfloat16()
-    options = {"device": "cuda" if on_gpu else "cpu", "dtype": torch.bfloat16 if in_bf16 else torch.float32}
+    preset, options = resolve("smollm2"), on_this_machine()
     name = str(DRAFTER) if args.go_on else "smollm2"
     model, tokenizer = load_diffusion_model(name, attention="lossless", block_length=8, **options)
     kinds, held_out = rows_of(model, tokenizer, args)
@@ -109,8 +114,8 @@ def main() -> None:
         save_total_limit=2,
         logging_steps=args.every,
         seed=args.seed,
-        use_cpu=not on_gpu,
-        bf16=in_bf16,
+        use_cpu=options["device"] == "cpu",
+        bf16=options["dtype"] == torch.bfloat16,
         report_to="none",
         train_sampling_strategy="group_by_length",
     )

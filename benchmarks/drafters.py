@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from drafter import rows_of
+from drafter import on_this_machine, rows_of
 from peft import LoraConfig
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
 from llm_diffusion.config import resolve
-from llm_diffusion.models.packing import has_fast_bfloat16
 
 # name -> what differs from the preset: settings of training, of `LoraConfig`, or the rows.
 DRAFTERS: dict[str, dict[str, Any]] = {
@@ -66,17 +65,12 @@ def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.N
     train = rows[changes.pop("rows", "both")]
     block_length = changes.pop("block_length", 8)
     lora = {key: changes.pop(key) for key in ("r", "lora_alpha", "target_modules") if key in changes}
-    in_bf16 = has_fast_bfloat16()
-    model, tokenizer = load_diffusion_model(
-        "smollm2",
-        attention="lossless",
-        block_length=block_length,
-        device="cpu",
-        dtype=torch.bfloat16 if in_bf16 else torch.float32,
-    )
+    options = on_this_machine()
+    model, tokenizer = load_diffusion_model("smollm2", attention="lossless", block_length=block_length, **options)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
             **preset.training,
+            "learning_rate": preset.learning_rate,
             "per_device_train_batch_size": args.batch_size,
             "per_device_eval_batch_size": args.batch_size,
             "max_length": preset.max_length,
@@ -85,8 +79,8 @@ def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.N
             "save_strategy": "no",
             "eval_strategy": "no",
             "report_to": "none",
-            "use_cpu": True,
-            "bf16": in_bf16,
+            "use_cpu": options["device"] == "cpu",
+            "bf16": options["dtype"] == torch.bfloat16,
             **changes,
         }
         trainer = DiffusionSFTTrainer(
@@ -148,7 +142,7 @@ def main() -> None:
     if not args.report:
         args.output = args.rows_folder
         args.output.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = load_diffusion_model("smollm2", attention="lossless", device="cpu")
+        model, tokenizer = load_diffusion_model("smollm2", attention="lossless", **on_this_machine())
         (questions, own), held_out = rows_of(model, tokenizer, args)
         rows = {"questions": questions, "own": own, "both": concatenate_datasets([questions, own])}
         rows["data"] = answers_of_data(args)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from drafter import rows_of
+from drafter import on_this_machine, rows_of
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -59,13 +59,19 @@ def peak() -> float:
 def rows(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     args.output = args.rows
     args.output.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_diffusion_model("smollm2", attention="lossless", device="cpu")
+    model, tokenizer = load_diffusion_model("smollm2", attention="lossless", **on_this_machine())
     kinds, held_out = rows_of(model, tokenizer, args)
     return concatenate_datasets(kinds).shuffle(seed=args.seed), held_out
 
 
 def trainer_of(
-    mode: str, steps: int, train: Dataset, args: argparse.Namespace, quantization: str | None = None, **changes: Any
+    mode: str,
+    steps: int,
+    train: Dataset,
+    args: argparse.Namespace,
+    quantization: str | None = None,
+    held_out: Dataset | None = None,
+    **changes: Any,
 ) -> DiffusionSFTTrainer:
     preset = resolve(MODES[mode] + ("+qlora" if quantization else ""))
     dtype = torch.bfloat16 if has_fast_bfloat16() and not quantization else torch.float32
@@ -79,6 +85,7 @@ def trainer_of(
     )
     settings = {
         **preset.training,
+        "learning_rate": preset.learning_rate,
         **QUIET,
         "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": args.batch_size,
@@ -92,6 +99,7 @@ def trainer_of(
         model,
         DiffusionSFTConfig(str(args.rows / "out"), **settings),
         train_dataset=train,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=LoraConfig(**preset.lora_config, task_type="CAUSAL_LM"),
     )
@@ -101,19 +109,15 @@ def trainer_of(
 
 
 def one_qlora(mode: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    train, held_out = (
-        Dataset.load_from_disk(str(args.rows / "train")),
-        Dataset.load_from_disk(str(args.rows / "held_out")),
-    )
+    train, held_out = (Dataset.load_from_disk(str(args.rows / name)) for name in ("train", "held_out"))
     how = {"quantization": "nf4"} if kind == "nf4" else {"dtype": getattr(torch, kind), "bf16": kind == "bfloat16"}
-    trainer = trainer_of(mode, args.steps, train, args, **how)
-    held_out = trainer._prepare_dataset(held_out, trainer.processing_class, trainer.args, False, None, "eval")
-    before, start, began = peak(), trainer.evaluate(held_out), time.time()
+    trainer = trainer_of(mode, args.steps, train, args, held_out=held_out, **how)
+    loaded, start, began = peak(), trainer.evaluate(), time.time()
     trainer.train()
-    seconds, after = (time.time() - began) / args.steps, peak()
-    end, figure = trainer.evaluate(held_out), "eval_accepted_length" if mode == "lossless" else "eval_nelbo"
+    seconds, most = (time.time() - began) / args.steps, peak()
+    end, figure = trainer.evaluate(), "eval_accepted_length" if mode == "lossless" else "eval_nelbo"
     trainer.save_model(str(args.rows / f"{mode}-{kind}"))
-    return {"start": start[figure], "end": end[figure], "seconds": seconds, "loaded": before, "peak": after}
+    return {"start": start[figure], "end": end[figure], "seconds": seconds, "loaded": loaded, "peak": most}
 
 
 def qlora(args: argparse.Namespace) -> None:
