@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils.module_tracker import ModuleTracker
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .. import UserError
 from ..objective.attention_masks import symmetric
@@ -330,6 +330,14 @@ def check_decoder(model: PreTrainedModel) -> None:
 def in_attention(name: str) -> bool:
     """Whether a parameter or module belongs to an attention layer, by its dotted name: `self_attn`, `attn`, `attention`, …"""
     return any(part.endswith(("attn", "attention")) for part in name.split("."))
+
+
+def make_causal(config: PretrainedConfig) -> None:
+    """Turns a saved config of a bidirectional model back into the autoregressive model's, which is loaded by it then."""
+    for part in (config, config.get_text_config()):
+        part.is_causal = True
+        for name, size in (vars(part).pop("causal_windows", None) or {}).items():
+            setattr(part, name, size)
 
 
 @contextmanager

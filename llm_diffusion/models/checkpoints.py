@@ -185,6 +185,8 @@ def loader_options(
     """Keywords of `from_pretrained` for a device, a type and a quantisation; `options` come first."""
     quantized = options.pop("quantization_config", None) or quantization_config(quantization, device)
     check_device(device)
+    older = options.pop("torch_dtype", None)  # what `from_pretrained` called it, and would leave aside for ours
+    dtype = older if dtype == "auto" and older is not None else dtype
     options = {"dtype": torch.float32 if (dtype, device) == ("auto", "cpu") else dtype, **options}
     if quantized is not None:
         options["quantization_config"] = quantized

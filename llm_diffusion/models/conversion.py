@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import types
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -25,7 +24,7 @@ from ..objective.noise import get_noise_schedule
 from ..objective.settings import check_settings
 from .attention import check_block_attention, check_decoder, patch_causal_attention
 from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lift_masks
-from .patching import Patch, base_of
+from .patching import BoundFunction, Patch, base_of
 from .probing import check_clean_prefix, recurrent_layers
 from .record import ConversionSettings, DiffusionRecord
 from .special_tokens import (
@@ -98,7 +97,7 @@ def convert_to_diffusion(
     base.config.diffusion = record.to_dict()
     set_pad_token(base, tokenizer)
     set_end_tokens(base, tokenizer)
-    base.generate = types.MethodType(_generate, base)  # a bound method follows `copy.deepcopy`, a closure would not
+    base.generate = BoundFunction(_generate, base)
     return model
 
 

@@ -14,7 +14,6 @@ the matrix: PEFT itself copies the whole matrix at every forward to change one r
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..objective.losses import entropy, token_nll
 from ..objective.modes import IGNORE_INDEX
-from .patching import FORWARD_ERRORS, in_eval_mode
+from .patching import FORWARD_ERRORS, BoundFunction, in_eval_mode
 
 PIECE, GPU_PIECE = 2**22, 2**26  # numbers of a piece of the logits on a CPU, 16 MiB of fp32, and elsewhere
 NAMES = ("nll", "right", "entropy", "mean_logits")
@@ -243,7 +242,7 @@ def train_rows_alone(model: torch.nn.Module) -> None:
     for module in model.modules():
         known = isinstance(module, TrainableTokensLayer) and hasattr(module, "forward_adapters")
         if known and getattr(module.base_layer, "max_norm", None) is None:
-            module.forward_adapters = types.MethodType(_forward_rows, module)
+            module.forward_adapters = BoundFunction(_forward_rows, module)
 
 
 def trained_rows(head: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor | None, torch.Tensor | None]:

@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 
 from .. import UserError
 from ..objective.settings import check_value
+from .attention import make_causal
 from .checkpoints import (
     EMBEDDED,
     adapter_base,
@@ -231,7 +232,7 @@ def load_autoregressive(
         else:
             config = from_hub(AutoConfig, path, **remote)
             vars(config).pop("diffusion", None)
-            config.is_causal = True
+            make_causal(config)
             model = load_weights(AutoModelForCausalLM, path, config=config, **options)
         if tokenizer.mask_token_id is not None:
             model.generation_config, _ = autoregressive_config(model.generation_config)

@@ -24,8 +24,8 @@ SUPPORT = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cp
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
 INT8_OPERATORS = ("linear_prepack", "linear_dynamic")  # of torch.ops.quantized
 ROWS = 8  # what the layout is best for; any number is right
-# Of every layer and kind of copy the weights' places and versions, and the copy; outside the model, because it can be neither copied nor saved.
-_copies: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[list[tuple[int, int]], Any]]] = WeakKeyDictionary()
+# Of every layer and kind of copy the state of the weights, and the copy; outside the model, because it can be neither copied nor saved.
+_copies: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[list[tuple], Any]]] = WeakKeyDictionary()
 
 
 def can_pack(layer: torch.nn.Module) -> bool:
@@ -109,9 +109,15 @@ def _int8_linear(weight: Any, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.quantized.linear_dynamic(x.float(), weight, reduce_range=True).to(x.dtype)
 
 
+def _state_of(source: torch.Tensor) -> tuple:
+    # Versions miss what is written through `.data`, as PEFT merges adapters; some of the numbers show it.
+    some = source.detach().flatten()[:: max(1, source.numel() // 61)].tolist()
+    return source.data_ptr(), source._version, some
+
+
 def _copy(layer: torch.nn.Module, kind: str, sources: Iterable[torch.Tensor], make: Callable[[], Any]) -> Any:
     """A layer's copy of one kind, made again when one of its sources was changed or replaced."""
-    kept, key = _copies.setdefault(layer, {}), [(source.data_ptr(), source._version) for source in sources]
+    kept, key = _copies.setdefault(layer, {}), [_state_of(source) for source in sources]
     if kind not in kept or kept[kind][0] != key:
         kept[kind] = key, make()
     return kept[kind][1]

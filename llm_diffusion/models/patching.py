@@ -22,15 +22,19 @@ _MISSING = object()
 
 def base_of(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model under any number of PEFT, DDP or compile wrappers."""
-    while True:
-        if isinstance(model, PeftModel):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(getattr(model, "module", None), torch.nn.Module) and not isinstance(model, PreTrainedModel):
-            model = model.module
-        else:
-            return model
+    while isinstance(model := _unwrapped(model), PeftModel):
+        model = model.get_base_model()
+    return model
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Without DDP and compile wrappers, but under its adapters."""
+    while not isinstance(model, PeftModel | PreTrainedModel):
+        inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if not isinstance(inner, torch.nn.Module):
+            break
+        model = inner
+    return model
 
 
 def is_compiled(model: torch.nn.Module) -> bool:
@@ -72,6 +76,32 @@ class Patch:
         self.undo()
 
 
+class BoundFunction:
+    """A function bound to one object, as a method is; `copy.deepcopy` follows it, which a closure would escape, and so does pickle.
+
+    Of a method pickle keeps the name, to look for it in the object's class, where nothing of ours is.
+    """
+
+    # No `__dict__`, which whoever wraps a forward would copy into its own.
+    __slots__ = ("__func__", "__self__", "__signature__", "__weakref__", "_made_of")
+
+    def __init__(self, function: Callable[..., Any], owner: Any, method: str | None = None) -> None:
+        """`method`: of the owner's class, whose signature transformers and PEFT shall read here."""
+        self._made_of = function, owner, method
+        self.__self__, self.__func__ = owner, function
+        if method is not None:
+            signature = inspect.signature(getattr(type(owner), method))
+            self.__signature__ = signature.replace(parameters=list(signature.parameters.values())[1:])
+            self.__func__ = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+            self.__func__.__kwdefaults__, self.__func__.__signature__ = function.__kwdefaults__, signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return BoundFunction, self._made_of
+
+
 def wrap_forward(patch: Patch, module: torch.nn.Module, function: Callable[..., Any], state: Any) -> None:
     """Binds `function`, which closes over nothing, as the forward of this one module.
 
@@ -80,11 +110,9 @@ def wrap_forward(patch: Patch, module: torch.nn.Module, function: Callable[..., 
     """
     # The class's signature, not the bound method's: accelerate's hooks leave a partial there, which has no `self`.
     signature = inspect.signature(type(module).forward)
-    wrapper = types.FunctionType(function.__code__, function.__globals__, function.__name__)
-    wrapper.__kwdefaults__, wrapper.__signature__ = function.__kwdefaults__, signature
     state.original, state.parameters = module.forward, tuple(signature.parameters)[1:]
     patch.set(module, "diffusion_forward", state)
-    patch.set(module, "forward", types.MethodType(wrapper, module))
+    patch.set(module, "forward", BoundFunction(function, module, "forward"))
 
 
 @contextmanager
@@ -112,7 +140,8 @@ def trained_as_before(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """The base alone, where `model` is a `PeftModel`."""
+    """The base alone, where `model` is a `PeftModel` under any wrappers."""
+    model = _unwrapped(model)
     if not isinstance(model, PeftModel):
         yield
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .. import UserError
 from ..objective.modes import MODES, Bidirectional
@@ -24,7 +23,7 @@ from ..objective.noise import NOISE_SCHEDULES
 from ..objective.settings import hints_of, read_setting, setting
 from .checkpoints import is_adapter, local_file
 from .files import atomic, write_text
-from .patching import base_of
+from .patching import BoundFunction, base_of
 
 SIDECAR = "diffusion_config.json"
 # What a model is; the rest of its record tells how it came about.
@@ -177,14 +176,17 @@ def save_record(model: torch.nn.Module, folder: str | Path) -> None:
 
 def keep_record(model: PeftModel) -> None:
     """Makes `save_pretrained` of adapters, and `push_to_hub`, which uploads what that writes, save what they are loaded by too."""
-    model.save_pretrained = types.MethodType(_save_pretrained, model)  # a bound method follows `copy.deepcopy`
+    model.save_pretrained = BoundFunction(_save_pretrained, model)
 
 
 def _save_pretrained(self: PeftModel, save_directory: str, *args: Any, **options: Any) -> None:
     type(self).save_pretrained(self, save_directory, *args, **options)
-    if options.get("is_main_process", True):
-        save_record(self, save_directory)
-        save_generation_config(self, save_directory)
+    if not options.get("is_main_process", True):
+        return
+    for name in ("", *self.peft_config):  # all but the default one are in folders of their names
+        if (folder := Path(save_directory) / name).joinpath(ADAPTER_CONFIG_NAME).exists():
+            save_record(self, folder)
+            save_generation_config(self, folder)
 
 
 # -- the model card

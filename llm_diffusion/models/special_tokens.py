@@ -238,11 +238,13 @@ def grow(model: PreTrainedModel, token_id: int) -> None:
 
 
 def add_special_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> int:
-    """A new special token, whose row is the mean of those before it."""
+    """A special token; the row of a new one is the mean of those before it, one that was there already keeps its own."""
+    new = token not in tokenizer.get_vocab()
     tokenizer.add_special_tokens({f"{name}_token": token})
     token_id = getattr(tokenizer, f"{name}_token_id")
     grow(model, token_id)
-    set_to_mean(model, token_id)
+    if new:
+        set_to_mean(model, token_id)
     return token_id
 
 

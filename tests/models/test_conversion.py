@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_an_existing_mask_token_and_its_embedding_are_kept(random_llama, tokeniz
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
+def test_a_token_of_the_masks_name_keeps_its_row(random_llama, tokenizer):
+    tokenizer.add_tokens([MASK_TOKEN], special_tokens=True)
+    model = random_llama(vocab_size=576)
+    before = model.get_input_embeddings().weight.detach().clone()
+    ld.convert_to_diffusion(model, tokenizer)
+    assert tokenizer.mask_token == MASK_TOKEN
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
 def test_the_mask_token_is_one_token_in_text(random_llama, tokenizer):
     ld.convert_to_diffusion(random_llama(), tokenizer)
     ids = tokenizer(f"3 6 {tokenizer.mask_token} 12")["input_ids"]
@@ -174,11 +184,12 @@ def test_a_model_that_stays_causal_is_not_converted(tokenizer):
     assert tokenizer.mask_token is None
 
 
-def test_a_deep_copy_decodes_with_its_own_weights(random_llama, tokenizer):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_decodes_with_its_own_weights(random_llama, tokenizer, copied):
     model = ld.convert_to_diffusion(random_llama(), tokenizer)
     settings = {"max_new_tokens": 6, "eos_token_id": None}
     before = model.generate(IDS, **settings)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     assert torch.equal(twin.generate(IDS, **settings), before)
     with torch.no_grad():
         twin.lm_head.weight.zero_()  # all tokens alike: the first one wins

@@ -310,8 +310,16 @@ def test_a_mask_that_its_tokenizer_knows_or_that_is_asked_for_comes_first(tmp_pa
     assert load_diffusion_model(str(tmp_path / "diffugpt"), device="cpu", mask_token_id=88)[1].mask_token_id == 88
 
 
-def test_plain_gpt2_is_left_to_transformers(tmp_path):
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=8, vocab_size=16)).save_pretrained(tmp_path)
+@pytest.mark.parametrize("form", ["safetensors", "zip", "legacy", "truncated"])
+def test_plain_gpt2_is_left_to_transformers(tmp_path, form):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=8, vocab_size=16))
+    model.save_pretrained(tmp_path)
+    if form != "safetensors":
+        (tmp_path / "model.safetensors").unlink()
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(model.state_dict(), file, _use_new_zipfile_serialization=form != "legacy")
+        if form == "truncated":
+            file.write_bytes(file.read_bytes()[:-100])
     assert find_layout(str(tmp_path)) is None
 
 

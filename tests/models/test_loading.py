@@ -9,6 +9,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     T5Config,
 )
 
@@ -16,6 +18,7 @@ import llm_diffusion as ld
 from llm_diffusion import UserError, convert_to_diffusion, load_diffusion_model, probe_attention
 from llm_diffusion.analysis import load_config
 from llm_diffusion.generation.inference import continue_autoregressive
+from llm_diffusion.models.lm_head import train_rows_alone
 from llm_diffusion.models.loading import (
     autoregressive_base,
     check_positions,
@@ -24,8 +27,8 @@ from llm_diffusion.models.loading import (
     scratch_model,
 )
 from llm_diffusion.models.loading import load_diffusion_model as load
-from llm_diffusion.models.patching import base_of
-from llm_diffusion.models.record import save_custom_generate, save_record
+from llm_diffusion.models.patching import adapters_off, base_of
+from llm_diffusion.models.record import SIDECAR, keep_record, save_custom_generate, save_record
 from llm_diffusion.objective.attention_masks import annealed
 
 SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
@@ -533,6 +536,68 @@ def test_an_adapter_saves_and_pushes_itself_with_its_record(base, tmp_path):
     again, _ = load(str(tmp_path / "again"), device="cpu")
     assert torch.equal(logits_of(again), logits_of(model))
     assert again.generation_config.mask_token_id == tokenizer.mask_token_id
+
+
+def test_adapters_of_any_name_come_back(base, tmp_path):
+    """PEFT gives all but the default one a folder of its own."""
+    model, tokenizer = load(str(base()), device="cpu")
+    first = save_adapter(perturbed(model, tokenizer.mask_token_id), tokenizer, tmp_path / "first")
+    model, _ = load(str(first), device="cpu")
+    model.load_adapter(str(first), "other", is_trainable=True)
+    model.set_adapter("other")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2)
+    model.save_pretrained(tmp_path / "both")
+    for name, folder in (("other", "both/other"), ("default", "both")):
+        model.set_adapter(name)
+        again, _ = load(str(tmp_path / folder), device="cpu")
+        assert torch.equal(logits_of(again), logits_of(model)), name
+
+
+def test_a_compiled_model_has_adapters_that_can_be_switched_off(base):
+    model, tokenizer = load(str(base()), device="cpu")
+    adapted = perturbed(model, tokenizer.mask_token_id)
+    with adapters_off(adapted):
+        want = logits_of(adapted)
+    with adapters_off(torch.compile(adapted, backend="eager")):
+        assert torch.equal(logits_of(adapted), want)
+    assert not torch.equal(logits_of(adapted), want)
+
+
+def test_a_pickled_model_has_its_time_embedding_and_its_adapters(base, tmp_path):
+    model, tokenizer = load(str(base()), device="cpu", time_embedding=True)
+    with torch.no_grad():
+        model.time_embedding.down.bias.fill_(1)  # it matters
+    adapted = perturbed(model, tokenizer.mask_token_id)
+    keep_record(adapted)
+    train_rows_alone(adapted)
+    torch.save(adapted, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits_of(again), logits_of(adapted))
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / SIDECAR).exists()
+
+
+def test_a_windowed_model_is_causal_within_its_window_again(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    original = MistralForCausalLM(
+        MistralConfig(vocab_size=576, num_key_value_heads=2, sliding_window=8, initializer_range=0.2, **sizes)
+    ).eval()
+    want = logits_of(original)
+    convert_to_diffusion(original, tokenizer)
+    original.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, _ = load_autoregressive(str(tmp_path), device="cpu")
+    assert model.config.sliding_window == 8  # one less than the text is long
+    torch.testing.assert_close(logits_of(model), want)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_type_is_taken_by_its_older_name_too(base, name):
+    assert load(str(base()), device="cpu", **{name: torch.bfloat16})[0].dtype == torch.bfloat16
 
 
 def test_an_adapter_of_another_base_is_refused(base, random_llama, tmp_path):

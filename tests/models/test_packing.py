@@ -46,12 +46,24 @@ def test_outputs_are_the_model_s_own(model, rows):
     assert float((found - want).abs().max()) <= OFF_BY[model.dtype] * float(want.abs().max())
 
 
-def test_changed_weights_are_packed_again(model):
+def in_place(model):
+    model.model.layers[0].mlp.up_proj.weight.mul_(2)
+
+
+def replaced(model):
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 3)
+
+
+def as_peft_merges(model):
+    model.model.layers[0].mlp.up_proj.weight.data += 1  # which counts no version
+
+
+@pytest.mark.parametrize("change", [in_place, replaced, as_peft_merges])
+def test_changed_weights_are_packed_again(model, change):
     with torch.no_grad(), packed(model):
         before = logits(model, 4)
     with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight.mul_(2)  # in place
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 3)  # replaced
+        change(model)
     want = logits(model, 4)
     with torch.no_grad(), packed(model):
         found = logits(model, 4)
