@@ -134,7 +134,8 @@ class DiffusionLM(TemplateLM):
         parts = [part for row in rows for part in windows(row, self.max_length)]
         options = {"split": self.split, "progress": self.progress, "batch_size": self.batch_size}
         measure, options = (autoregressive_rows, options) if self.exact else (bound_rows, options | self.bound)
-        return [-nats for nats in measure(self.model, parts, **options).nats]
+        found = measure(self.model, parts, **options).nats if parts else []
+        return [-nats for nats in found] + [0.0] * (len(rows) - len(found))  # the last texts may be empty
 
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False, **kwargs: Any) -> list[tuple]:
         rows = []

@@ -254,7 +254,8 @@ def _estimates(
                 weights = torch.where(level > 0, mask.weights, (nll > 0).double())  # exact on clean text
                 estimates[mask.number][mask.samples] = (weights * nll).sum(-1)
                 shown = mask.masked & (level > 0)
-                index = (level[shown] * LEVELS - 1e-9).long().clamp(max=LEVELS - 1)
+                # Levels are fp32: 0.1 is a little above a tenth, and belongs to the first bin.
+                index = (level[shown] * LEVELS - 1e-5).long().clamp(max=LEVELS - 1)
                 levels[mask.number].index_add_(1, index, torch.stack([nll[shown], torch.ones_like(nll[shown])]))
     return [(estimates[i].view(draws["replicates"], -1).mean(-1), levels[i]) for i in range(len(items))]
 
@@ -348,8 +349,14 @@ def likelihood(
     whole = text_rows(tokenizer, texts)
     rows = [part for row in whole for part in windows(row, window_length(model, max_length))]
     found = (autoregressive_rows if autoregressive else bound_rows)(model, rows, **settings)
-    found.n_bytes = [len(tokenizer.decode(r.ids[r.first :], skip_special_tokens=True).encode()) for r in whole]
+    found.n_bytes = _scored_bytes(tokenizer, whole)
     return found
+
+
+def _scored_bytes(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[int]:
+    """Of whole texts: blanks before a completion are scored with it, and what is context is not counted."""
+    as_written = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}  # " ." stays two bytes
+    return [len(tokenizer.decode(row.ids[row.first :], **as_written).encode()) for row in rows]
 
 
 def log_likelihood_bound(
@@ -385,5 +392,5 @@ def log_likelihood_bound(
     pairs = [pair_row(tokenizer, p, c, i) for i, (p, c) in enumerate(zip(prompts, completions, strict=True))]
     rows = [part for row in pairs for part in windows(row, length)]
     found = bound_rows(model, rows, n_samples=n_samples, estimator=estimator, **settings)
-    found.n_bytes = [len(text.encode()) for text in completions]
+    found.n_bytes = _scored_bytes(tokenizer, pairs)
     return found

@@ -29,7 +29,7 @@ from typing import Any
 from .. import UserError
 from ..data.datasets import load_any
 from ..data.tiny import tiny_dataset
-from .worked_answers import NUMBER, PLAIN_SIGNS, evaluate, final_answer, number, same_answer
+from .worked_answers import NUMBER, PLAIN_SIGNS, evaluate, final_answer, normalised, number, same_answer
 
 WORKED_FORMS = ("gsm8k", "math")  # whose steps can be judged
 LETTERS = string.ascii_uppercase
@@ -218,8 +218,13 @@ def extract(problem: Problem, answer: str) -> str | None:
     if problem.form == "logiqa":
         parts = re.findall(rf"\b([{LETTERS[: len(problem.options)]}])\b", marked or answer)
         return parts[0 if marked else -1] if parts else None
-    if problem.form == "gsm8k" and evaluate(problem.reference) is not None and evaluate(marked or "") is None:
-        parts = re.findall(rf"-?(?:{NUMBER.pattern})", marked or answer)
+    if (
+        problem.form == "gsm8k"
+        and evaluate(problem.reference) is not None
+        and evaluate(normalised(marked or "")) is None
+    ):
+        # A minus behind a number or word is a dash or the sign of a difference.
+        parts = re.findall(rf"(?:(?<![\w.)])[-−]\$?)?(?:{NUMBER.pattern})", marked or answer)
         return parts[0 if marked else -1] if parts else marked
     return marked if marked or problem.form in WORKED_FORMS else answer.strip() or None
 

@@ -47,6 +47,8 @@ _VALUES = [*range(21), *range(30, 100, 10), 100, 1000, 1, 2, 3, 2, 3, 4, 2, 3, 1
 _WORDS = dict(zip(_NAMES.split(), map(Fraction, _VALUES), strict=True))
 # Numbers that a solver may bring along: small counts, and the factors between units.
 COMMON_NUMBERS = frozenset(map(Fraction, (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 24, 30, 31, 52, 60, 100, 365, 1000)))
+_THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\}|\\[,!])(?=\d{3})")
+_PLAIN = re.compile(r"(?:[\s\d.+*/()-]|(?<=\d)[eE](?=[-+]?\d))+")
 PLAIN_SIGNS = str.maketrans("×·xX÷−–", "****/--")
 _BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 _LARGEST = 10**9  # of the numbers that a solver would write
@@ -71,11 +73,14 @@ def evaluate(expression: str) -> Fraction | None:
     """The exact value of an arithmetic expression, plain or in simple LaTeX; None: it is no such expression."""
     if len(expression) > _LONGEST:
         return None
-    plain = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", expression)
+    plain = re.sub(r"(?<![\d.])(\d+)\s*\\[dt]?frac\{(\d+)\}\{(\d+)\}", r"(\1+\2/\3)", expression)  # a mixed number
+    plain = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", plain)
     plain = re.sub(r"\\times|\\cdot", "*", plain.replace("\\div", "/")).translate(PLAIN_SIGNS)
     plain = re.sub(rf"({_N})\s*\\?%", r"(\1/100)", plain)
-    plain = re.sub(r"(?<=\d),(?=\d{3})|[$£€\\]", "", plain).replace("^", "**")
+    plain = re.sub(r"[$£€\\]", "", _THOUSANDS.sub("", plain)).replace("^", "**")
     plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain).strip()
+    if not _PLAIN.fullmatch(plain):  # Python has other literals, and warns of some words behind a number
+        return None
     try:
         return _value(ast.parse(plain, mode="eval").body)
     except (SyntaxError, ValueError, KeyError, ZeroDivisionError, RecursionError):
@@ -234,12 +239,17 @@ def judge(text: str, question: str = "", reference: str | None = None) -> Judgem
 
 
 def normalised(answer: str) -> str:
-    r"""An answer without what does not count: blanks, `$`, `\left`, units in `\text{}`, case, a full stop."""
-    text = re.sub(r"\\(?:left|right|!|,|;|:|displaystyle)|\^\\circ|\^\{\\circ\}|\\?[$%]|\s", "", answer)
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
+    r"""An answer without what does not count: blanks, `$`, `\left`, units in `\text{}`, case, a full stop, braces that LaTeX can do without."""
+    text = re.sub(
+        r"(?<![\d/])(\d+)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", answer
+    )  # before the blank goes: 2 1/2 is not 21/2
+    text = re.sub(r"\\(?:left|right|!|,|;|:|displaystyle)|\^\\circ|\^\{\\circ\}|\\?[$%]|\s", "", text)
+    text = re.sub(r"\\(frac|sqrt)(\d)", r"\\\1{\2}", re.sub(r"\\[dt]frac", r"\\frac", text))
+    text = re.sub(rf"(\\frac\{{{_BRACED}\}})(\d)", r"\1{\2}", text)
     text = re.sub(r"(?<=.)\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d)?$", "", text)  # a unit
     text = re.sub(r"\\(?:text|mbox|mathrm)\{([^{}]*)\}", r"\1", text)
-    return re.sub(r"(?<=\d),(?=\d{3})", "", text).rstrip(".").lower()
+    text = _THOUSANDS.sub("", text).rstrip(".").lower()
+    return re.sub(r"\(([a-z])\)", r"\1", text) if len(text) == 3 else text  # an option: (C)
 
 
 def same_answer(one: str, other: str) -> bool:

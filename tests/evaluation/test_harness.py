@@ -81,6 +81,9 @@ def test_ar_scores_are_those_of_the_loss(tiny) -> None:
         requests("loglikelihood", ("", "Tom has"), ("", "Tom has 23 apples.")), disable_tqdm=True
     )
     assert rolled[0] == pytest.approx(whole[0], abs=1e-4) and whole[0] < first[0]  # the end token stands before both
+    with_empty = requests("loglikelihood_rolling", ("",), ("Tom has 23 apples.",), ("",))
+    assert lm.loglikelihood_rolling(with_empty) == [0.0, pytest.approx(rolled[0], abs=1e-4), 0.0]
+    assert lm.loglikelihood_rolling(with_empty[:1]) == [0.0]
     plain = likelihood(*tiny, ["Tom has 23 apples."], autoregressive=True)
     assert plain.nats[0] < -whole[0]  # there the first token is not scored
 

@@ -174,6 +174,12 @@ def test_levels_are_the_nll_at_each_share_of_masks() -> None:
     )
 
 
+def test_levels_of_whole_tenths_are_in_the_bins_that_end_there() -> None:
+    chain = MarkovChain(n_states=4, length=11)  # ten scored tokens: every count of masks is a tenth
+    found = bound_rows(Whole(chain), rows_of(chain, 1, first=1), n_samples=80)
+    assert [level for level, _, _ in found.levels] == [i / 10 for i in range(1, 11)]
+
+
 TEXTS = ["Tom has 23 apples. Tom gets 45 more.", "Sort the letters: k d e a", "3 6 9"]
 
 
@@ -324,6 +330,17 @@ def test_blanks_between_prompt_and_completion_are_scored(tokenizer) -> None:
         row = pair_row(tokenizer, prompt, completion)
         assert tokenizer.decode(row.ids[: row.first]) == "ab cd" and tokenizer.decode(row.ids[row.first :]) == " ef"
     assert pair_row(tokenizer, "", "abc").first == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "scored"), [("ab cd ", "ef", " ef"), ("ab cd", " ef", " ef"), ("", "abc", None)]
+)
+def test_bytes_are_those_of_the_scored_text(tiny, prompt, completion, scored) -> None:
+    if scored is None:  # the first token is context
+        row = pair_row(tiny[1], prompt, completion)
+        scored = tiny[1].decode(row.ids[1:])
+        assert len(scored) < len(completion)
+    assert log_likelihood_bound(*tiny, prompt, completion, n_samples=8).n_bytes == [len(scored)]
 
 
 TURNS = [{"role": "user", "content": "3 6"}]

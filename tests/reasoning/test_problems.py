@@ -61,6 +61,11 @@ def test_the_answer_of_a_record_is_right_and_another_is_not(record):
         (GSM8K, "3*12 is 36", "36", True),  # the last number, where none is marked
         (GSM8K, "so\n#### $36.00 dollars", "36.00", True),
         (GSM8K, "#### 36\nor rather\n#### 37", "37", False),
+        (GSM8K, "\\boxed{36{,}000}", "36{,}000", False),
+        (GSM8K, "pages 12-36", "36", True),  # a dash is no sign
+        (GSM8K, "it fell to −36 degrees", "−36", False),
+        (GSM8K | {"answer": "#### -36000"}, "#### −36\\,000", "−36\\,000", True),
+        (GSM8K | {"answer": "#### -36"}, "it fell to −36 degrees", "−36", True),
         (MATH, "The answer is 0.5.", "0.5", True),
         (MATH, "it is 1/2", None, False),
         (MATH, "$\\boxed{\\dfrac12}$", "\\dfrac12", True),

@@ -150,6 +150,15 @@ def test_final_answers(text, answer):
         ("5", "6", False),
         ("p-q", "q-p", False),
         ("3", "\\frac{1}{3}", False),
+        ("10{,}000", "10,000", True),
+        ("11\\sqrt2", "11\\sqrt{2}", True),
+        ("\\frac{270}7\\text{ degrees}", "\\frac{270}{7}", True),
+        ("\\frac9{19}", "\\dfrac{9}{19}", True),
+        ("\\frac{\\sqrt3}2", "\\frac{\\sqrt{3}}{2}", True),
+        ("-1\\frac{4}{5}", "-1.8", True),
+        ("2 1/2", "2.5", True),
+        ("2 1/2", "21/2", False),
+        ("\\text{(C)}", "C", True),
     ],
 )
 def test_same_answers(one, other, same):
@@ -198,3 +207,18 @@ def test_a_chain_of_sums_is_right_until_one_value_is_moved(terms, move):
         spoilt = [*steps[:i], f"{left}={int(value) + move}.", *steps[i + 1 :]]
         assert judge(" ".join(spoilt)).false_steps == [i]
         assert ast.literal_eval(value) != int(value) + move
+
+
+@given(st.integers(-999, 999), st.integers(1, 99), st.integers(2, 99))
+def test_a_fraction_is_the_same_however_it_is_written(whole, numerator, denominator):
+    sign, value = "-" if whole < 0 else "", abs(whole) + Fraction(numerator, denominator)
+    mixed = rf"{sign}{abs(whole)}\frac{{{numerator}}}{{{denominator}}}"
+    top = abs(whole) * denominator + numerator
+    for other in (rf"{sign}\dfrac{{{top}}}{{{denominator}}}", f"{sign}{top}/{denominator}"):
+        assert same_answer(mixed, other) and evaluate(mixed) == (-value if sign else value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text", ["5in", "5or6", "1_000", "0b11", "5is6"])
+def test_words_behind_a_number_are_no_arithmetic_and_bring_no_warning(text):
+    assert evaluate(text) is None
