@@ -112,9 +112,9 @@ def one_qlora(mode: str, kind: str, args: argparse.Namespace) -> dict[str, Any]:
     train, held_out = (Dataset.load_from_disk(str(args.rows / name)) for name in ("train", "held_out"))
     how = {"quantization": "nf4"} if kind == "nf4" else {"dtype": getattr(torch, kind), "bf16": kind == "bfloat16"}
     trainer = trainer_of(mode, args.steps, train, args, held_out=held_out, **how)
-    loaded, start, began = peak(), trainer.evaluate(), time.time()
+    loaded, start, began = peak(), trainer.evaluate(), time.process_time()
     trainer.train()
-    seconds, most = (time.time() - began) / args.steps, peak()
+    seconds, most = (time.process_time() - began) / args.steps, peak()
     end, figure = trainer.evaluate(), "eval_accepted_length" if mode == "lossless" else "eval_nelbo"
     trainer.save_model(str(args.rows / f"{mode}-{kind}"))
     return {"start": start[figure], "end": end[figure], "seconds": seconds, "loaded": loaded, "peak": most}
@@ -124,7 +124,7 @@ def qlora(args: argparse.Namespace) -> None:
     for name, part in zip(("train", "held_out"), rows(args), strict=True):
         part.save_to_disk(str(args.rows / name))
     print(f"{args.steps} steps of {args.batch_size} rows, {torch.get_num_threads()} thread(s)\n", flush=True)
-    print("| attention | base | held-out figure, before | after | seconds a step | GiB, loaded | at most |")
+    print("| attention | base | held-out figure, before | after | CPU seconds a step | GiB, loaded | at most |")
     print("|---|---|--:|--:|--:|--:|--:|", flush=True)
     for mode in MODES:
         for kind in args.kinds:
@@ -159,7 +159,7 @@ def one_dpo(args: argparse.Namespace) -> dict[str, Any]:
         train_dataset=pairs,
         processing_class=tokenizer,
     )
-    before, began = peak(), time.time()
+    before, began = peak(), time.process_time()
     trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]
     return {
@@ -167,7 +167,7 @@ def one_dpo(args: argparse.Namespace) -> dict[str, Any]:
         "losses": [float(row["loss"]) for row in log],
         "margins": [float(row["rewards/margins"]) for row in log],
         "preferred": [float(row["rewards/accuracies"]) for row in log],
-        "seconds": (time.time() - began) / args.steps,
+        "seconds": (time.process_time() - began) / args.steps,
         "loaded": before,
         "peak": peak(),
     }
@@ -175,7 +175,9 @@ def one_dpo(args: argparse.Namespace) -> dict[str, Any]:
 
 def dpo(args: argparse.Namespace) -> None:
     found = in_process(str(args.rows / "block-float32"), args)
-    print(f"{args.steps} steps of {args.batch_size} pairs of {found['pairs']}, {found['seconds']:.1f} s a step")
+    print(
+        f"{args.steps} steps of {args.batch_size} pairs of {found['pairs']}, {found['seconds']:.1f} CPU seconds a step"
+    )
     print(f"loss {found['losses'][0]:.6f} at first (log 2 = {math.log(2):.6f}), mean of the last five", end=" ")
     print(", ".join(f"{name} {sum(found[name][-5:]) / 5:.3f}" for name in ("losses", "margins", "preferred")))
     print(f"GiB: {found['loaded']:.2f} loaded, {found['peak']:.2f} at most")
