@@ -66,7 +66,7 @@ def test_virtual_tokens_are_refused_in_a_model_too(tmp_path, tokenizer, build, c
 
 @pytest.mark.parametrize(("build", "tied"), [(sft, True), (sft, False), (dpo, True)])
 def test_the_mask_row_of_adapters_that_a_user_made_is_trained_and_saved(tmp_path, tokenizer, build, tied):
-    model = get_peft_model(small(tmp_path / "base", tokenizer, rows=len(tokenizer), tied=tied), LORA)
+    model = get_peft_model(small(tmp_path / "base", tokenizer, rows=len(tokenizer), tied=tied), copy.deepcopy(LORA))
     trainer = build(tmp_path / "out", model, tokenizer, {"learning_rate": 0.05, "weight_decay": 0.0})
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
