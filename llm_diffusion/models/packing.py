@@ -111,8 +111,8 @@ def _int8_linear(weight: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _state_of(source: torch.Tensor) -> tuple:
     # Versions miss what is written through `.data`, as PEFT merges adapters; some of the numbers show it.
-    some = source.detach().flatten()[:: max(1, source.numel() // 61)].tolist()
-    return source.data_ptr(), source._version, some
+    some = source.detach().flatten()[:: max(1, source.numel() // 61)].contiguous().view(torch.uint8)
+    return source.data_ptr(), source._version, some.numpy().tobytes()
 
 
 def _copy(layer: torch.nn.Module, kind: str, sources: Iterable[torch.Tensor], make: Callable[[], Any]) -> Any:
