@@ -112,7 +112,7 @@ class AdapterSwitch(AbstractContextManager):
                 found.baddbmm_(F.linear(rows, down), up.T.expand(self._batch, -1, -1), alpha=scaling)
             else:
                 added = F.linear(F.linear(rows.to(down.dtype), down), up, bias)
-                found += (added * scaling).to(output.dtype)
+                found += added * scaling  # rounded once, as PEFT does
         return output
 
     def _embed(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from llm_diffusion.speculative.adapters import AdapterSwitch, check_adapters
 MASK = 63
 
 
-def adapted(random_llama, **options):
-    model = random_llama(vocab_size=64)
+def adapted(random_llama, dtype=torch.float32, **options):
+    model = random_llama(vocab_size=64).to(dtype)
     model.config.diffusion = {"mask_token_id": MASK}
     settings = {"r": 4, "target_modules": "all-linear", "trainable_token_indices": [MASK], **options}
     model = get_peft_model(model, LoraConfig(**settings))
@@ -40,6 +40,17 @@ def test_off_and_on_are_what_peft_says(random_llama) -> None:
     assert torch.equal(model(ids).logits, on)  # given back, without hooks
     assert not any(module._forward_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_a_base_in_bf16_is_rounded_as_peft_rounds(random_llama) -> None:
+    """Once: another rounding grows through a deep model, until drafts in training and in decoding are not the same any more."""
+    model, ids = adapted(random_llama, torch.bfloat16), torch.tensor([[5, 6, MASK, 7]])
+    on = model(ids).logits
+    with AdapterSwitch(model) as switch:
+        switch.first = 0
+        others = [token for token in range(64) if token != MASK]
+        assert torch.equal(model(ids).logits[..., others], on[..., others])
 
 
 @torch.no_grad()
