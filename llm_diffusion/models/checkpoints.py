@@ -97,13 +97,16 @@ def _refusal(name: str, error: Exception) -> CheckpointError:
 
 
 def download(name: str, revision: str | None = None, **patterns: Any) -> str:
-    """Fetches a model's files from the hub; the folder they are in. `patterns` are keywords of `snapshot_download`."""
+    """Fetches a model's files from the hub; the folder they are in. `patterns` are keywords of `snapshot_download`, for some of them."""
     path = resolve_path(name)
     if Path(path).exists():
         return path
-    patterns = patterns or {"ignore_patterns": ["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx"]}
+    wanted = patterns or {"ignore_patterns": ["*.bin", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf"]}
     try:
-        return snapshot_download(path, revision=revision, **patterns)
+        folder = snapshot_download(path, revision=revision, **wanted)
+        if not patterns and not any(Path(folder).glob("*.safetensors")):  # as older repositories are
+            snapshot_download(path, revision=revision, allow_patterns=["*.bin"])
+        return folder
     except Exception as error:
         raise _refusal(name, error) from error
 

@@ -87,12 +87,13 @@ def load_diffusion_model(
             `quantization` takes them through bf16 in CPU memory, 2 bytes a parameter. An adapter remembers its file.
         options: `attention`, `block_length`, `clean_context`, `right_shift_logits`, `time_embedding` and `mask_token_id`, see
             `ConversionSettings`; further keywords of `from_pretrained` (`device_map`, `max_memory`, …). `revision` is the branch, tag or
-            commit of the repository, for all of its files; the base under an adapter is another repository.
+            commit of the repository, for all of its files; the base under an adapter is another repository, and always the newest.
 
     Returns:
         `(model, tokenizer)`, in evaluation mode; an adapter comes as a trainable `PeftModel`.
     """
-    path, device = _at_revision(name_or_path, options), device or best_device()
+    repository, device = resolve_path(name_or_path), device or best_device()
+    path = _at_revision(repository, options.pop("revision", None), gguf_file)
     conversion = {name: options.pop(name, None) for name in CONVERSION_OPTIONS}
     options = loader_options(device, dtype, quantization, trust_remote_code=trust_remote_code, **options)
     record = read_record(path) if (adapter := is_adapter(path)) else DiffusionRecord()
@@ -101,6 +102,8 @@ def load_diffusion_model(
     gguf_file = gguf_file or record.gguf_file
     gguf = {"gguf_file": gguf_path(base_path, gguf_file)} if gguf_file else {}
     model, layout = _load_base(base_path, options, gguf)
+    if base_path == path != repository:  # adapters and cards name the repository
+        model.config.name_or_path = model.name_or_path = repository
     tokenizer = _load_tokenizer(path, base_path, gguf, trust_remote_code)
     if "device_map" not in options:
         model = model.to(device)
@@ -122,10 +125,13 @@ def load_diffusion_model(
     return model.eval(), tokenizer
 
 
-def _at_revision(name_or_path: str, options: dict[str, Any]) -> str:
-    """As `resolve_path`; where `revision` is among the options, the folder that holds every file as it was there."""
-    revision = options.pop("revision", None)
-    return resolve_path(name_or_path) if revision is None else download(name_or_path, revision)
+def _at_revision(repository: str, revision: str | None, gguf_file: str | None) -> str:
+    """The repository; of a revision the folder that holds every file as it was there."""
+    if revision is None:
+        return repository
+    if gguf_file is not None:
+        download(repository, revision, allow_patterns=[gguf_file])
+    return download(repository, revision)
 
 
 def _load_tokenizer(
@@ -210,7 +216,8 @@ def load_autoregressive(
     Raises:
         UserError: a diffusion adapter, whose weights mean nothing without its attention; or attention that stays open.
     """
-    path, device = _at_revision(name_or_path, options), device or best_device()
+    repository, device = resolve_path(name_or_path), device or best_device()
+    path = _at_revision(repository, options.pop("revision", None), options.get("gguf_file"))
     remote = {"trust_remote_code": trust_remote_code}
     options = loader_options(device, **options, **remote)
     tokenizer = from_hub(AutoTokenizer, path, **remote)
@@ -234,6 +241,8 @@ def load_autoregressive(
             vars(config).pop("diffusion", None)
             make_causal(config)
             model = load_weights(AutoModelForCausalLM, path, config=config, **options)
+        if path != repository:
+            model.config.name_or_path = model.name_or_path = repository
         if tokenizer.mask_token_id is not None:
             model.generation_config, _ = autoregressive_config(model.generation_config)
             model.generation_config.suppress_tokens = [tokenizer.mask_token_id]

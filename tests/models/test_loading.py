@@ -280,6 +280,7 @@ def test_a_revision_is_that_of_every_file(base, hub, tmp_path):
         hub("user/model", tmp_path / revision, revision)
     again, tokenizer = load("user/model", revision="v2", device="cpu")
     assert torch.equal(logits_of(again), logits_of(model))
+    assert perturbed(again, tokenizer.mask_token_id).peft_config["default"].base_model_name_or_path == "user/model"
     assert ld.probe_attention(again, 4) == "block"
     assert "<v2>" in tokenizer.get_vocab() and "<main>" not in tokenizer.get_vocab()
     assert "<main>" in load("user/model", device="cpu")[1].get_vocab()
