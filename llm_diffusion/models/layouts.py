@@ -282,8 +282,10 @@ def _smdm(config: dict[str, Any], files: list[Path]) -> Layout | None:
 def _diffugpt(path: str) -> Layout | None:
     if (file := local_file(path, SAFE_WEIGHTS_NAME)) is not None:
         state = load_file(file) if _EMBEDDING in _names_in(file) else {}
-    elif (file := local_file(path, WEIGHTS_NAME)) is not None:
-        state = _state_of(file)
+    elif (file := local_file(path, WEIGHTS_NAME)) is not None and is_zipfile(
+        file
+    ):  # older ones, and what is cut off, are not
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     else:
         return None
     if _EMBEDDING not in state:
@@ -294,13 +296,6 @@ def _diffugpt(path: str) -> Layout | None:
     config.vocab_size = len(state["transformer.wte.weight"])  # published configs do not count the row of a new mask
     mask = _GPT2_TOKENS if config.vocab_size > _GPT2_TOKENS else _GPT2_WORD
     return Layout(config, mask, state=state, trained_with={"right_shift_logits": True})
-
-
-def _state_of(file: str) -> dict[str, torch.Tensor]:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except Exception:  # the loader names what is wrong with it
-        return {}
 
 
 def _diffullama(path: str) -> Layout | None:
