@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PIECES = (
     "training.test_sft:losses_of_settings",
+    "training.test_sft:bound_of_five",
     "training.test_dpo:steps_of_pairs",
     "training.test_kto:steps_of_answers",
     "training.test_grpo:steps_of_rollouts",

@@ -13,7 +13,7 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 export GPUS=${SLURM_GPUS_ON_NODE:-8}
-read -r MAIN < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # behind a pipe, `head` could end the script with the pipe
+read -r MAIN < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # a pipe into `head` could fail, which ends the script
 export MAIN PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one machine do not meet
 
 # Quoted once: SLURM_NODEID is each machine's own, and the arguments arrive as they were given.

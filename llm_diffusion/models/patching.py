@@ -79,7 +79,8 @@ class Patch:
 class BoundFunction:
     """A function bound to one object, as a method is; `copy.deepcopy` follows it, which a closure would escape, and so does pickle.
 
-    Of a method pickle keeps the name, to look for it in the object's class, where nothing of ours is.
+    Of a method pickle keeps the name, to look for it in the object's class, where nothing of ours is; a `functools.partial` has no
+    `__func__`, which accelerate wraps and binds again.
     """
 
     # No `__dict__`, which whoever wraps a forward would copy into its own.
