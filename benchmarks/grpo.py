@@ -1,6 +1,7 @@
 """GRPO beside fine-tuning on the model's own right answers, from one fine-tuned checkpoint of the embedded model: what rewards are worth.
 
     nice python benchmarks/grpo.py --seeds 0 1 2 --output benchmarks/results/grpo.md
+    python benchmarks/grpo.py --steps 8 --rollouts '{"steps": 80, "temperature": 1.5}'     # what other rollouts are like
     python benchmarks/grpo.py --quick                # few steps and problems: only that it runs
 
 Both get as many rollouts at temperature 1 for as many worked problems, and are rewarded for, or keep, exact answers. GRPO rolls out with
@@ -11,6 +12,7 @@ see each right answer once, or as many as GRPO makes, where that is more.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -87,7 +89,8 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, list[bo
             how = {
                 "num_generations": 8,
                 "max_completion_length": LENGTH,
-                "generation_kwargs": {"threshold": THRESHOLD},  # as answers are decoded
+                "generation_kwargs": {name: value for name, value in args.rollouts.items() if name != "temperature"},
+                "temperature": args.rollouts.get("temperature", 1.0),
                 "beta": args.beta,
             }
             how |= {"per_device_train_batch_size": 64, "max_steps": args.steps, "num_draws": args.draws}
@@ -95,13 +98,13 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, list[bo
             return DiffusionGRPOTrainer(model, exact, config, problems, processing_class=tokenizer)
 
         began = restart()
-        kept = rejection(grpo(), problems, args.quick)
+        kept, alike = rejection(grpo(), problems, args.quick)
         steps = max(args.steps, -(-len(kept) // 32))
         config = DiffusionSFTConfig(
             **common, **settings | {"learning_rate": 5e-4}, max_steps=steps, lr_scheduler_type="cosine"
         )
         DiffusionSFTTrainer(model, config, train_dataset=kept, processing_class=tokenizer).train()
-        told = f"{len(kept)} right of {64 * args.steps}, {steps} steps of 32"
+        told = f"{len(kept)} right of {64 * args.steps}, {100 * alike:.0f} % of groups with one reward; {steps} steps of 32"
         yield "fine-tuning on its own right answers", right(), told, (time.time() - began) / 60
 
         began = restart()
@@ -113,21 +116,22 @@ def one_seed(seed: int, args: argparse.Namespace) -> Iterator[tuple[str, list[bo
         yield "GRPO", right(), told, (time.time() - began) / 60
 
 
-def rejection(trainer: DiffusionGRPOTrainer, problems: Dataset, quick: bool) -> Dataset:
-    """The right ones of as many rollouts as GRPO makes, by its own generation."""
-    rows = []
+def rejection(trainer: DiffusionGRPOTrainer, problems: Dataset, quick: bool) -> tuple[Dataset, float]:
+    """The right ones of as many rollouts as GRPO makes, by its own generation; and the share of groups with one reward."""
+    rows, groups = [], []
     trainer.model.eval()
     for first in range(0, len(problems), 8):
         part = [problem for problem in problems.select(range(first, first + 8)) for _ in range(8)]
         with torch.no_grad():
             *_, completions, _, _, _, _ = trainer._generate([problem["prompt"] for problem in part])
         scores = exact(completions, [problem["answer"] for problem in part])
+        groups += torch.tensor(scores).view(-1, 8).std(1).tolist()
         rows += [
             {"prompt": problem["prompt"], "completion": said}
             for problem, said, score in zip(part, completions, scores, strict=True)
             if score or quick  # after two steps nothing is right
         ]
-    return Dataset.from_list(rows).shuffle(seed=trainer.args.seed)
+    return Dataset.from_list(rows).shuffle(seed=trainer.args.seed), groups.count(0.0) / len(groups)
 
 
 def main() -> None:
@@ -137,6 +141,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of GRPO, 64 rollouts each")
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of GRPO")
+    parser.add_argument(
+        "--rollouts", type=json.loads, default={"threshold": THRESHOLD}, help="how they are decoded, JSON"
+    )
     parser.add_argument("--beta", type=float, default=0.1, help="of GRPO: weight of the distance from the start")
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--quick", action="store_true")
@@ -146,9 +153,9 @@ def main() -> None:
         args.sft_steps, args.steps, args.problems = 1, 1, 8
     lines = [
         f"`python benchmarks/grpo.py --seeds {' '.join(map(str, args.seeds))}`: the embedded model, blocks of 4, after {args.sft_steps} "
-        f"steps of fine-tuning; {64 * args.steps} rollouts at temperature 1, 8 for each of {8 * args.steps} worked problems; GRPO with "
+        f"steps of fine-tuning; {64 * args.steps} rollouts, 8 for each of {8 * args.steps} worked problems; GRPO with "
         f"`num_draws` {args.draws}, `beta` {args.beta:g}, learning rate {args.learning_rate:g}. {args.problems} held-out worked problems; "
-        f"threshold {THRESHOLD} everywhere; CPU. Differences in points, with 95 % intervals (paired bootstrap).\n",
+        f"threshold {THRESHOLD}, of rollouts {json.dumps(args.rollouts)}; CPU. Differences in points, with 95 % intervals (paired bootstrap).\n",
         "| seed | trained by | right, % | over before | minutes | |\n|---|---|--:|---|--:|---|",
     ]
     print("\n".join(lines), flush=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.streamers import BaseStreamer
 
 from llm_diffusion import generate
 from llm_diffusion.generation.config import DiffusionGenerationConfig
@@ -137,15 +136,27 @@ def test_canvases_that_go_on_do_not_depend_on_the_batch(random_diffuser, options
             assert both.nfe[row] == want.nfe[0]
 
 
+class Tokens(BaseStreamer):
+    """All that were put, one behind the other."""
+
+    def __init__(self) -> None:
+        self.puts: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts += value.flatten().tolist()
+
+    def end(self) -> None:
+        pass
+
+
 def test_nothing_behind_an_end_is_streamed(random_diffuser) -> None:
     """A row is seen to have ended in the step that ends it."""
     for seed in range(6):
-        puts = []
-        streamer = SimpleNamespace(put=lambda value, puts=puts: puts.extend(value.flatten().tolist()), end=lambda: None)
+        streamer = Tokens()
         settings = {"length_quantile": 0.01, "initial_length": 4, "length_margin": 2, "block_length": 1}
         ends = {"mask_token_id": MASK, "eos_token_id": [2, 3, 7, 11, 13, 17, 19, 23], "max_new_tokens": 12}
         ids = generate(random_diffuser(True, seed=seed), torch.tensor([[5, 6]]), streamer=streamer, **settings, **ends)
-        assert puts == ids[0].tolist()
+        assert streamer.puts == ids[0].tolist()
 
 
 def test_a_row_that_is_given_up_is_decoded_no_further(random_diffuser) -> None:

@@ -140,8 +140,8 @@ def base(random_llama, tokenizer, tmp_path):
 def perturbed(model, mask_id, seed=3):
     """Under LoRA with a trainable mask token, every trained weight moved away from its start."""
     options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "trainable_token_indices": [mask_id]}
+    torch.manual_seed(seed)  # of PEFT's own start too
     peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
-    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in peft.parameters():
             if parameter.requires_grad:
