@@ -17,7 +17,7 @@ from .. import UserError
 from ..models.attention import causal_attention
 from ..models.conversion import set_attention
 from ..models.forward import forward_state
-from ..models.patching import Patch, adapters_off, base_of
+from ..models.patching import Patch, adapters_off, base_of, embedding_table
 from ..models.record import autoregressive_config, layered, record_of
 from ..models.sampling import DiffusionOutput, eos_ids
 from ..objective.settings import check_value
@@ -128,7 +128,7 @@ def _settings(
     chosen = layered(layered(saved_settings(base), {} if given is None else given_settings(given)), kwargs)
     if chosen.get("mask_token_id") is None:
         chosen["mask_token_id"] = record_of(base).mask_token_id
-    rows = base.get_input_embeddings().weight.shape[0]
+    rows = len(embedding_table(base))
     for name in ("eos_token_id", "pad_token_id"):
         if chosen.get(name) is None and name not in kwargs:
             own = getattr(base.generation_config, name, None)

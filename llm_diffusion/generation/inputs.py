@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from .. import UserError
-from ..models.patching import base_of
+from ..models.patching import base_of, embedding_table
 
 
 def checked_inputs(
@@ -32,7 +32,7 @@ def checked_inputs(
         UserError: anything else.
     """
     base, ids = base_of(model), _whole_tensor(ids, "input_ids")
-    weight = base.get_input_embeddings().weight
+    weight = embedding_table(base)
     elsewhere = ids.device != weight.device and getattr(base, "hf_device_map", None) is None
     if elsewhere or ids.is_meta:
         raise UserError(f"`input_ids` are on {ids.device}, the model on {weight.device}; move them there by `.to()`.")

@@ -24,7 +24,7 @@ from ..objective.noise import get_noise_schedule
 from ..objective.settings import check_settings
 from .attention import check_block_attention, check_decoder, patch_causal_attention
 from .forward import TIME_EMBEDDING, attach, causal_ratio_of, forward_state, lift_masks
-from .patching import BoundFunction, Patch, base_of
+from .patching import BoundFunction, Patch, base_of, embedding_table
 from .probing import check_clean_prefix, recurrent_layers
 from .record import ConversionSettings, DiffusionRecord
 from .special_tokens import (
@@ -190,7 +190,7 @@ def fingerprint(model: PreTrainedModel) -> list[float]:
         if parameter.dim() == 1 and parameter.numel() >= 8 and parameter.is_floating_point()
         if id(parameter) not in others and not name.startswith(TIME_EMBEDDING)
     ]
-    embedding = model.get_input_embeddings().weight
+    embedding = embedding_table(model)
     values = [embedding[3:11, 0]]
     if weights:
         values.append(weights[-1][:: len(weights[-1]) // 8][:8])

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..objective.attention_masks import annealed
 from .lm_head import can_score_in_pieces, score_in_pieces, score_whole
-from .patching import Patch, base_of, wrap_forward
+from .patching import Patch, base_of, embedding_table, wrap_forward
 from .record import record_of
 
 TIME_EMBEDDING = "time_embedding"  # of the submodule, and so of its weights in a checkpoint
@@ -90,7 +90,7 @@ def attach(model: PreTrainedModel) -> None:
     """
     if hasattr(model, TIME_EMBEDDING):
         return
-    embedding = TimeEmbedding(model.get_input_embeddings().weight.shape[1])
+    embedding = TimeEmbedding(embedding_table(model).shape[1])
     # A quantised model computes in its own type and holds its weights in another.
     model.add_module(TIME_EMBEDDING, embedding.to(device=model.device, dtype=model.dtype))
     forward_state(model)

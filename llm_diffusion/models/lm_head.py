@@ -31,7 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..objective.losses import entropy, token_nll
 from ..objective.modes import IGNORE_INDEX
-from .patching import FORWARD_ERRORS, BoundFunction, in_eval_mode
+from .patching import FORWARD_ERRORS, BoundFunction, embedding_table, in_eval_mode
 
 PIECE, GPU_PIECE = 2**22, 2**26  # numbers of a piece of the logits on a CPU, 16 MiB of fp32, and elsewhere
 NAMES = ("nll", "right", "entropy", "mean_logits")
@@ -221,7 +221,7 @@ def can_score_in_pieces(model: PreTrainedModel, forward: Callable[..., Any]) -> 
     head = model.get_output_embeddings()
     if head is None or model.base_model is model or head not in model._modules.values():
         return False
-    ids = torch.arange(3, 7, device=model.get_input_embeddings().weight.device)[None]
+    ids = torch.arange(3, 7, device=embedding_table(model).device)[None]
     try:
         with in_eval_mode(model), _backbone_outputs(model) as caught:
             logits = forward(input_ids=ids, use_cache=False).logits[0, 1:3].float()

@@ -30,10 +30,11 @@ _copies: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[list[tuple], Any]]] 
 
 def can_pack(layer: torch.nn.Module) -> bool:
     """Whether this is a plain linear layer on a CPU, in fp32, or in bf16 where the processor multiplies that."""
-    weight = getattr(layer, "weight", None)
+    if type(layer) is not torch.nn.Linear:
+        return False
+    weight = layer.weight
     return (
-        type(layer) is torch.nn.Linear
-        and weight.device.type == "cpu"
+        weight.device.type == "cpu"
         and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and has_fast_bfloat16())
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)

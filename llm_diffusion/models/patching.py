@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 # What a forward may raise that is given what its architecture does not expect.
@@ -35,6 +37,14 @@ def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
             break
         model = inner
     return model
+
+
+def embedding_table(model: torch.nn.Module) -> torch.Tensor:
+    """(V, D) the input embedding's matrix in the base; `weight` of one with rows that PEFT trains is a copy, made at every look."""
+    module = base_of(model).get_input_embeddings()
+    if isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    return (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module).weight
 
 
 def is_compiled(model: torch.nn.Module) -> bool:

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .. import UserError
 from ..objective.attention_masks import additive, block_causal, positions
 from .forward import forward_state
-from .patching import base_of, in_eval_mode
+from .patching import base_of, embedding_table, in_eval_mode
 from .record import record_of
 
 PROBE_LENGTH = 8
@@ -32,7 +32,7 @@ def same_logits(found: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 def probe_ids(model: PreTrainedModel, length: int) -> torch.Tensor:
     """(1, length) token ids in the lower half of the vocabulary, clear of the first ones, which are special as a rule."""
-    embedding = model.get_input_embeddings().weight
+    embedding = embedding_table(model)
     half = embedding.shape[0] // 2
     low = min(5, half - 1)
     return low + torch.arange(length, device=embedding.device)[None] * 7 % (half - low)
@@ -74,7 +74,7 @@ def attention_pattern(
     """
     base = base_of(model)
     ids = probe_ids(base, length).repeat(length + 1, 1)
-    ids[1:].diagonal().add_(base.get_input_embeddings().weight.shape[0] // 2)
+    ids[1:].diagonal().add_(len(embedding_table(base)) // 2)
     logits = _logits(model, ids, left_padding, block_length)
     change = (logits[1:] - logits[:1]).abs().amax(-1)
     # Experts of mixture models are run in groups: identical rows may differ by rounding, never by this much.

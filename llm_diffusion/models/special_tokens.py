@@ -16,7 +16,7 @@ from jinja2.sandbox import SecurityError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import UserError
-from .patching import base_of
+from .patching import base_of, embedding_table
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def set_mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, m
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises UserError where the tokenizer has tokens, its mask left out, that the embedding has no row for."""
-    rows, known = model.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
+    rows, known = len(embedding_table(model)), tokenizer.get_vocab()
     highest = max((token_id for token_id in known.values() if token_id != tokenizer.mask_token_id), default=0)
     if 0 < rows <= highest:  # none are here where DeepSpeed has dealt them out
         raise UserError(
@@ -227,7 +227,7 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def grow(model: PreTrainedModel, token_id: int) -> None:
     """A row of the embedding for the token. Never `len(tokenizer)`: that would shrink a padded vocabulary, Qwen3's for one."""
-    known = model.get_input_embeddings().weight.shape[0]
+    known = len(embedding_table(model))
     if token_id < known:
         return
     model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
@@ -251,7 +251,7 @@ def add_special_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 @torch.no_grad()
 def set_to_mean(model: torch.nn.Module, token_id: int) -> None:
     """Makes a token's row the mean of those before it."""
-    weight = base_of(model).get_input_embeddings().weight
+    weight = embedding_table(model)
     weight[token_id] = weight[:token_id].float().mean(0).to(weight.dtype)
 
 

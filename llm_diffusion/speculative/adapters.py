@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import UserError
 from ..models.packing import can_quantise, int8_linear
-from ..models.patching import Patch, base_of
+from ..models.patching import Patch, base_of, embedding_table
 from ..models.record import record_of
 
 
@@ -52,7 +52,7 @@ class AdapterSwitch(AbstractContextManager):
         check_adapters(base, self._mask_token_id, modules)
         self._mask_row: torch.Tensor | None = None
         if self._mask_token_id is not None:  # as the adapters have it, scaled as the embedding scales
-            self._mask_row = embedding(torch.tensor([[self._mask_token_id]], device=embedding.weight.device))[0, 0]
+            self._mask_row = embedding(torch.tensor([[self._mask_token_id]], device=embedding_table(base).device))[0, 0]
         with ExitStack() as broken_off:  # between two copies, which take their time: nothing stays behind
             broken_off.enter_context(self._patch)
             self._patch.set(base, "adapter_switch", True)

@@ -18,7 +18,7 @@ from .. import UserError
 from ..models.checkpoints import resolve_path
 from ..models.conversion import fingerprint
 from ..models.forward import TIME_EMBEDDING
-from ..models.patching import base_of
+from ..models.patching import base_of, embedding_table
 from ..models.record import DiffusionRecord, record_of, update_record
 
 
@@ -126,7 +126,7 @@ def check_adapter(model: torch.nn.Module, config: PeftConfig) -> None:
     widest = max(map(min, shapes), default=None)
     if widest is not None and (rank := getattr(config, "r", 0)) > widest:
         raise UserError(f"`peft_config`: `r` ({rank}) is more than any matrix of the model can have ({widest}).")
-    rows, size = getattr(config, "trainable_token_indices", None) or [], len(model.get_input_embeddings().weight)
+    rows, size = getattr(config, "trainable_token_indices", None) or [], len(embedding_table(model))
     groups = rows.values() if isinstance(rows, dict) else [rows]
     if wrong := [row for group in groups for row in group if not 0 <= row < size]:
         raise UserError(f"`peft_config`: `trainable_token_indices` {wrong} are none of {size} rows of the embedding.")

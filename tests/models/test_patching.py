@@ -6,9 +6,10 @@ import inspect
 
 import pytest
 import torch
+from peft import LoraConfig, TrainableTokensConfig, get_peft_model
 
 from llm_diffusion.models.forward import ForwardState
-from llm_diffusion.models.patching import Patch, wrap_forward
+from llm_diffusion.models.patching import Patch, embedding_table, wrap_forward
 
 
 class Plain(torch.nn.Module):
@@ -60,3 +61,20 @@ def test_a_wrapped_forward_has_the_signature_of_the_class(hooked):
     assert not torch.equal(twin(hidden).logits, model(hidden).logits)
     patch.undo()
     assert torch.equal(model(hidden, 3.0).logits, want)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules="all-linear"),
+        LoraConfig(target_modules="all-linear", trainable_token_indices=[5]),
+        LoraConfig(target_modules=["q_proj", "embed_tokens"]),
+        TrainableTokensConfig(token_indices=[5], target_modules=["embed_tokens"]),
+    ],
+    ids=["linear layers", "a row", "the embedding", "rows alone"],
+)
+def test_the_embedding_is_the_bases_own_matrix(random_llama, config):
+    base = random_llama()
+    matrix = base.get_input_embeddings().weight
+    assert embedding_table(base) is matrix
+    assert embedding_table(get_peft_model(base, config)) is matrix

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -20,6 +21,7 @@ from transformers import (
 from llm_diffusion.generation.canvas import fill_masks
 from llm_diffusion.generation.generate import _settings, generate, generate_autoregressive
 from llm_diffusion.models.forward import forward_state
+from llm_diffusion.models.lm_head import train_rows_alone
 from llm_diffusion.models.loading import load_diffusion_model
 from llm_diffusion.speculative.adapters import AdapterSwitch
 from llm_diffusion.speculative.decoding import LosslessDecoder, copied
@@ -77,6 +79,26 @@ def test_greedy_is_the_base_whatever_is_drafted(random_llama, block_length, outc
     )
     assert torch.equal(got.accepted.clamp(min=0).sum(-1), answers)
     assert torch.equal(got.tokens_per_forward, answers / got.nfe)
+
+
+class Copies(TorchDispatchMode):
+    """How often a matrix was copied to put rows into it, as PEFT makes the `weight` of an embedding with trained rows."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.index_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_call_copies_the_vocabulary(random_llama) -> None:
+    model = drafter(random_llama(vocab_size=64))
+    train_rows_alone(model)  # as loading does
+    with Copies() as copies:
+        model.get_base_model().get_input_embeddings().weight  # noqa: B018
+        assert copies.count == 1
+        generate(model, *prompts(), max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD)
+    assert copies.count == 1
 
 
 def test_end_tokens_end_rows_and_free_them(random_llama) -> None:
