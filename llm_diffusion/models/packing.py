@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -93,21 +93,28 @@ def int8_linear(
         bias: b (out,).
     """
 
-    def quantised() -> Any:
-        whole = weight().detach().float()
-        scales = whole.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-        zeros = torch.zeros(len(whole), dtype=torch.long)
-        with warnings.catch_warnings():  # torch will leave these tensors to another package one day
-            warnings.simplefilter("ignore", UserWarning)
-            rounded = torch.quantize_per_channel(whole, scales, zeros, 0, torch.qint8)
-        return torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
+    return partial(_int8_linear, _copy(layer, "int8", sources, lambda: _quantised(weight(), bias)))
 
-    return partial(_int8_linear, _copy(layer, "int8", sources, quantised))
+
+def _quantised(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    whole = weight.detach().float()
+    scales = whole.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    zeros = torch.zeros(len(whole), dtype=torch.long)
+    with warnings.catch_warnings():  # torch will leave these tensors to another package one day
+        warnings.simplefilter("ignore", UserWarning)
+        rounded = torch.quantize_per_channel(whole, scales, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(rounded, None if bias is None else bias.detach().float())
 
 
 def _int8_linear(weight: Any, x: torch.Tensor) -> torch.Tensor:
-    # Inputs keep seven bits: without VNNI in hardware, products of eight by eight overflow in pairs.
-    return torch.ops.quantized.linear_dynamic(x.float(), weight, reduce_range=True).to(x.dtype)
+    return torch.ops.quantized.linear_dynamic(x.float(), weight, reduce_range=_overflows()).to(x.dtype)
+
+
+@cache
+def _overflows() -> bool:
+    """Whether products of eight by eight bits overflow in pairs, as they do without VNNI in hardware; inputs keep seven bits then."""
+    ones = torch.ones(64, 64)
+    return bool((torch.ops.quantized.linear_dynamic(ones, _quantised(ones, None), reduce_range=False) < 63).any())
 
 
 def _state_of(source: torch.Tensor) -> tuple:

@@ -95,3 +95,12 @@ def test_int8_products_are_close_and_follow_every_change(dtype, bias):
         assert 0 < off_by() < 0.03
         layer.weight.mul_(-2)
         assert 0 < off_by() < 0.03
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_int8_products_of_the_largest_numbers_do_not_overflow(rows):
+    layer, x = torch.nn.Linear(128, 48, bias=False), torch.ones(rows, 128)
+    with torch.no_grad():
+        layer.weight.fill_(1)
+        found = int8_linear(layer, [layer.weight], lambda: layer.weight, None)(x)
+    torch.testing.assert_close(found, torch.full((rows, 48), 128.0), rtol=0.01, atol=0)
