@@ -62,7 +62,9 @@ def on_this_machine() -> dict[str, Any]:
     return {"device": "cuda" if on_gpu else "cpu", "dtype": dtype}
 
 
-def rows_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[list[Any], Any]:
+def rows_of(
+    model: Any, tokenizer: Any, args: argparse.Namespace, held_out_rows: int = HELD_OUT
+) -> tuple[list[Any], Any]:
     """The base's answers to the questions, if there are any, and to prompts of its own: to train on, kind by kind, and held out of both."""
     cache, prompts = args.output / "answers.jsonl", []
     if args.questions:
@@ -71,8 +73,8 @@ def rows_of(model: Any, tokenizer: Any, args: argparse.Namespace) -> tuple[list[
     prompts.append(generate_prompts(model, tokenizer, args.prompts, seed=args.seed, cache=cache))
     kinds = [generate_answers(model, tokenizer, kind, max_new_tokens=192, cache=cache) for kind in prompts]
     kinds = [kind.filter(lambda row: sum(label != -100 for label in row["labels"]) > 8) for kind in kinds]
-    held_out = concatenate_datasets([kind.select(range(HELD_OUT)) for kind in kinds])
-    return [kind.select(range(HELD_OUT, len(kind))) for kind in kinds], held_out
+    held_out = concatenate_datasets([kind.select(range(held_out_rows)) for kind in kinds])
+    return [kind.select(range(held_out_rows, len(kind))) for kind in kinds], held_out
 
 
 def main() -> None:

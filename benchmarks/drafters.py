@@ -27,6 +27,7 @@ from peft import LoraConfig
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
 from llm_diffusion.config import resolve
 
+HELD_OUT = 40  # rows of each kind: with a dozen, drafters differ by less than chance
 # name -> what differs from the preset: settings of training, of `LoraConfig`, or the rows.
 DRAFTERS: dict[str, dict[str, Any]] = {
     "preset": {},
@@ -143,7 +144,7 @@ def main() -> None:
         args.output = args.rows_folder
         args.output.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load_diffusion_model("smollm2", attention="lossless", **on_this_machine())
-        (questions, own), held_out = rows_of(model, tokenizer, args)
+        (questions, own), held_out = rows_of(model, tokenizer, args, HELD_OUT)
         rows = {"questions": questions, "own": own, "both": concatenate_datasets([questions, own])}
         rows["data"] = answers_of_data(args)
         for name in args.only:
