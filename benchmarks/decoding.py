@@ -2,6 +2,7 @@
 
     python benchmarks/decoding.py canvas                                  # LLaDA's loop against ours, Qwen3-0.6B's shape: minutes
     python benchmarks/decoding.py blocks                                  # dLLM's block sampler against ours, SmolLM2 and 6 x 256
+    python benchmarks/decoding.py adapters                                # SmolLM2 with LoRA, with packed weights and without
     python benchmarks/decoding.py batch                                   # 64 ragged prompts together against one by one
     python benchmarks/decoding.py tiny output/tiny/sft_model              # a trained model against its AR base, same prompts
     python benchmarks/decoding.py shapes                                  # a GPU: against AR with a static cache, and the bandwidth
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 import time
@@ -23,8 +25,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from transformers import (
@@ -40,6 +44,7 @@ from transformers import (
 from llm_diffusion import convert_to_diffusion, generate, load_diffusion_model
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.evaluation.answers import encode_prompts, evaluate_answers
+from llm_diffusion.models import packing
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 # hidden size, layers, heads, heads of keys, intermediate size, tied
@@ -259,6 +264,34 @@ def blocks(prompt_length: int, new: int, per_block: int, block_length: int, roun
     return [table]
 
 
+def without_copies(run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    with mock.patch.object(packing, "_have_room", return_value=False):
+        return run()
+
+
+def adapters(rounds: int) -> list[Table]:
+    """LoRA of rank 32 on every layer, away from its start; the same calls with copies of the weights and without."""
+    title = "SmolLM2-135M with LoRA of rank 32, prompt 32, 48 new tokens, CPU"
+    table = table_of(title, "attention", "type", "rows", "as it is, s", "packed and merged, s", "times", "same tokens")
+    types = [torch.float32] + [torch.bfloat16] * packing.has_fast_bfloat16()
+    for attention, dtype in itertools.product(("bidirectional", "block"), types):
+        model, _ = load_diffusion_model("smollm2", attention=attention, block_length=4, device="cpu", dtype=dtype)
+        model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear")).eval()
+        torch.manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=1e-3)
+        for rows in (1, 8):
+            prompt = torch.randint(5, 1000, (rows, 32), generator=torch.Generator().manual_seed(0))
+            run = partial(generate, model, prompt, max_new_tokens=48, steps=12, eos_token_id=None)
+            run()  # makes the copies
+            took, results = seconds({"plain": partial(without_copies, run), "packed": run}, rounds)
+            same = (results["plain"] == results["packed"])[:, 32:].sum().item()
+            figures = f"{took['plain']:.2f}", f"{took['packed']:.2f}", f"{took['plain'] / took['packed']:.2f}"
+            table.add_row(attention, str(dtype)[6:], str(rows), *figures, f"{same} of {rows * 48}")
+    return [table]
+
+
 def batch(prompts: int, rounds: int) -> list[Table]:
     return [
         batch_table("bidirectional", {}, prompts, rounds),
@@ -381,6 +414,8 @@ def main() -> None:
     five.add_argument("--per-block", type=int, default=4, help="steps of a block")
     five.add_argument("--block-length", type=int, default=16)
     five.add_argument("--rounds", type=int, default=3)
+    six = commands.add_parser("adapters")
+    six.add_argument("--rounds", type=int, default=3)
     two = commands.add_parser("batch")
     two.add_argument("--prompts", type=int, default=64)
     two.add_argument("--rounds", type=int, default=3)
@@ -397,6 +432,8 @@ def main() -> None:
         tables = canvas(given.prompt, given.new, given.steps, given.block_length, given.rounds, given.layers)
     elif given.command == "blocks":
         tables = blocks(given.prompt, given.new, given.per_block, given.block_length, given.rounds)
+    elif given.command == "adapters":
+        tables = adapters(given.rounds)
     elif given.command == "batch":
         tables = batch(given.prompts, given.rounds)
     elif given.command == "tiny":

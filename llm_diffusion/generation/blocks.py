@@ -17,15 +17,11 @@ References: BD3LM (arXiv 2503.09573), SDAR (arXiv 2510.06303), Fast-dLLM v2 (arX
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from ..models.packing import packed
 from ..models.patching import base_of
-from ..models.sampling import DiffusionOutput, OnStep
 from ..objective.attention_masks import additive
 from .canvas import CanvasDecoder
 from .step import Rows, Window, guide, with_unconditional
@@ -33,11 +29,6 @@ from .step import Rows, Window, guide, with_unconditional
 
 class BlockDecoder(CanvasDecoder):
     """A canvas whose rows are shifted so that their blocks share columns, and whose finished blocks are in a cache."""
-
-    def run(self, on_step: OnStep | None = None) -> DiffusionOutput:
-        """Decodes all rows to their end; passes over a block or two are over few tokens, so on a CPU weights are packed for that."""
-        with torch.no_grad(), nullcontext() if self.static else packed(self.model):
-            return super().run(on_step)
 
     def _rows(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> Rows:
         """Columns (B, W): whole blocks of prompt, padded on the left, then the rest of the prompt, the answer, and padding."""

@@ -11,6 +11,7 @@ References: LLaDA (arXiv 2502.09992, algorithms 4-5), Fast-dLLM (arXiv 2505.2261
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList
 
 from .. import UserError
+from ..models.packing import packed
 from ..models.patching import base_of, in_eval_mode, is_compiled
 from ..models.probing import probe_ids
 from ..models.record import record_of
@@ -114,7 +116,7 @@ class CanvasDecoder:
         """Decodes all rows to their end."""
         recorder = Recorder(self.settings, on_step)
         canvas, confidence, was_open = self.rows.ids.clone(), self.rows.confidence.clone(), self.rows.open
-        with in_eval_mode(self.model):
+        with in_eval_mode(self.model), nullcontext() if self.static else packed(self.model, merge=True):
             nfe = torch.full_like(self.rows.index, self._prefill() * self.passes)
             while (window := self._begin(self.rows)) is not None:
                 rows = self.rows = window.rows

@@ -10,29 +10,36 @@ of the processor, are missing, there is no copy.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import psutil
 import torch
+from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
 
 from .patching import Patch, base_of
 
 SUPPORT = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
 INT8_OPERATORS = ("linear_prepack", "linear_dynamic")  # of torch.ops.quantized
+ROOM = 0.5  # of the memory that is free, which packed weights may take at most; else there are none
 ROWS = 8  # what the layout is best for; any number is right
+_lock = Lock()
 # Of every layer and kind of copy the state of the weights, and the copy; outside the model, because it can be neither copied nor saved.
 _copies: WeakKeyDictionary[torch.nn.Module, dict[str, tuple[list[tuple], Any]]] = WeakKeyDictionary()
 
 
 def can_pack(layer: torch.nn.Module) -> bool:
     """Whether this is a plain linear layer on a CPU, in fp32, or in bf16 where the processor multiplies that."""
-    if type(layer) is not torch.nn.Linear:
-        return False
-    weight = layer.weight
+    return type(layer) is torch.nn.Linear and _packable(layer.weight)
+
+
+def _packable(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and has_fast_bfloat16())
@@ -47,21 +54,75 @@ def has_fast_bfloat16() -> bool:
 
 
 @contextmanager
-def packed(model: torch.nn.Module) -> Iterator[None]:
+def packed(model: torch.nn.Module, merge: bool = False) -> Iterator[None]:
     """For inference: the linear layers of a model's base run on packed weights, which are kept for the next time.
 
-    Weights that were changed or replaced since are packed again; the copy takes as much memory as the layers.
+    Weights that were changed or replaced since are packed again; the copy takes as much memory as the layers, where that is free.
+
+    Args:
+        merge: plain LoRA beside such a layer is merged into its copy, and runs no more by itself, which takes longer than the layer.
     """
-    with Patch() as patch:
-        for layer in () if torch.is_grad_enabled() else base_of(model).modules():
-            if can_pack(layer):
-                patch.set(layer, "forward", partial(_linear, _packed_weight(layer), layer.bias))
+    patch = Patch()
+    try:
+        with _lock:  # calls from several threads may overlap in any order: what one has packed the others leave alone
+            layers = [] if torch.is_grad_enabled() else list(_layers(base_of(model), merge))
+            for layer, bias, sources, weight in layers if _have_room(layers) else ():
+                patch.set(layer, "forward", partial(_linear, _packed(layer, sources, weight), bias))
         yield
+    finally:
+        with _lock:
+            patch.undo()
 
 
-def _packed_weight(layer: torch.nn.Linear) -> torch.Tensor:
-    reorder = torch.ops.mkldnn._reorder_linear_weight
-    return _copy(layer, "packed", [layer.weight], lambda: reorder(layer.weight.detach(), ROWS))
+def _layers(
+    model: torch.nn.Module, merge: bool
+) -> Iterator[tuple[torch.nn.Module, torch.Tensor | None, list[Any], Callable]]:
+    """Of each layer its bias, what its weight is made of, and what makes it."""
+    inner: set[torch.nn.Module] = set()  # of merged layers
+    for layer in model.modules():
+        if getattr(vars(layer).get("forward"), "func", None) is _linear:
+            inner.update(layer.modules())
+        if layer in inner:
+            continue
+        lora = merged_lora(layer) if merge and isinstance(layer, LoraLayer) else None
+        if lora is not None and _packable(layer.get_base_layer().weight):
+            inner.update(layer.modules())
+            yield layer, layer.get_base_layer().bias, *lora
+        elif can_pack(layer):
+            yield layer, layer.bias, [layer.weight], partial(getattr, layer, "weight")
+
+
+def _have_room(layers: list[tuple]) -> bool:
+    new = sum(sources[0].nbytes for layer, _, sources, _ in layers if "packed" not in _copies.get(layer, {}))
+    return not new or new < ROOM * psutil.virtual_memory().available
+
+
+def _packed(layer: torch.nn.Module, sources: list[Any], weight: Callable[[], torch.Tensor]) -> torch.Tensor:
+    reorder, dtype = torch.ops.mkldnn._reorder_linear_weight, sources[0].dtype
+    return _copy(layer, "packed", sources, lambda: reorder(weight().detach().to(dtype).contiguous(), ROWS))
+
+
+def branches_of(layer: LoraLayer) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, float]]:
+    """Of every active adapter A (r, in), B (out, r), its bias, and the scaling of their product."""
+    return [
+        (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias, layer.scaling[name])
+        for name in layer.active_adapters
+        if name in layer.lora_A and not layer.disable_adapters
+    ]
+
+
+def merged_lora(layer: LoraLayer) -> tuple[list[Any], Callable[[], torch.Tensor]] | None:
+    """What W + scaling B A (out, in) is made of, and what makes it; None where there is more to the layer than that."""
+    base, branches = layer.get_base_layer(), branches_of(layer)
+    plain = type(base) in (torch.nn.Linear, Conv1D) and all(bias is None for *_, bias, _ in branches)
+    if not plain or layer.merged or layer.lora_variant:
+        return None
+
+    def merged() -> torch.Tensor:
+        weight = (base.weight.T if type(base) is Conv1D else base.weight).float()
+        return sum((scaling * (up.float() @ down.float()) for down, up, _, scaling in branches), weight)
+
+    return [base.weight, *(part for down, up, _, scaling in branches for part in (down, up, scaling))], merged
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
@@ -80,7 +141,7 @@ def can_quantise(weight: torch.Tensor) -> bool:
 
 def int8_linear(
     layer: torch.nn.Module,
-    sources: Iterable[torch.Tensor],
+    sources: list[Any],
     weight: Callable[[], torch.Tensor],
     bias: torch.Tensor | None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -88,7 +149,7 @@ def int8_linear(
 
     Args:
         layer: whom the copy belongs to.
-        sources: the tensors that W is made of; when one was changed or replaced since, W is quantised again.
+        sources: tensors and numbers that W is made of; when one was changed or replaced since, W is quantised again.
         weight: makes W (out, in).
         bias: b (out,).
     """
@@ -117,13 +178,15 @@ def _overflows() -> bool:
     return bool((torch.ops.quantized.linear_dynamic(ones, _quantised(ones, None), reduce_range=False) < 63).any())
 
 
-def _state_of(source: torch.Tensor) -> tuple:
+def _state_of(source: torch.Tensor | float) -> tuple:
+    if not isinstance(source, torch.Tensor):
+        return (source,)
     # Versions miss what is written through `.data`, as PEFT merges adapters; some of the numbers show it.
     some = source.detach().flatten()[:: max(1, source.numel() // 61)].contiguous().view(torch.uint8)
     return source.data_ptr(), source._version, some.numpy().tobytes()
 
 
-def _copy(layer: torch.nn.Module, kind: str, sources: Iterable[torch.Tensor], make: Callable[[], Any]) -> Any:
+def _copy(layer: torch.nn.Module, kind: str, sources: list[Any], make: Callable[[], Any]) -> Any:
     """A layer's copy of one kind, made again when one of its sources was changed or replaced."""
     kept, key = _copies.setdefault(layer, {}), [_state_of(source) for source in sources]
     if kind not in kept or kept[kind][0] != key:

@@ -20,10 +20,9 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from .. import UserError
-from ..models.packing import can_quantise, int8_linear
+from ..models.packing import branches_of, can_quantise, int8_linear, merged_lora
 from ..models.patching import Patch, base_of, embedding_table
 from ..models.record import record_of
 
@@ -70,25 +69,10 @@ class AdapterSwitch(AbstractContextManager):
         self._hook = embedding.register_forward_hook(self._embed)
 
     def _forward_of(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
-        branches = [
-            (layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_B[name].bias, layer.scaling[name])
-            for name in layer.active_adapters
-            if name in layer.lora_A
-        ]
-        return partial(self._forward, layer.get_base_layer(), branches, self._merged_in_int8(layer, branches))
-
-    def _merged_in_int8(self, layer: LoraLayer, branches: list[tuple]) -> Callable[..., torch.Tensor] | None:
-        base, transposed = layer.get_base_layer(), isinstance(layer.get_base_layer(), Conv1D)
-        plain = type(base) in (torch.nn.Linear, Conv1D) and all(bias is None for *_, bias, _ in branches)
-        if not (self._in_int8 and plain and can_quantise(base.weight)):
-            return None
-
-        def merged() -> torch.Tensor:
-            weight = (base.weight.T if transposed else base.weight).float()
-            return sum((scaling * (up.float() @ down.float()) for down, up, _, scaling in branches), weight)
-
-        sources = [base.weight, *(matrix for down, up, *_ in branches for matrix in (down, up))]
-        return int8_linear(layer, sources, merged, base.bias)
+        base, lora, in_int8 = layer.get_base_layer(), merged_lora(layer), None
+        if self._in_int8 and lora is not None and can_quantise(base.weight):
+            in_int8 = int8_linear(layer, *lora, base.bias)
+        return partial(self._forward, base, branches_of(layer), in_int8)
 
     def _forward(
         self,

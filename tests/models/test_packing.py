@@ -1,9 +1,14 @@
 """Packed weights give the model's own outputs, follow every change of the weights, and leave nothing behind."""
 
 import copy
+import itertools
 
+import psutil
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from llm_diffusion.models.packing import (
     INT8_OPERATORS,
@@ -104,3 +109,99 @@ def test_int8_products_of_the_largest_numbers_do_not_overflow(rows):
         layer.weight.fill_(1)
         found = int8_linear(layer, [layer.weight], lambda: layer.weight, None)(x)
     torch.testing.assert_close(found, torch.full((rows, 48), 128.0), rtol=0.01, atol=0)
+
+
+def adapted(base, **options):
+    fan_in_fan_out = base.config.model_type == "gpt2"
+    lora = LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=fan_in_fan_out, **options)
+    model = get_peft_model(base, lora, adapter_name="one")
+    model.add_adapter("two", lora)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_magnitude" in name:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def as_it_is(model):
+    pass
+
+
+def the_other(model):
+    model.set_adapter("two")
+
+
+def scaled(model):
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(0.5)
+
+
+def off(model):
+    model.base_model.disable_adapter_layers()
+
+
+def trained(model):
+    for name, parameter in model.named_parameters():
+        if "lora_A.one" in name:
+            parameter.data.mul_(2)
+
+
+def merged(model):
+    model.merge_adapter()
+
+
+CHANGES = [as_it_is, the_other, scaled, off, trained]
+KINDS = {"plain": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}  # the last PEFT cannot merge itself
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*:UserWarning")
+@pytest.mark.parametrize(("kind", "change"), [*itertools.product(KINDS, CHANGES), ("plain", merged), ("dora", merged)])
+def test_adapters_are_merged_into_the_copy_and_followed(model, kind, change):
+    options = KINDS[kind]
+    model = adapted(model, **options)
+    with torch.no_grad(), packed(model, merge=True):
+        first = logits(model, 4)
+        layer = model.get_base_model().model.layers[0].mlp.up_proj
+        assert ("forward" in vars(layer)) == ("forward" not in vars(layer.base_layer)) == (not options)
+    with torch.no_grad():
+        change(model)
+    want = logits(model, 4)
+    with torch.no_grad(), packed(model, merge=True):
+        found = logits(model, 4)
+    assert change is merged or torch.equal(found, first) == (change is as_it_is)
+    assert float((found - want).abs().max()) <= OFF_BY[model.dtype] * float(want.abs().max())
+
+
+def test_adapters_of_transposed_layers_are_merged_too():
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0, eos_token_id=0)
+    model = adapted(GPT2LMHeadModel(config))
+    want = logits(model, 4)
+    with torch.no_grad(), packed(model, merge=True):
+        assert "forward" in vars(model.get_base_model().transformer.h[0].attn.c_attn)
+        torch.testing.assert_close(logits(model, 4), want, rtol=1e-4, atol=1e-4)
+
+
+def test_without_room_the_weights_are_not_copied(random_llama, monkeypatch):
+    model = random_llama()
+    memory = psutil.virtual_memory()
+    layers = sum(module.weight.nbytes for module in model.modules() if type(module) is torch.nn.Linear)
+    for free, wanted in ((1.9 * layers, False), (2.1 * layers, True), (0, True)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
+        with torch.no_grad(), packed(model):
+            # 0 at last: what was copied is there already
+            assert ("forward" in vars(model.lm_head)) == wanted, free
+
+
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_calls_that_overlap_leave_nothing_behind(random_llama, first_out):
+    model = adapted(random_llama())
+    with torch.no_grad():
+        want = logits(model, 4)
+        calls = [packed(model, merge=True) for _ in range(2)]
+        for call in calls:
+            call.__enter__()
+        calls[first_out].__exit__(None, None, None)
+        torch.testing.assert_close(logits(model, 4), want)
+        calls[1 - first_out].__exit__(None, None, None)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module)]
