@@ -41,7 +41,11 @@ def can_pack(layer: torch.nn.Module) -> bool:
 
 def _packable(weight: torch.Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        # Sharded weights are of another type, flat, or empty.
+        type(weight) is torch.nn.Parameter
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and weight.device.type == "cpu"
         and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and has_fast_bfloat16())
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)

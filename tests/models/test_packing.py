@@ -81,6 +81,11 @@ def test_training_and_other_types_run_as_they_are(random_llama):
     model = random_llama()
     with packed(model):  # with gradients
         assert "forward" not in vars(model.lm_head)
+    for shape in ((16384,), (0,)):  # as FSDP and DeepSpeed leave them between forwards
+        layer = torch.nn.Linear(128, 128)
+        assert can_pack(layer)
+        layer.weight.data = torch.zeros(shape)
+        assert not can_pack(layer)
     assert not can_pack(model.half().lm_head)
 
 
