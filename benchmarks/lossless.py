@@ -62,7 +62,7 @@ def decode(folder: str, prompts: int, timed: int) -> list[Table]:
     plain, _ = base()
     plain.eval()
     examples = list(tiny_dataset(prompts, seed=1, split="test"))
-    b = record_of(model)["block_length"]
+    b = record_of(model).block_length
     want = evaluate_answers(plain, tokenizer, examples, autoregressive=True, max_new_tokens=NEW)
     lengths = [len(tokenizer(answer)["input_ids"]) + 1 for answer in want.answers]
     # The prompt says the first token; every cycle yields up to a block, and the token behind it is known then.
