@@ -19,7 +19,9 @@ from weakref import WeakKeyDictionary
 
 import psutil
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers.pytorch_utils import Conv1D
 
 from .patching import Patch, base_of
@@ -82,9 +84,9 @@ def _layers(
     model: torch.nn.Module, merge: bool
 ) -> Iterator[tuple[torch.nn.Module, torch.Tensor | None, list[Any], Callable]]:
     """Of each layer its bias, what its weight is made of, and what makes it."""
-    inner: set[torch.nn.Module] = set()  # of merged layers
+    inner: set[torch.nn.Module] = set()  # of merged layers, and of those whose weight PEFT changes while they run
     for layer in model.modules():
-        if getattr(vars(layer).get("forward"), "func", None) is _linear:
+        if isinstance(layer, ParamWrapper) or getattr(vars(layer).get("forward"), "func", None) is _linear:
             inner.update(layer.modules())
         if layer in inner:
             continue
@@ -118,8 +120,8 @@ def branches_of(layer: LoraLayer) -> list[tuple[torch.Tensor, torch.Tensor, torc
 def merged_lora(layer: LoraLayer) -> tuple[list[Any], Callable[[], torch.Tensor]] | None:
     """What W + scaling B A (out, in) is made of, and what makes it; None where there is more to the layer than that."""
     base, branches = layer.get_base_layer(), branches_of(layer)
-    plain = type(base) in (torch.nn.Linear, Conv1D) and all(bias is None for *_, bias, _ in branches)
-    if not plain or layer.merged or layer.lora_variant:
+    plain = type(layer) is LoraLinear and type(base) in (torch.nn.Linear, Conv1D)
+    if not plain or layer.merged or layer.lora_variant or any(bias is not None for *_, bias, _ in branches):
         return None
 
     def merged() -> torch.Tensor:

@@ -118,9 +118,10 @@ def test_int8_products_of_the_largest_numbers_do_not_overflow(rows):
 
 def adapted(base, **options):
     fan_in_fan_out = base.config.model_type == "gpt2"
-    lora = LoraConfig(r=4, target_modules="all-linear", fan_in_fan_out=fan_in_fan_out, **options)
+    lora = LoraConfig(**{"r": 4, "target_modules": "all-linear", "fan_in_fan_out": fan_in_fan_out, **options})
     model = get_peft_model(base, lora, adapter_name="one")
-    model.add_adapter("two", lora)
+    if not lora.target_parameters:  # PEFT has one such adapter at most
+        model.add_adapter("two", lora)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_magnitude" in name:
@@ -157,18 +158,30 @@ def merged(model):
 
 
 CHANGES = [as_it_is, the_other, scaled, off, trained]
-KINDS = {"plain": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}  # the last PEFT cannot merge itself
+KINDS = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "parameters": {"target_modules": [], "target_parameters": ["up_proj.weight"]},
+    "bias": {"lora_bias": True},  # which PEFT cannot merge itself
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*:UserWarning")
-@pytest.mark.parametrize(("kind", "change"), [*itertools.product(KINDS, CHANGES), ("plain", merged), ("dora", merged)])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *itertools.product(["plain", "dora", "bias"], CHANGES),
+        *(("plain", merged), ("dora", merged), ("parameters", as_it_is), ("parameters", trained)),
+    ],
+)
 def test_adapters_are_merged_into_the_copy_and_followed(model, kind, change):
     options = KINDS[kind]
     model = adapted(model, **options)
     with torch.no_grad(), packed(model, merge=True):
         first = logits(model, 4)
         layer = model.get_base_model().model.layers[0].mlp.up_proj
-        assert ("forward" in vars(layer)) == ("forward" not in vars(layer.base_layer)) == (not options)
+        assert ("forward" in vars(layer)) == (kind == "plain")
+        assert ("forward" in vars(layer.base_layer)) == (kind in ("dora", "bias"))
     with torch.no_grad():
         change(model)
     want = logits(model, 4)
