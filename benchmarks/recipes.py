@@ -237,14 +237,14 @@ def common_settings(steps: int, batch_size: int, seed: int, learning_rate: float
 def nelbo(trainer: DiffusionSFTTrainer) -> float:
     """Nats a token of the held-out answers through their end token; the tail of a block counts to the bound."""
     collator, rows = trainer.diffusion_collator, trainer.eval_dataset
-    collator.eos_tail, collator.random_canvas = 0, 0.0
+    collator.settings.eos_tail, collator.settings.random_canvas = 0, 0.0
     counted = sum(int((collator([row])["labels"] != IGNORE_INDEX).sum()) for row in rows)
     return trainer.evaluate()["eval_nelbo"] * counted / sum(_answer_tokens(row, collator.eos_token_id) for row in rows)
 
 
-def _answer_tokens(row: dict[str, Any], eos: int) -> int:
+def _answer_tokens(row: dict[str, Any], ends: list[int]) -> int:
     labels = [label for label in row["labels"] if label != IGNORE_INDEX]
-    return labels.index(eos) + 1
+    return next(place for place, label in enumerate(labels, start=1) if label in ends)
 
 
 @torch.no_grad()
