@@ -38,9 +38,10 @@ OTHER_KINDS = ("sort", "reverse", "compare", "fill", "sudoku")
 
 def noise(args: argparse.Namespace) -> None:
     """Standard deviation of the preference score over masks, by what is shared."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    tests = Path(__file__).parent.parent / "tests"
+    sys.path[:0] = [str(tests), str(tests / "objective")]
     import torch
-    from test_preference_noise import CHAIN, POLICY, pairs, score_of
+    from test_estimators import CHAIN, POLICY, pairs, score_of
 
     batch, n = pairs(12), 12
     kinds = {
