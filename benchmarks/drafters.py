@@ -83,6 +83,7 @@ def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.N
             "use_cpu": options["device"] == "cpu",
             "bf16": options["dtype"] == torch.bfloat16,
             **changes,
+            "block_length": block_length,
         }
         trainer = DiffusionSFTTrainer(
             model,
