@@ -25,7 +25,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -264,28 +263,28 @@ def blocks(prompt_length: int, new: int, per_block: int, block_length: int, roun
     return [table]
 
 
-def without_copies(run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    with mock.patch.object(packing, "_have_room", return_value=False):
-        return run()
-
-
 def adapters(rounds: int) -> list[Table]:
     """LoRA of rank 32 on every layer, away from its start; the same calls with copies of the weights and without."""
     title = "SmolLM2-135M with LoRA of rank 32, prompt 32, 48 new tokens, CPU"
     table = table_of(title, "attention", "type", "rows", "as it is, s", "packed and merged, s", "times", "same tokens")
-    types = [torch.float32] + [torch.bfloat16] * packing.has_fast_bfloat16()
+    room, types = packing.ROOM, [torch.float32] + [torch.bfloat16] * packing.has_fast_bfloat16()
     for options, dtype in itertools.product(({}, {"attention": "block", "block_length": 4}), types):
+        packing.ROOM = room
         model, _ = load_diffusion_model("smollm2", device="cpu", dtype=dtype, **options)
         model = get_peft_model(model, LoraConfig(r=32, target_modules="all-linear")).eval()
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=1e-3)
+        plain = copy.deepcopy(model)
+        generate(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=4, steps=1)  # makes its copies
+        packing.ROOM = 0.0  # and the other gets none
         for rows in (1, 8):
             prompt = torch.randint(5, 1000, (rows, 32), generator=torch.Generator().manual_seed(0))
-            run = partial(generate, model, prompt, max_new_tokens=48, steps=12, eos_token_id=None)
-            run()  # makes the copies
-            took, results = seconds({"plain": partial(without_copies, run), "packed": run}, rounds)
+            settings = {"max_new_tokens": 48, "steps": 12, "eos_token_id": None}
+            ways = {"plain": partial(generate, plain, prompt, **settings)}
+            ways["packed"] = partial(generate, model, prompt, **settings)
+            took, results = seconds(ways, rounds)
             same = (results["plain"] == results["packed"])[:, 32:].sum().item()
             figures = f"{took['plain']:.2f}", f"{took['packed']:.2f}", f"{took['plain'] / took['packed']:.2f}"
             table.add_row(

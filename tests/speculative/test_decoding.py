@@ -95,7 +95,7 @@ def test_no_call_copies_the_vocabulary(random_llama) -> None:
     model = drafter(random_llama(vocab_size=64))
     train_rows_alone(model)  # as loading does
     with Copies() as copies:
-        model.get_base_model().get_input_embeddings().weight  # noqa: B018
+        assert len(model.get_base_model().get_input_embeddings().weight) == 64
         assert copies.count == 1
         generate(model, *prompts(), max_new_tokens=8, eos_token_id=EOS, pad_token_id=PAD)
     assert copies.count == 1
