@@ -9,6 +9,7 @@ of the processor, are missing, there is no copy.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from .patching import Patch, base_of
 SUPPORT = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu
 OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")  # of torch.ops.mkldnn
 INT8_OPERATORS = ("linear_prepack", "linear_dynamic")  # of torch.ops.quantized
+logger = logging.getLogger(__name__)
 ROOM = 0.5  # of the memory that is free, which packed weights may take at most; else there are none
 ROWS = 8  # what the layout is best for; any number is right
 _lock = Lock()
@@ -100,7 +102,17 @@ def _layers(
 
 def _have_room(layers: list[tuple]) -> bool:
     new = sum(sources[0].nbytes for layer, _, sources, _ in layers if "packed" not in _copies.get(layer, {}))
-    return not new or new < ROOM * psutil.virtual_memory().available
+    room = ROOM * psutil.virtual_memory().available
+    if new and new >= room:
+        _warn_of_no_room(f"{new / 2**30:.2g} GiB")
+        return False
+    return True
+
+
+@cache
+def _warn_of_no_room(size: str) -> None:
+    """Says it once, not in every call."""
+    logger.warning(f"decoding goes on without a packed copy of the weights, slower: {size} are not free for it")
 
 
 def _packed(layer: torch.nn.Module, sources: list[Any], weight: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -200,7 +200,8 @@ def test_adapters_of_transposed_layers_are_merged_too():
         torch.testing.assert_close(logits(model, 4), want, rtol=1e-4, atol=1e-4)
 
 
-def test_without_room_the_weights_are_not_copied(random_llama, monkeypatch):
+def test_without_room_the_weights_are_not_copied(random_llama, monkeypatch, caplog):
+    packing._warn_of_no_room.cache_clear()
     model = random_llama()
     for share, wanted in (
         (0, False),
@@ -211,6 +212,7 @@ def test_without_room_the_weights_are_not_copied(random_llama, monkeypatch):
         monkeypatch.setattr(packing, "ROOM", share)
         with torch.no_grad(), packed(model):
             assert ("forward" in vars(model.lm_head)) == wanted, share
+    assert caplog.text.count("without a packed copy of the weights") == 1
 
 
 @pytest.mark.parametrize("first_out", [0, 1])
