@@ -26,6 +26,9 @@ from peft import LoraConfig
 
 from llm_diffusion import DiffusionSFTConfig, DiffusionSFTTrainer, load_diffusion_model
 from llm_diffusion.config import resolve
+from llm_diffusion.models.patching import base_of
+from llm_diffusion.models.probing import CleanPrefix
+from llm_diffusion.models.record import record_of
 
 HELD_OUT = 40  # rows of each kind: with a dozen, drafters differ by less than chance
 # name -> what differs from the preset: settings of training, of `LoraConfig`, or the rows.
@@ -45,7 +48,47 @@ DRAFTERS: dict[str, dict[str, Any]] = {
     "its own prompts alone": {"rows": "own"},
     "the questions alone": {"rows": "questions"},
     "the questions, with the data's answers": {"rows": "data"},
+    "two anchors a token": {"anchors": 2},
+    "told the base's last hidden state": {"told": True},
 }
+
+
+class LastHiddenState(torch.nn.Module):
+    """Adds to the embedding of the mask a projection of the base's hidden state before the block, at the last token that it read.
+
+    The base's pass over clean text comes first in training, and leaves its hidden states here. Blocks whose first token is a mask
+    too are drafted in the pass that verifies the text before them, which has no hidden state for them yet: those are told nothing.
+    """
+
+    def __init__(self, model: torch.nn.Module, mask_token_id: int) -> None:
+        super().__init__()
+        inner, self.mask_token_id = model.get_decoder(), mask_token_id
+        self.projection = torch.nn.Linear(model.config.hidden_size, model.config.hidden_size, bias=False)
+        torch.nn.init.zeros_(self.projection.weight)
+        inner.register_forward_pre_hook(self._reads, with_kwargs=True)
+        inner.norm.register_forward_hook(self._keeps)
+        model.get_input_embeddings().register_forward_hook(self._tells)
+
+    def _reads(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.states = None
+        if not isinstance(kwargs.get("past_key_values"), CleanPrefix):
+            return
+        ids, seen = kwargs["input_ids"], kwargs["attention_mask"][:, 0] == 0  # (B, N), (B, N, L + N)
+        prefix, block = seen[..., : -ids.shape[1]], seen[..., -ids.shape[1] :]
+        before = prefix.shape[-1] - 1 - prefix.flip(-1).long().argmax(-1)  # (B, N)
+        known = ids.gather(-1, block.long().argmax(-1)) != self.mask_token_id
+        told = known & prefix.any(-1) & (ids == self.mask_token_id)
+        rows = torch.arange(len(ids))[:, None]
+        self.states = (
+            self.projection(torch.nn.functional.normalize(self.kept[rows, before].float(), dim=-1)) * told[..., None]
+        )
+
+    def _keeps(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        if self.states is None:
+            self.kept = output.detach()
+
+    def _tells(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if self.states is None else output + self.states.to(output.dtype)
 
 
 def answers_of_data(args: argparse.Namespace) -> Dataset:
@@ -64,7 +107,10 @@ def answers_of_data(args: argparse.Namespace) -> Dataset:
 def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.Namespace) -> dict[str, Any]:
     changes, preset = dict(DRAFTERS[name]), resolve("smollm2")
     train = rows[changes.pop("rows", "both")]
-    block_length = changes.pop("block_length", 8)
+    block_length, anchors, told = changes.pop("block_length", 8), changes.pop("anchors", 1), changes.pop("told", False)
+    if anchors > 1:  # a row that stands twice in a batch is cut into blocks at two places
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+        train = train.select(order.repeat_interleave(anchors).tolist())
     lora = {key: changes.pop(key) for key in ("r", "lora_alpha", "target_modules") if key in changes}
     options = on_this_machine()
     model, tokenizer = load_diffusion_model("smollm2", attention="lossless", block_length=block_length, **options)
@@ -72,7 +118,8 @@ def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.N
         settings = {
             **preset.training,
             "learning_rate": preset.learning_rate,
-            "per_device_train_batch_size": args.batch_size,
+            "per_device_train_batch_size": args.batch_size * anchors,
+            "train_sampling_strategy": "random" if anchors == 1 else "sequential",
             "per_device_eval_batch_size": args.batch_size,
             "max_length": preset.max_length,
             "seed": args.seed,
@@ -93,6 +140,9 @@ def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.N
             processing_class=tokenizer,
             peft_config=LoraConfig(**preset.lora_config | lora, task_type="CAUSAL_LM"),
         )
+        if told:
+            hidden = LastHiddenState(base_of(trainer.model), record_of(trainer.model).mask_token_id)
+            base_of(trainer.model).add_module("last_hidden_state", hidden)  # the optimiser looks for parameters here
         lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
         trainer.args.max_steps = round(args.tokens / (args.batch_size * sum(lengths) / len(lengths)))
         began = time.time()
@@ -103,7 +153,7 @@ def run(name: str, rows: dict[str, Dataset], held_out: Dataset, args: argparse.N
             "name": name,
             "asked": args.tokens,
             "seed": args.seed,
-            "tokens": tokens,
+            "tokens": tokens / anchors,
             "steps": trainer.args.max_steps,
             "accepted": trainer.evaluate()["eval_accepted_length"],
             "minutes": minutes,

@@ -13,8 +13,8 @@ after an outcome that was not drafted for, a pass of its own drafts [t M M M], w
 A row whose draft was worse than its neighbours' keeps dead columns in the cache, which nothing attends to: the cache is cropped to the
 best row and never copied. Greedy output is the base's own, up to ties of its rounding; sampled output is distributed as the base's.
 
-How many outcomes are drafted for, and whether drafts pay at all, follows from what passes cost on this machine, see `schedule`. Where the
-last tokens stood in the text before, what followed them there is a draft that costs no pass.
+How many outcomes are drafted for, and whether drafts pay at all, follows from what passes cost on this machine, see `schedule`. A draft
+that has a pass of its own is a tree, see `trees`: the rows `d` are then several ways to go on, each of which sees its own. Where the last tokens stood in the text before, what followed them there is a draft that costs no pass.
 
 References: speculative decoding (arXiv 2211.17192), drafts in advance as in Medusa (arXiv 2401.10774), prompt lookup (Saxena, 2023).
 """
@@ -33,6 +33,7 @@ from ..objective.attention_masks import additive, block_causal
 from ..objective.noise import MASK_STREAM, ORDER_STREAM, TOKEN_STREAM, row_keys, uniform
 from .adapters import AdapterSwitch
 from .schedule import DraftSchedule, Yield, schedule_of
+from .trees import DraftTree, accept_tree, likeliest_tree, reorder_columns
 
 # Rows of a pass that cost little more than one row does, by arithmetic against bandwidth: for sampling, whose tokens depend on when was
 # drafted, which must depend neither on a clock nor on the other rows of a batch.
@@ -85,6 +86,8 @@ class LosslessDecoder:
         self.is_copy, self.copies = False, Yield(self.block_length)  # what copies yield is a matter of the text
         # (B,) bool, whether the draft was made in advance; None: there is no draft
         self.ahead: torch.Tensor | None = None
+        self.nodes = 0  # tokens of the next draft, if that is to be a tree; 0: a block
+        self.tree: DraftTree | None = None  # that `draft` stands for
         self.cache = DynamicCache()
         # Drafts may reach further than the model can count; what is there is never accepted.
         self.last_place = (getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30) - 1
@@ -121,10 +124,15 @@ class LosslessDecoder:
         seen = 0 if self.settings.temperature else self.counts
         return (seen + prior).topk(wanted).indices.tolist()
 
+    def _plan_tree(self, outcomes: list[int] | None) -> None:
+        """Where nothing is drafted in advance, which needs a block that ends somewhere, drafts may be trees."""
+        self.nodes = self.schedule.best_tree(len(self.rows))[1] if self.schedule is not None and outcomes == [] else 0
+
     def _prefill(self) -> None:
         """The prompt, and the first drafts behind it."""
         ids, place = self.canvas[:, : self.prompt_length], (self.valid.cumsum(-1) - 1).clamp(min=0)
         outcomes = self._outcomes()
+        self._plan_tree(outcomes)
         ends = [self.prompt_length] if outcomes else []
         logits = self._forward(ids, place, block_causal(self.valid.long(), 1), 1, ends)
         if ends:
@@ -183,7 +191,7 @@ class LosslessDecoder:
         missing = chosen < 0
         self.ahead, any_missing, all_missing = ~missing, bool(missing.any()), bool(missing.all())
         copy = self._copy() if all_missing else None
-        self.is_copy = copy is not None
+        self.is_copy, self.tree = copy is not None, None
         if copy is not None:
             self.draft = copy
             return
@@ -197,6 +205,10 @@ class LosslessDecoder:
             made = self._call(ids, self.length[:, None] + block, mask, block[:-1])
             self.cache.crop(-b)
             logits = made if all_missing else torch.where(missing[:, None, None], made, logits)
+        if self.nodes:
+            self.tree = likeliest_tree(logits, self.nodes)
+            self.draft = self.tree.tokens
+            return
         self.draft, self.draft_probs = self._pick(logits, TOKEN_STREAM, 1)
 
     def _copy(self) -> torch.Tensor | None:
@@ -223,31 +235,32 @@ class LosslessDecoder:
     def _cycle(self) -> None:
         """Verifies the draft, and drafts on from wherever it may end; or adds the base's next token alone."""
         outcomes, rows = self._outcomes(), len(self.rows)
+        self._plan_tree(outcomes)
         if outcomes is None:
-            draft, self.ahead = self._copy(), None
+            draft, self.ahead, self.tree = self._copy(), None, None
             self.is_copy, self.draft = draft is not None, self.canvas[self.rows, :0] if draft is None else draft
         elif self.ahead is None:
             self._draft(self.canvas.new_empty(0), torch.full_like(self.rows, -1))
+        if self.tree is not None and outcomes:
+            outcomes = []  # from the next draft on
         block, ends = torch.cat([self.token[:, None], self.draft], -1), [outcome + 1 for outcome in outcomes or ()]
         b = block.shape[1]
-        causal = torch.ones((b, b), dtype=torch.bool, device=block.device).tril()
-        allowed = torch.cat([self.valid[:, None].expand(-1, b, -1), causal.expand(rows, -1, -1)], -1)
-        place = self.length[:, None] + torch.arange(b, device=block.device)
+        if self.tree is None:
+            sees = torch.ones((b, b), dtype=torch.bool, device=block.device).tril().expand(rows, -1, -1)
+        else:
+            sees = self.tree.sees
+        allowed = torch.cat([self.valid[:, None].expand(-1, b, -1), sees], -1)
+        place = self.length[:, None] + sees.sum(-1) - 1
         logits = self._forward(block, place, allowed, b, ends)
         target, drafts = logits[:, :b], logits[:, b:].view(rows, len(ends), self.block_length - 1, logits.shape[-1])
-        if self.settings.temperature:
-            noise = self._noise(MASK_STREAM, b - 1, 1), self._noise(ORDER_STREAM, b, 1)
-            probs = warped(target, self.settings).softmax(-1)
-            accepted, token = accept_sampled(self.draft, self.draft_probs, probs, *noise)
-            finite = self.draft_probs[..., 0].isfinite().all()
-        else:
-            probs, (accepted, token) = target, accept_greedy(self.draft, target)
-            finite = True  # a wrong draft is not accepted
-        finite = finite & _is_finite(probs[torch.arange(rows, device=token.device), accepted], token)
+        accepted, last, order, token, finite = self._accept(target)
         self.accepted.append(torch.full_like(self.done, -1))
-        unfinished = self._write(block, accepted + 1)
-        most = int(torch.where(finite, accepted.max() + 1, 0))  # the one wait for the device
+        unfinished = self._write(block if order is None else block.gather(-1, order), accepted + 1)
+        # The one wait for the device.
+        most, in_order = torch.stack([torch.where(finite, accepted.max() + 1, 0), (last == accepted).all()]).tolist()
         check_decodable(most > 0)
+        if order is not None and not in_order:
+            reorder_columns(self.cache, order, most)
         if dead := b + self.block_length * len(ends) - most:
             self.cache.crop(-dead)
         kept = torch.arange(most, device=block.device) <= accepted[:, None]
@@ -261,11 +274,41 @@ class LosslessDecoder:
             return
         self.counts += torch.bincount(accepted, minlength=self.block_length)
         if self.schedule is not None and not self.is_copy:
-            self.schedule.learn(accepted.tolist(), self.ahead[stay].tolist())
+            self._learn(accepted, stay, order)
         chosen = torch.full_like(accepted, -1)
         for number, outcome in enumerate(outcomes):
             chosen[accepted == outcome] = number
         self._draft(drafts, chosen)
+
+    def _accept(self, target: torch.Tensor) -> tuple:
+        """From logits (B, m + 1, V): (B,) tokens accepted, (B,) the row of the last of them, (B, m + 1) rows in the order of the text if
+        they are those of a tree, (B,) the token after them, and () bool, whether it was chosen from numbers."""
+        order, finite = None, True  # a wrong draft is not accepted
+        if self.settings.temperature:
+            n = self.draft.shape[1]
+            noise = self._noise(MASK_STREAM, n, 1), self._noise(ORDER_STREAM, n + 1, 1)
+            scores = warped(target, self.settings).softmax(-1)
+            accepted, token = accept_sampled(self.draft, self.draft_probs, scores, *noise)
+            finite = self.draft_probs[..., 0].isfinite().all()
+        elif self.tree is None:
+            scores, (accepted, token) = target, accept_greedy(self.draft, target)
+        else:
+            scores, (accepted, order, token) = target, accept_tree(self.tree, target)
+        last = accepted if order is None else order.gather(-1, accepted[:, None])[:, 0]
+        finite = finite & _is_finite(scores[torch.arange(len(token), device=token.device), last], token)
+        return accepted, last, order, token, finite
+
+    def _learn(self, accepted: torch.Tensor, stay: torch.Tensor, order: torch.Tensor | None) -> None:
+        """Tells the schedule how far drafts were right, of texts that go on."""
+        right = accepted.tolist()
+        if order is None:
+            self.schedule.learn(right, self.ahead[stay].tolist())
+            return
+        order, ranks, chains = (value[stay].tolist() for value in (order, self.tree.ranks, self.tree.chain))
+        paths = [[row - 1 for row in rows[1 : n + 1]] for rows, n in zip(order, right, strict=True)]
+        ends = [sum(chain[at] for at in path) for path, chain in zip(paths, chains, strict=True)]
+        right = [[rank[at] for at in path] for path, rank in zip(paths, ranks, strict=True)]
+        self.schedule.learn_tree(right, self.draft.shape[1], ends)
 
     def _write(self, tokens: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Writes the first `count` (B,) of `tokens` (B, m) into the canvas, through an end token; (B,) bool, rows that go on."""

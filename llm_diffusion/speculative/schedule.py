@@ -4,8 +4,8 @@ With b tokens a block, there are four ways to go on:
 
     passes of a cycle                                                     seconds, measured            tokens it yields
     one row, without a draft                                              V(1)                         1
-    a draft; then its verification                                        D(b) + V(b)                  what such drafts yielded so far
-    a verification with the next drafts for k places where it may end     B(b (1 + k)) + miss D(b)     the same, made ahead or not
+    a draft; then the verification of a tree of n tokens                  D(b) + V(n + 1)              1, and how often each of n is right
+    a verification with the next drafts for k places where it may end     B(b (1 + k)) + miss D(b)     what blocks yielded, made ahead or not
     the verification of a draft that was copied from the text             V(b)                         what copies yielded so far
 """
 
@@ -27,11 +27,12 @@ from .adapters import AdapterSwitch
 
 logger = logging.getLogger(__name__)
 
-VERIFY, DRAFT, BOTH = (1, 4, 8, 24), (8, 24), (16, 32, 72)  # rows of the passes that are timed
+VERIFY, DRAFT, BOTH = (1, 4, 8, 16, 32), (8, 24), (16, 32, 72)  # rows of the passes that are timed
 CONTEXT, REPEATS = 64, 3
 REST = 64  # tokens decoded without drafts before the next one is tried
 MEMORY = 256  # outcomes after which older ones count half
 PRIOR = 4.0  # outcomes that the first guess counts for
+NODES = 31  # tokens of a tree at most; the next 32 would be right once in four cycles
 
 
 @dataclass
@@ -120,17 +121,21 @@ class DraftSchedule:
 
     block_length: int
     costs: PassCosts
-    ends: list[float] = field(default_factory=list)  # how often drafts ended behind 0, …, b - 1 tokens
-    tokens: dict[bool, float] = field(default_factory=dict)  # yielded by drafts made ahead (True) and by others,
-    drafts: dict[bool, float] = field(default_factory=dict)  # and how many these were
+    ends: list[float] = field(default_factory=list)  # how often blocks ended behind 0, …, b - 1 tokens
+    # Of drafts with a pass of their own: how often the likeliest, second likeliest, … token was right, and in how many drafts it was.
+    right: list[float] = field(default_factory=list)
+    drafts: list[float] = field(default_factory=list)
     resting: int = 0  # tokens left to decode without drafts
     told: bool = False
 
     def __post_init__(self) -> None:
         b = self.block_length
+        self.ahead = Yield(b)  # of drafts made in advance
         self.ends = self.ends or [PRIOR / b] * b
-        self.drafts = self.drafts or {True: PRIOR, False: PRIOR}
-        self.tokens = self.tokens or {ahead: PRIOR * (b + 1) / 2 for ahead in self.drafts}
+        # The first guess: half of a block is right, of trees as large as you like all of it.
+        self.guess = [PRIOR / 2 * min(1, (b - 1) / (rank + 1)) ** 2 for rank in range(NODES)]
+        self.right = self.right or list(self.guess)
+        self.drafts = self.drafts or [PRIOR] * NODES
 
     def choose(self, texts: int) -> list[int] | None:
         """For how many accepted tokens the next drafts are made ahead, the likeliest first; None: decode one token without a draft."""
@@ -141,7 +146,7 @@ class DraftSchedule:
         rates = [self.rate(likely[:n], texts) for n in range(self.block_length + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         # Few drafts prove little: they are given up when they are worse by more than chance.
-        doubt = 1 + PRIOR / (sum(self.drafts.values()) - PRIOR)
+        doubt = 1 + PRIOR / (self.ahead.cycles + self.drafts[0] - PRIOR)
         if rates[best] * doubt >= 1 / self.costs.verify(texts):
             return likely[:best]
         self.resting = REST
@@ -149,36 +154,52 @@ class DraftSchedule:
             self.told = True
             logger.info(
                 "drafts yield %.2f tokens, too few for what passes cost here: decoding without them, and trying again every %d tokens",
-                self.tokens[False] / self.drafts[False],
+                self.yields()[self.block_length - 1],
                 REST,
             )
         return None
 
+    def yields(self) -> list[float]:
+        """Tokens of a cycle whose draft had a pass of its own, by how many tokens the draft has, from 0 to the largest tree."""
+        return list(accumulate((right / n for right, n in zip(self.right, self.drafts, strict=True)), initial=1.0))
+
+    def best_tree(self, texts: int) -> tuple[float, int]:
+        """Tokens a second of each of `texts` with trees of the best size, and this size."""
+        draft = self.costs.draft(texts * self.block_length)
+        rates = [tokens / (draft + self.costs.verify(texts * (n + 1))) for n, tokens in enumerate(self.yields())]
+        best = max(range(1, len(rates)), key=rates.__getitem__)
+        return rates[best], best
+
     def copies_pay(self, copies: Yield, texts: int) -> bool:
         """Whether a draft that needs no pass yields more tokens a second than one that does, and than none."""
-        others = max(self.rate([], texts), 1 / self.costs.verify(texts))
+        others = max(self.best_tree(texts)[0], 1 / self.costs.verify(texts))
         return copies.mean / self.costs.verify(texts * self.block_length) >= others
 
     def rate(self, places: list[int], texts: int) -> float:
         """Tokens a second of each of `texts`, when drafts are made ahead for these places."""
+        if not places:
+            return self.best_tree(texts)[0]
         b, hit = self.block_length, sum(self.ends[place] for place in places) / sum(self.ends)
-        ahead, behind = (self.tokens[kind] / self.drafts[kind] for kind in (True, False))
-        if places:  # one text that misses takes a pass
-            seconds = self.costs.both(texts * b * (1 + len(places)))
-            seconds += (1 - hit**texts) * self.costs.draft(texts * b)
-        else:
-            seconds = self.costs.verify(texts * b) + self.costs.draft(texts * b)
-        return (hit * ahead + (1 - hit) * behind) / seconds
+        seconds = self.costs.both(texts * b * (1 + len(places)))
+        seconds += (1 - hit**texts) * self.costs.draft(texts * b)  # one text that misses takes a pass
+        return (hit * self.ahead.mean + (1 - hit) * self.yields()[min(b - 1, NODES)]) / seconds
 
     def learn(self, accepted: list[int], ahead: list[bool]) -> None:
-        """Of every text how many drafted tokens were right, and whether the draft was made ahead."""
-        for right, kind in zip(accepted, ahead, strict=True):
-            self.ends[right] += 1
-            self.tokens[kind] += right + 1
-            self.drafts[kind] += 1
+        """Of every text how many tokens of a block were right, and whether it was drafted ahead."""
+        self.ahead.add([right for right, kind in zip(accepted, ahead, strict=True) if kind])
+        behind = [list(range(right)) for right, kind in zip(accepted, ahead, strict=True) if not kind]
+        self.learn_tree(behind, min(self.block_length - 1, NODES), accepted)
+
+    def learn_tree(self, ranks: list[list[int]], n: int, ends: list[int]) -> None:
+        """Of every text which tokens of its draft of n were right, the likeliest being 0; and where its best guesses ended."""
+        for end in ends:
+            self.ends[end] += 1
+        for rank in range(n):
+            self.right[rank] += sum(rank in right for right in ranks)
+            self.drafts[rank] += len(ranks)
         if sum(self.ends) > MEMORY:
             self.ends = [count / 2 for count in self.ends]
-        for kind in self.drafts:
-            if self.drafts[kind] > MEMORY:
-                self.tokens[kind] /= 2
-                self.drafts[kind] /= 2
+            # What was given up after a few bad drafts is tried again: it goes back to the first guess.
+            self.right = [(count + guess) / 2 for count, guess in zip(self.right, self.guess, strict=True)]
+            self.drafts = [(count + PRIOR) / 2 for count in self.drafts]
+            self.ahead.tokens, self.ahead.cycles = self.ahead.tokens / 2, self.ahead.cycles / 2
