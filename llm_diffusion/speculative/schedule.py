@@ -70,16 +70,15 @@ def measure_costs(model: torch.nn.Module, switch: AdapterSwitch) -> PassCosts:
         logits[0, -1, 0].item()  # waits for a GPU
         return time.perf_counter() - start
 
-    def best(rows: int, first: int | None) -> float:
-        switch.first, times = first, []
-        for _ in range(REPEATS):
-            times.append(run(rows, logits_to_keep=rows))
-            cache.crop(-rows)
-        return min(times)
-
     def curve(sizes: tuple[int, ...], first: Callable[[int], int | None]) -> Curve:
-        # More rows never cost less: what looks so is noise.
-        return Curve(sizes, tuple(accumulate((best(n, first(n)) for n in sizes), max)))
+        times: dict[int, list[float]] = {rows: [] for rows in sizes}
+        for _ in range(REPEATS):  # size by size, so that a slow moment meets one time of each
+            for rows in sizes:
+                switch.first = first(rows)
+                times[rows].append(run(rows, logits_to_keep=rows))
+                cache.crop(-rows)
+        # Noise only adds, and fewer rows never cost more.
+        return Curve(sizes, tuple(accumulate((min(times[rows]) for rows in reversed(sizes)), min))[::-1])
 
     switch.first = None
     run(CONTEXT, logits_to_keep=1)

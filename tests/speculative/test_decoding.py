@@ -29,6 +29,11 @@ from llm_diffusion.speculative.schedule import Curve, DraftSchedule, PassCosts
 from llm_diffusion.speculative.training import check_drafts
 
 EOS, PAD, MASK = 2, 0, 63
+FREE, CHEAP_DRAFTS = (
+    PassCosts(*[Curve((1, 80), (1.0, 1.0))] * 3),
+    PassCosts(*(Curve((1, 80), (c, 2 * c)) for c in (1.0, 0.1, 9.0))),
+)
+DEAR = PassCosts(*[Curve((1, 80), (1.0, 80.0))] * 3)
 
 
 def drafter(model, block_length: int = 4, std: float = 0.05):
@@ -242,23 +247,31 @@ def test_samples_are_distributed_as_the_base(random_llama, settings, outcomes) -
     assert distance < 2 * error
 
 
-def test_drafts_do_not_touch_the_cache(random_llama) -> None:
-    """What is left in it is the base's own, bit for bit of its own pass over the same columns."""
-    model = drafter(random_llama(vocab_size=64), 4, std=0.0)
-    ids, mask = prompts(1)
-    settings = _settings(model.base_model.model, None, {"max_new_tokens": 12, "eos_token_id": None})
+@pytest.mark.parametrize("trees", [False, True])
+def test_drafts_do_not_touch_the_cache(random_llama, trees) -> None:
+    """What is left in it is the base's own, up to the rounding of its own pass over the same columns."""
+    model = drafter(random_llama(vocab_size=64), 4, std=0.05)
+    ids, mask = prompts(3)
+    settings = _settings(model.base_model.model, None, {"max_new_tokens": 24, "eos_token_id": None})
     decoder = LosslessDecoder(model, ids, mask, settings)
-    with torch.no_grad():
-        with AdapterSwitch(model) as decoder.switch:
-            decoder._prefill()
-            for _ in range(3):
-                decoder._cycle()
-        text = decoder.canvas[:, : int(decoder.length)]
-        with model.disable_adapter():
-            plain = model(text, use_cache=True).past_key_values
-    for ours, theirs in zip(decoder.cache.layers, plain.layers, strict=True):
-        torch.testing.assert_close(ours.keys[:, :, decoder.valid[0]], theirs.keys, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.values[:, :, decoder.valid[0]], theirs.values, rtol=1e-4, atol=1e-4)
+    if trees:
+        decoder.schedule = DraftSchedule(4, CHEAP_DRAFTS)
+    with torch.no_grad(), AdapterSwitch(model) as decoder.switch:
+        decoder._prefill()
+        for _ in range(4):
+            assert (decoder.tree is not None) == trees
+            decoder._cycle()
+    if trees:  # second guesses were accepted, and their columns moved
+        drafted = sum(int((accepted - 1).sum()) for accepted in decoder.accepted[1:])
+        first_guesses = sum(place * (count - 1) for place, count in enumerate(decoder.schedule.ends))
+        assert drafted > first_guesses
+    for row in range(3):
+        text = decoder.canvas[row, : 9 + int(decoder.done[row])][row:]  # without the padding
+        with model.disable_adapter(), torch.no_grad():
+            plain = model(text[None], use_cache=True).past_key_values
+        for ours, theirs in zip(decoder.cache.layers, plain.layers, strict=True):
+            for found, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                torch.testing.assert_close(found[row, :, decoder.valid[row]], want[0], rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_refused(random_llama, random_diffuser) -> None:
@@ -324,13 +337,6 @@ def test_drafts_in_progress_are_streamed(random_llama) -> None:
     assert left == sorted(left, reverse=True) and left[-1] == 0
     for draft in streamer.drafts:  # what is written stays; finished blocks are no drafts any more
         assert torch.equal(draft[draft != MASK], output[:, -draft.shape[1] :][draft != MASK])
-
-
-FREE, CHEAP_DRAFTS = (
-    PassCosts(*[Curve((1, 80), (1.0, 1.0))] * 3),
-    PassCosts(*(Curve((1, 80), (c, 2 * c)) for c in (1.0, 0.1, 9.0))),
-)
-DEAR = PassCosts(*[Curve((1, 80), (1.0, 80.0))] * 3)
 
 
 @pytest.mark.parametrize("costs", [FREE, CHEAP_DRAFTS, DEAR])
