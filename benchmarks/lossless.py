@@ -39,6 +39,7 @@ from llm_diffusion.generation.generate import generate
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 from llm_diffusion.models.record import record_of
 from llm_diffusion.speculative import decoding as lossless_decoding
+from llm_diffusion.speculative.trees import DraftTree
 
 NEW = 80
 WAYS: dict[str, dict[str, Any]] = {
@@ -241,17 +242,21 @@ SHAPES = {
 @contextmanager
 def always(tokens: int) -> Iterator[None]:
     """Every verification yields `tokens`."""
-    real = lossless_decoding.accept_greedy
+    real = lossless_decoding.accept_greedy, lossless_decoding.accept_tree
 
     def fixed(draft: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         accepted = torch.full_like(draft[:, 0], min(tokens - 1, draft.shape[1]))
         return accepted, logits.argmax(-1).gather(-1, accepted[:, None]).squeeze(-1)
 
-    lossless_decoding.accept_greedy = fixed
+    def fixed_tree(tree: DraftTree, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        accepted, token = fixed(tree.tokens, logits)
+        return accepted, torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1), token
+
+    lossless_decoding.accept_greedy, lossless_decoding.accept_tree = fixed, fixed_tree
     try:
         yield
     finally:
-        lossless_decoding.accept_greedy = real
+        lossless_decoding.accept_greedy, lossless_decoding.accept_tree = real
 
 
 def shapes(device: str, new: int) -> list[Table]:
