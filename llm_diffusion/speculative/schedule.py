@@ -153,7 +153,7 @@ class DraftSchedule:
             self.told = True
             logger.info(
                 "drafts yield %.2f tokens, too few for what passes cost here: decoding without them, and trying again every %d tokens",
-                self.yields()[self.block_length - 1],
+                self.yields()[-1],
                 REST,
             )
         return None

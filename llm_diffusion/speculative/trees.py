@@ -51,7 +51,8 @@ def likeliest_tree(logits: torch.Tensor, n: int) -> DraftTree:
     """The n likeliest paths through guesses (B, m, V) for m places, as a tree; fewer, if there are no more."""
     batch, m, vocab = logits.shape
     best, tokens = logits.topk(min(n, vocab), -1)
-    scores = (best - logits.logsumexp(-1, keepdim=True)).clamp(min=LEAST) - STEP
+    # A broken adapter's guesses may be no numbers; they are verified as any others, if only the tree is one.
+    scores = (best - logits.logsumexp(-1, keepdim=True)).nan_to_num(LEAST).clamp(LEAST, 0) - STEP
     width = scores.shape[-1]
     # 1. The n best paths of every length. A path is likelier than any that begins with it, so none of the n best overall is missed.
     score, begins = scores[:, 0], torch.full_like(tokens[:, 0], -1)

@@ -63,6 +63,13 @@ def prompts(rows: int = 6, longest: int = 9, vocab_size: int = 60):
     return ids * mask, mask
 
 
+def at_costs(model, costs: PassCosts, block_length: int = 4) -> None:
+    """Has a model decode as where passes cost this."""
+    base = model.get_base_model()
+    key = base.device, base.dtype, torch.get_num_threads(), block_length
+    forward_state(base).draft_schedule = key, DraftSchedule(block_length, costs)
+
+
 def same_as_base(model, block: int = 20, **settings) -> torch.Tensor:
     ids, mask = prompts()
     common = {"max_new_tokens": block, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -106,9 +113,11 @@ def test_no_call_copies_the_vocabulary(random_llama) -> None:
     assert copies.count == 1
 
 
-def test_end_tokens_end_rows_and_free_them(random_llama) -> None:
+@pytest.mark.parametrize("costs", [FREE, CHEAP_DRAFTS])
+def test_end_tokens_end_rows_and_free_them(random_llama, costs) -> None:
     """Of an unsure model, so that rows end at different places."""
     model = drafter(random_llama(vocab_size=8, seed=3), 4)
+    at_costs(model, costs)
     ids, mask = prompts(8, 6, 8)
     common = {"max_new_tokens": 24, "eos_token_id": [2, 6], "pad_token_id": PAD}
     want = generate_autoregressive(
@@ -162,6 +171,8 @@ def test_other_architectures_and_their_layouts() -> None:
                 model, ids, attention_mask=mask, do_sample=False, suppress_tokens=[63], **common
             )
             assert torch.equal(generate(model, ids, mask, draft_outcomes=4, **common), want), config.model_type
+            at_costs(model, CHEAP_DRAFTS)
+            assert torch.equal(generate(model, ids, mask, **common), want), config.model_type
         check_drafts(model, 63, checkpointing=False)
 
 
@@ -344,9 +355,7 @@ def test_the_text_is_the_base_s_whatever_passes_cost(random_llama, costs):
     model = drafter(random_llama(vocab_size=64), 4, 0.05)
     ids, mask = prompts()
     common = {"max_new_tokens": 20, "eos_token_id": EOS, "pad_token_id": PAD}
-    base = model.get_base_model()
-    key = base.device, base.dtype, torch.get_num_threads(), 4
-    forward_state(base).draft_schedule = key, DraftSchedule(4, costs)
+    at_costs(model, costs)
     found = generate(model, ids, mask, return_dict_in_generate=True, **common)
     assert torch.equal(
         found.sequences, generate_autoregressive(model, ids, attention_mask=mask, do_sample=False, **common)
@@ -378,10 +387,7 @@ def test_copied_is_what_followed_the_last_tokens_before(seed):
 def test_copies_take_no_pass_and_leave_the_text_to_the_base(random_llama):
     model = drafter(random_llama(vocab_size=64), 8, 0.5)
     ids = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 7, 8]])
-    base = model.get_base_model()
-    dear = PassCosts(*(Curve((1, 80), (c, c)) for c in (1.0, 99.0, 99.0)))
-    key = base.device, base.dtype, torch.get_num_threads(), 8
-    forward_state(base).draft_schedule = key, DraftSchedule(8, dear)
+    at_costs(model, PassCosts(*(Curve((1, 80), (c, c)) for c in (1.0, 99.0, 99.0))), 8)
     common = {"max_new_tokens": 48, "eos_token_id": None}
     found = generate(model, ids, return_dict_in_generate=True, **common)
     assert torch.equal(found.sequences, generate_autoregressive(model, ids, do_sample=False, **common))

@@ -55,6 +55,18 @@ def test_banned_tokens_and_sure_guesses_make_no_odd_tree():
     assert len(set(paths_of(tree, 0))) == 8 and tree.ranks[0, :3].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_guesses_that_are_no_numbers_still_make_a_tree(odd, share):
+    chance = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 4, 6, generator=chance)
+    logits[torch.rand(logits.shape, generator=chance) < share] = odd
+    tree = likeliest_tree(logits, 9)
+    assert (tree.parents <= torch.arange(9)).all()
+    for row in range(8):
+        assert len(set(paths_of(tree, row))) == 9 and max(map(len, paths_of(tree, row))) <= 4
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_path_that_the_base_takes(seed):
     chance = torch.Generator().manual_seed(seed)
