@@ -219,10 +219,10 @@ class CleanPrefix(DynamicCache):
 
 @torch.no_grad()
 def check_clean_prefix(model: torch.nn.Module) -> None:
-    """Refuses a model whose cache cannot hold clean text for later rows, or cannot be cropped.
+    """Refuses a model whose cache cannot hold clean text for later rows, cannot be cropped, or may hold no columns that are not seen.
 
     Raises:
-        ValueError: it forgets (sliding window, state space), or gives other logits than without a cache.
+        ValueError: it forgets (sliding window, state space), gives other logits than without a cache, or counts its columns (ALiBi).
     """
     base = base_of(model)
     forward_state(base)  # which knows what this version calls a cache
@@ -245,6 +245,13 @@ def check_clean_prefix(model: torch.nn.Module) -> None:
             base(**rest, past_key_values=cache, use_cache=True)
             cache.crop(-BLOCK)
             again = base(**rest, past_key_values=cache, use_cache=True).logits
+            # What is left of drafts that were not accepted: columns before the last block that nothing sees.
+            unseen = torch.full_like(mask[:, :, clean:, :BLOCK], torch.finfo(mask.dtype).min)
+            behind = {
+                **rest,
+                "attention_mask": torch.cat([mask[:, :, clean:, :clean], unseen, mask[:, :, clean:, clean:]], -1),
+            }
+            counted = base(**behind, past_key_values=cache, use_cache=True).logits
     except Exception as error:
         raise UserError(
             f"`attention`='lossless': the cache of {name} cannot be cropped or read alone: {error}"
@@ -252,4 +259,9 @@ def check_clean_prefix(model: torch.nn.Module) -> None:
     if not (same_logits(read, want) and same_logits(again, want)):
         raise UserError(
             f"`attention`='lossless': {name} gives other logits from its cache than without; use `attention`='block'."
+        )
+    if not same_logits(counted, want):
+        raise UserError(
+            f"`attention`='lossless': {name} counts columns of its cache, also those of drafts that were wrong, as places in the text; use "
+            "`attention`='block'."
         )

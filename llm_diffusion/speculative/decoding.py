@@ -14,7 +14,8 @@ A row whose draft was worse than its neighbours' keeps dead columns in the cache
 best row and never copied. Greedy output is the base's own, up to ties of its rounding; sampled output is distributed as the base's.
 
 How many outcomes are drafted for, and whether drafts pay at all, follows from what passes cost on this machine, see `schedule`. A draft
-that has a pass of its own is a tree, see `trees`: the rows `d` are then several ways to go on, each of which sees its own. Where the last tokens stood in the text before, what followed them there is a draft that costs no pass.
+that has a pass of its own is a tree, see `trees`: the rows `d` are then several ways to go on, each of which sees its own. Where the last
+tokens stood in the text before, what followed them there is a draft that costs no pass.
 
 References: speculative decoding (arXiv 2211.17192), drafts in advance as in Medusa (arXiv 2401.10774), prompt lookup (Saxena, 2023).
 """
@@ -31,6 +32,7 @@ from ..models.record import record_of
 from ..models.sampling import DiffusionOutput, OnStep, Recorder, ban, behind, check_decodable, eos_ids, sample, warped
 from ..objective.attention_masks import additive, block_causal
 from ..objective.noise import MASK_STREAM, ORDER_STREAM, TOKEN_STREAM, row_keys, uniform
+from .acceptance import accept_greedy, accept_sampled
 from .adapters import AdapterSwitch
 from .schedule import DraftSchedule, Yield, schedule_of
 from .trees import DraftTree, accept_tree, likeliest_tree, reorder_columns
@@ -125,8 +127,12 @@ class LosslessDecoder:
         return (seen + prior).topk(wanted).indices.tolist()
 
     def _plan_tree(self, outcomes: list[int] | None) -> None:
-        """Where nothing is drafted in advance, which needs a block that ends somewhere, drafts may be trees."""
-        self.nodes = self.schedule.best_tree(len(self.rows))[1] if self.schedule is not None and outcomes == [] else 0
+        """The size of the next tree; a block that is drafted ahead, or while others are, is none."""
+        self.nodes = 0
+        if self.schedule is not None and outcomes == []:
+            # Some models cannot have more columns than places; this cycle adds up to a block.
+            room = self.last_place - self.valid.shape[1] - self.block_length
+            self.nodes = max(1, min(self.schedule.best_tree(len(self.rows))[1], room))
 
     def _prefill(self) -> None:
         """The prompt, and the first drafts behind it."""
@@ -256,7 +262,7 @@ class LosslessDecoder:
         accepted, last, order, token, finite = self._accept(target)
         self.accepted.append(torch.full_like(self.done, -1))
         unfinished = self._write(block if order is None else block.gather(-1, order), accepted + 1)
-        # The one wait for the device.
+        # Here the host waits for the device; what is read later is there already.
         most, in_order = torch.stack([torch.where(finite, accepted.max() + 1, 0), (last == accepted).all()]).tolist()
         check_decodable(most > 0)
         if order is not None and not in_order:
@@ -280,7 +286,9 @@ class LosslessDecoder:
             chosen[accepted == outcome] = number
         self._draft(drafts, chosen)
 
-    def _accept(self, target: torch.Tensor) -> tuple:
+    def _accept(
+        self, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """From logits (B, m + 1, V): (B,) tokens accepted, (B,) the row of the last of them, (B, m + 1) rows in the order of the text if
         they are those of a tree, (B,) the token after them, and () bool, whether it was chosen from numbers."""
         order, finite = None, True  # a wrong draft is not accepted
@@ -300,15 +308,17 @@ class LosslessDecoder:
 
     def _learn(self, accepted: torch.Tensor, stay: torch.Tensor, order: torch.Tensor | None) -> None:
         """Tells the schedule how far drafts were right, of texts that go on."""
-        right = accepted.tolist()
         if order is None:
-            self.schedule.learn(right, self.ahead[stay].tolist())
+            self.schedule.learn(accepted.tolist(), self.ahead[stay].tolist())
             return
-        order, ranks, chains = (value[stay].tolist() for value in (order, self.tree.ranks, self.tree.chain))
-        paths = [[row - 1 for row in rows[1 : n + 1]] for rows, n in zip(order, right, strict=True)]
-        ends = [sum(chain[at] for at in path) for path, chain in zip(paths, chains, strict=True)]
-        right = [[rank[at] for at in path] for path, rank in zip(paths, ranks, strict=True)]
-        self.schedule.learn_tree(right, self.draft.shape[1], ends)
+        n, right, ends = self.draft.shape[1], [], []
+        read = torch.cat([accepted[:, None], order[stay], self.tree.ranks[stay], self.tree.chain[stay]], -1).tolist()
+        for length, *row in read:
+            path, ranks, chain = [at - 1 for at in row[1 : length + 1]], row[n + 1 : 2 * n + 1], row[2 * n + 1 :]
+            right.append([ranks[at] for at in path])
+            end = sum(chain[at] for at in path)
+            ends.append((end, end < sum(chain) or end == self.block_length - 1))
+        self.schedule.learn_tree(right, n, ends)
 
     def _write(self, tokens: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Writes the first `count` (B,) of `tokens` (B, m) into the canvas, through an end token; (B,) bool, rows that go on."""
@@ -363,39 +373,3 @@ def copied(ids: torch.Tensor, end: torch.Tensor, n: int) -> tuple[torch.Tensor, 
 def _is_finite(scores: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """() bool, whether the tokens (B,) have finite scores (B, V): a NaN is the best of its logits, and is in all of its probabilities."""
     return scores.gather(-1, token[:, None]).isfinite().all()
-
-
-def accept_greedy(draft: torch.Tensor, target_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, m) drafted tokens and (B, m + 1, V) logits -> (B,) how many are accepted, 0 to m, and (B,) the token after them."""
-    best = target_logits.argmax(-1)
-    accepted = (draft == best[:, :-1]).long().cumprod(-1).sum(-1)
-    return accepted, best.gather(-1, accepted[:, None]).squeeze(-1)
-
-
-def accept_sampled(
-    draft: torch.Tensor,
-    draft_probs: torch.Tensor,
-    target_probs: torch.Tensor,
-    accept_noise: torch.Tensor,
-    token_noise: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accepts token x with probability min(1, p(x) / q(x)); the first that is not is drawn from max(0, p - q), rescaled.
-
-    Args:
-        draft: (B, m) tokens drawn from `draft_probs`.
-        draft_probs: (B, m, V), q.
-        target_probs: (B, m + 1, V), p; sums to one.
-        accept_noise: (B, m) uniform numbers in (0, 1).
-        token_noise: (B, m + 1) uniform numbers in (0, 1), for the token after the accepted ones.
-
-    Returns:
-        (B,) how many are accepted, and (B,) the token after them.
-    """
-    p = target_probs[:, :-1].gather(-1, draft[..., None]).squeeze(-1)
-    q = draft_probs.gather(-1, draft[..., None]).squeeze(-1)
-    accepted = (accept_noise * q < p).long().cumprod(-1).sum(-1)
-    at = accepted[:, None, None].expand(-1, 1, target_probs.shape[-1])
-    # After the last one nothing was drafted: the residual is the target's own distribution.
-    nothing = torch.zeros_like(target_probs[:, :1])
-    residual = (target_probs - torch.cat([draft_probs, nothing], 1)).clamp(min=0).gather(1, at).squeeze(1)
-    return accepted, sample(residual, token_noise.gather(-1, accepted[:, None]).squeeze(-1))

@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 
 VERIFY, DRAFT, BOTH = (1, 4, 8, 16, 32), (8, 24), (16, 32, 72)  # rows of the passes that are timed
 CONTEXT, REPEATS = 64, 3
-REST = 64  # tokens decoded without drafts before the next one is tried
+REST, LONGEST_REST = 64, 1024  # tokens decoded without drafts before the next ones are tried: twice as many every time
+PROBES = 2  # drafts that are tried then
 MEMORY = 256  # outcomes after which older ones count half
 PRIOR = 4.0  # outcomes that the first guess counts for
-NODES = 31  # tokens of a tree at most; the next 32 would be right once in four cycles
+NODES = 31  # tokens of a tree at most, where blocks are no longer; the next 32 would be right once in four cycles
 
 
 @dataclass
@@ -116,15 +117,19 @@ class DraftSchedule:
     Args:
         block_length: b.
         costs: of passes on this machine.
+
+    Attributes:
+        right, drafts: of drafts with a pass of their own, how often the likeliest, second likeliest, … token was right, and how many
+            drafts had it.
     """
 
     block_length: int
     costs: PassCosts
     ends: list[float] = field(default_factory=list)  # how often blocks ended behind 0, …, b - 1 tokens
-    # Of drafts with a pass of their own: how often the likeliest, second likeliest, … token was right, and in how many drafts it was.
-    right: list[float] = field(default_factory=list)
-    drafts: list[float] = field(default_factory=list)
-    resting: int = 0  # tokens left to decode without drafts
+    seen: int = 0  # drafts, ever
+    rest: int = REST  # the next rest
+    resting: int = 0  # tokens left of this one
+    probes: int = 0  # drafts left to try although they do not pay
     told: bool = False
 
     def __post_init__(self) -> None:
@@ -132,9 +137,8 @@ class DraftSchedule:
         self.ahead = Yield(b)  # of drafts made in advance
         self.ends = self.ends or [PRIOR / b] * b
         # The first guess: half of a block is right, of trees as large as you like all of it.
-        self.guess = [PRIOR / 2 * min(1, (b - 1) / (rank + 1)) ** 2 for rank in range(NODES)]
-        self.right = self.right or list(self.guess)
-        self.drafts = self.drafts or [PRIOR] * NODES
+        self.guess = [PRIOR / 2 * min(1, (b - 1) / (rank + 1)) ** 2 for rank in range(max(NODES, b - 1))]
+        self.right, self.drafts = list(self.guess), [PRIOR] * len(self.guess)
 
     def choose(self, texts: int) -> list[int] | None:
         """For how many accepted tokens the next drafts are made ahead, the likeliest first; None: decode one token without a draft."""
@@ -145,18 +149,36 @@ class DraftSchedule:
         rates = [self.rate(likely[:n], texts) for n in range(self.block_length + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         # Few drafts prove little: they are given up when they are worse by more than chance.
-        doubt = 1 + PRIOR / (self.ahead.cycles + self.drafts[0] - PRIOR)
+        doubt = 1 + PRIOR / (PRIOR + self.seen)
         if rates[best] * doubt >= 1 / self.costs.verify(texts):
+            self.rest, self.probes = REST, PROBES
             return likely[:best]
-        self.resting = REST
+        if self.probes:
+            self.probes -= 1
+            return likely[:best]
         if not self.told:
             self.told = True
             logger.info(
-                "drafts yield %.2f tokens, too few for what passes cost here: decoding without them, and trying again every %d tokens",
-                self.yields()[-1],
+                "drafts yield %.2f tokens, too few for what passes cost here: decoding without them, and trying again after %d tokens, "
+                "then after twice as many",
+                self.yields()[self.best_tree(texts)[1]],
                 REST,
             )
+        self._forget(back=False)  # so that a few good drafts bring them back
+        self.resting, self.rest, self.probes = self.rest - 1, min(2 * self.rest, LONGEST_REST), PROBES
         return None
+
+    def _forget(self, back: bool) -> None:
+        """Halves what was counted, where it is more than a guess; `back`: half of the way to the first guess."""
+        first, b = Yield(self.block_length), self.block_length
+        self.ends = [(count + PRIOR / b) / 2 for count in self.ends]
+        for rank, guess in enumerate(self.guess):
+            if back or self.drafts[rank] > 2 * PRIOR:
+                self.right[rank] = (self.right[rank] + back * guess) / 2
+                self.drafts[rank] = (self.drafts[rank] + back * PRIOR) / 2
+        if back or self.ahead.cycles > 2 * PRIOR:
+            self.ahead.tokens = (self.ahead.tokens + back * first.tokens) / 2
+            self.ahead.cycles = (self.ahead.cycles + back * first.cycles) / 2
 
     def yields(self) -> list[float]:
         """Tokens of a cycle whose draft had a pass of its own, by how many tokens the draft has, from 0 to the largest tree."""
@@ -181,24 +203,30 @@ class DraftSchedule:
         b, hit = self.block_length, sum(self.ends[place] for place in places) / sum(self.ends)
         seconds = self.costs.both(texts * b * (1 + len(places)))
         seconds += (1 - hit**texts) * self.costs.draft(texts * b)  # one text that misses takes a pass
-        return (hit * self.ahead.mean + (1 - hit) * self.yields()[min(b - 1, NODES)]) / seconds
+        return (hit * self.ahead.mean + (1 - hit) * self.yields()[b - 1]) / seconds
 
     def learn(self, accepted: list[int], ahead: list[bool]) -> None:
         """Of every text how many tokens of a block were right, and whether it was drafted ahead."""
         self.ahead.add([right for right, kind in zip(accepted, ahead, strict=True) if kind])
         behind = [list(range(right)) for right, kind in zip(accepted, ahead, strict=True) if not kind]
-        self.learn_tree(behind, min(self.block_length - 1, NODES), accepted)
+        self.learn_tree(behind, self.block_length - 1, [(right, True) for right in accepted])
 
-    def learn_tree(self, ranks: list[list[int]], n: int, ends: list[int]) -> None:
-        """Of every text which tokens of its draft of n were right, the likeliest being 0; and where its best guesses ended."""
-        for end in ends:
-            self.ends[end] += 1
+    def learn_tree(self, ranks: list[list[int]], n: int, ends: list[tuple[int, bool]]) -> None:
+        """What verifications told.
+
+        Args:
+            ranks: of every draft of n tokens with a pass of its own, which of them were right, the likeliest being 0.
+            ends: of every text, how many best guesses were right, and whether the next one was drafted, or none was left.
+        """
+        for end, known in ends:
+            # Where the tree ended first, a block might have gone on: as others did.
+            places = range(end, end + 1) if known else range(end, self.block_length)
+            total = sum(self.ends[place] for place in places)
+            for place in places:
+                self.ends[place] += self.ends[place] / total
         for rank in range(n):
             self.right[rank] += sum(rank in right for right in ranks)
             self.drafts[rank] += len(ranks)
+        self.seen += len(ends)
         if sum(self.ends) > MEMORY:
-            self.ends = [count / 2 for count in self.ends]
-            # What was given up after a few bad drafts is tried again: it goes back to the first guess.
-            self.right = [(count + guess) / 2 for count, guess in zip(self.right, self.guess, strict=True)]
-            self.drafts = [(count + PRIOR) / 2 for count in self.drafts]
-            self.ahead.tokens, self.ahead.cycles = self.ahead.tokens / 2, self.ahead.cycles / 2
+            self._forget(back=True)  # what was not tried since is tried again one day

@@ -22,10 +22,8 @@ import torch
 from torch.nn.functional import one_hot, pad
 from transformers import DynamicCache
 
-LEAST, STEP = (
-    -50.0,
-    1e-3,
-)  # log-probabilities are cut off there, and a path loses a little a token: none ties with what it begins with
+# Log-probabilities are cut off at the first, and a path loses the second a token: none ties with what it begins with.
+LEAST, STEP = -50.0, 1e-3
 
 
 @dataclass
@@ -51,7 +49,7 @@ def likeliest_tree(logits: torch.Tensor, n: int) -> DraftTree:
     """The n likeliest paths through guesses (B, m, V) for m places, as a tree; fewer, if there are no more."""
     batch, m, vocab = logits.shape
     best, tokens = logits.topk(min(n, vocab), -1)
-    # A broken adapter's guesses may be no numbers; they are verified as any others, if only the tree is one.
+    # Guesses of a broken adapter that are no numbers must not break the tree: its order is what the accepted text is read by.
     scores = (best - logits.logsumexp(-1, keepdim=True)).nan_to_num(LEAST).clamp(LEAST, 0) - STEP
     width = scores.shape[-1]
     # 1. The n best paths of every length. A path is likelier than any that begins with it, so none of the n best overall is missed.
@@ -71,11 +69,11 @@ def likeliest_tree(logits: torch.Tensor, n: int) -> DraftTree:
     ranks = (~chain.gather(-1, likely)).long().argsort(dim=-1, stable=True)
     nodes = likely.gather(-1, ranks)
     number = torch.arange(1, nodes.shape[-1] + 1, device=nodes.device).expand(batch, -1)
-    rows = torch.zeros_like(pad(begins, (1, 0))).scatter(-1, nodes + 1, number)
-    parents = rows.gather(-1, begins.gather(-1, nodes) + 1)
+    row_of = torch.zeros_like(pad(begins, (1, 0))).scatter(-1, nodes + 1, number)
+    parents = row_of.gather(-1, begins.gather(-1, nodes) + 1)
     # 3. What each row sees: steps to the row before, taken twice as far each time.
-    n = nodes.shape[-1]
-    sees = torch.eye(n + 1, device=nodes.device) + pad(one_hot(parents, n + 1).float(), (0, 0, 1, 0))
+    rows = nodes.shape[-1] + 1
+    sees = torch.eye(rows, device=nodes.device) + pad(one_hot(parents, rows).float(), (0, 0, 1, 0))
     for _ in range((m - 1).bit_length()):
         sees = (sees @ sees).clamp(max=1)
     return DraftTree(tokens.gather(-1, nodes), parents, sees > 0, ranks, chain.gather(-1, nodes))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    DynamicCache,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from llm_diffusion.models.probing import CleanPrefix, check_clean_prefix
 from llm_diffusion.objective.attention_masks import additive, block_diffusion
@@ -66,3 +74,7 @@ def test_who_can_hold_clean_text(random_llama) -> None:
         check_clean_prefix(windowed)
     with pytest.raises(ValueError, match="lossless"):
         check_clean_prefix(MambaForCausalLM(MambaConfig(**SMALL)))
+    with pytest.raises(
+        ValueError, match="counts columns"
+    ):  # ALiBi: what a wrong draft leaves would move the text behind it
+        check_clean_prefix(MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)))

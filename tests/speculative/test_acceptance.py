@@ -7,7 +7,7 @@ import torch
 
 from llm_diffusion.models.sampling import sample
 from llm_diffusion.objective.noise import uniform
-from llm_diffusion.speculative.decoding import accept_greedy, accept_sampled
+from llm_diffusion.speculative.acceptance import accept_greedy, accept_sampled
 
 
 def greedy_by_hand(draft: list[int], best: list[int]) -> tuple[int, int]:

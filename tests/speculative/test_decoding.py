@@ -29,10 +29,8 @@ from llm_diffusion.speculative.schedule import Curve, DraftSchedule, PassCosts
 from llm_diffusion.speculative.training import check_drafts
 
 EOS, PAD, MASK = 2, 0, 63
-FREE, CHEAP_DRAFTS = (
-    PassCosts(*[Curve((1, 80), (1.0, 1.0))] * 3),
-    PassCosts(*(Curve((1, 80), (c, 2 * c)) for c in (1.0, 0.1, 9.0))),
-)
+FREE = PassCosts(*[Curve((1, 80), (1.0, 1.0))] * 3)
+CHEAP_DRAFTS = PassCosts(*(Curve((1, 80), (c, 2 * c)) for c in (1.0, 0.1, 9.0)))  # of trees
 DEAR = PassCosts(*[Curve((1, 80), (1.0, 80.0))] * 3)
 
 
@@ -327,7 +325,8 @@ def test_a_quantised_base_is_what_is_kept() -> None:
     assert torch.equal(generate(model, **batch, max_new_tokens=12), want)
 
 
-def test_drafts_in_progress_are_streamed(random_llama) -> None:
+@pytest.mark.parametrize("costs", [FREE, CHEAP_DRAFTS])
+def test_drafts_in_progress_are_streamed(random_llama, costs) -> None:
     class Drafts:
         def __init__(self) -> None:
             self.seen, self.drafts, self.ended = [], [], False
@@ -342,6 +341,7 @@ def test_drafts_in_progress_are_streamed(random_llama) -> None:
             self.ended = True
 
     model, (ids, mask), streamer = drafter(random_llama(vocab_size=64)), prompts(1), Drafts()
+    at_costs(model, costs)
     output = generate(model, ids, mask, max_new_tokens=9, eos_token_id=None, streamer=streamer)
     assert streamer.ended and torch.equal(torch.cat(streamer.seen[1:], -1), output[:, 9:])
     left = [int((draft == MASK).sum()) for draft in streamer.drafts]
@@ -362,6 +362,65 @@ def test_the_text_is_the_base_s_whatever_passes_cost(random_llama, costs):
     )
     if costs is DEAR:
         assert int(found.accepted.max()) <= 2  # no draft was tried; the last token comes with the one before it
+
+
+class Fickle(DraftSchedule):
+    """Passes cost something else in every cycle: trees, drafts in advance and rests follow each other in any order."""
+
+    def choose(self, texts: int) -> list[int] | None:
+        chance = torch.rand(3, generator=self.chance).tolist()
+        self.costs = PassCosts(*(Curve((1, 80), (c, (2 - c) * c)) for c in chance))
+        return None if chance[0] < 0.05 else super().choose(texts)
+
+
+@pytest.mark.parametrize("block_length", [2, 4, 8, 40])
+@pytest.mark.parametrize("vocab_size", [8, 64])
+def test_the_text_is_the_base_s_whatever_is_tried_in_turn(random_llama, block_length, vocab_size):
+    model = drafter(random_llama(vocab_size=vocab_size), block_length, 0.05)
+    base = model.get_base_model()
+    ids, mask = prompts(5, 9, vocab_size - 1)
+    common = {"max_new_tokens": 24, "eos_token_id": EOS, "pad_token_id": PAD}
+    want = generate_autoregressive(
+        model, ids, attention_mask=mask, do_sample=False, suppress_tokens=[vocab_size - 1], **common
+    )
+    for seed in range(4):
+        at_costs(model, FREE, block_length)
+        forward_state(base).draft_schedule[1].__class__ = Fickle
+        forward_state(base).draft_schedule[1].chance = torch.Generator().manual_seed(seed)
+        assert torch.equal(generate(model, ids, mask, **common), want)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_schedule_is_told_which_tokens_of_trees_were_right(random_llama, rows):
+    """Counted again from the text; of rows that go on."""
+    model = drafter(random_llama(vocab_size=64), 4, 0.05)
+    ids, mask = prompts(rows)
+    settings = _settings(model.base_model.model, None, {"max_new_tokens": 16, "eos_token_id": None})
+    decoder = LosslessDecoder(model, ids, mask, settings)
+    decoder.schedule = DraftSchedule(4, CHEAP_DRAFTS)
+    right, drafts, cycles = torch.zeros(31), 0, []
+    with torch.no_grad(), AdapterSwitch(model) as decoder.switch:
+        decoder._prefill()
+        while decoder.rows.numel():
+            cycles.append((decoder.tree, decoder.rows, decoder.done[decoder.rows].tolist()))
+            decoder._cycle()
+            cycles[-1] += (decoder.rows.tolist(),)
+    for tree, before, done, after in cycles:
+        for at, row in enumerate(before.tolist()):
+            if row not in after:
+                continue
+            drafts += 1
+            said, node = decoder.canvas[row, 9 + done[at] + 1 :].tolist(), 0
+            for token in said:
+                here = (tree.parents[at] == node) & (tree.tokens[at] == token)
+                if not here.any():
+                    break
+                node = int(here.long().argmax()) + 1
+                right[tree.ranks[at, node - 1]] += 1
+    first = DraftSchedule(4, CHEAP_DRAFTS)
+    assert drafts > 3 and right.sum() > 3 and decoder.schedule.drafts[0] == first.drafts[0] + drafts
+    told = torch.tensor(decoder.schedule.right) - torch.tensor(first.right)
+    torch.testing.assert_close(told, right)
 
 
 @pytest.mark.parametrize("seed", range(8))
