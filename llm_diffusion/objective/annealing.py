@@ -15,11 +15,12 @@ import torch
 
 from .. import UserError
 from .attention_masks import additive, annealed, bidirectional, block_causal
-from .noise import ANNEALING_STREAM, uniform
+from .noise import uniform
 from .settings import read_value, setting
 
 SCHEDULES = ("linear", "cosine", "exponential", "step")
 KINDS = ("soft", "stochastic", "block")
+ANNEALING_STREAM = 4
 
 
 @dataclass
