@@ -63,9 +63,13 @@ def prompts(rows: int = 6, longest: int = 9, vocab_size: int = 60):
 
 def at_costs(model, costs: PassCosts, block_length: int = 4) -> None:
     """Has a model decode as where passes cost this."""
+    decode_by(model, DraftSchedule(block_length, costs))
+
+
+def decode_by(model, schedule: DraftSchedule) -> None:
     base = model.get_base_model()
-    key = base.device, base.dtype, torch.get_num_threads(), block_length
-    forward_state(base).draft_schedule = key, DraftSchedule(block_length, costs)
+    key = base.device, base.dtype, torch.get_num_threads(), schedule.block_length
+    forward_state(base).draft_schedule = key, schedule
 
 
 def same_as_base(model, block: int = 20, **settings) -> torch.Tensor:
@@ -377,16 +381,15 @@ class Fickle(DraftSchedule):
 @pytest.mark.parametrize("vocab_size", [8, 64])
 def test_the_text_is_the_base_s_whatever_is_tried_in_turn(random_llama, block_length, vocab_size):
     model = drafter(random_llama(vocab_size=vocab_size), block_length, 0.05)
-    base = model.get_base_model()
     ids, mask = prompts(5, 9, vocab_size - 1)
     common = {"max_new_tokens": 24, "eos_token_id": EOS, "pad_token_id": PAD}
     want = generate_autoregressive(
         model, ids, attention_mask=mask, do_sample=False, suppress_tokens=[vocab_size - 1], **common
     )
     for seed in range(4):
-        at_costs(model, FREE, block_length)
-        forward_state(base).draft_schedule[1].__class__ = Fickle
-        forward_state(base).draft_schedule[1].chance = torch.Generator().manual_seed(seed)
+        schedule = Fickle(block_length, FREE)
+        schedule.chance = torch.Generator().manual_seed(seed)
+        decode_by(model, schedule)
         assert torch.equal(generate(model, ids, mask, **common), want)
 
 
