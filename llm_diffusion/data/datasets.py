@@ -25,6 +25,7 @@ from loguru import logger
 from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
+from ..objective.modes import IGNORE_INDEX
 from ..objective.settings import read_path
 from .rows import (
     MIXED,
@@ -39,7 +40,7 @@ from .rows import (
     split_row,
 )
 from .tiny import tiny_dataset
-from .tokens import check_pair_columns
+from .tokens import check_pair_columns, given_labels
 
 DEBUG_EXAMPLES = 100
 SELF = "self"  # as `dataset`: what the model writes itself
@@ -255,19 +256,30 @@ def first_rows(rows: Dataset, n: int | None) -> Dataset:
 
 
 def readable(test: Dataset, n: int, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """The first `n` rows; as text those without an answer, tokens of a prepared dataset or turns that no assistant follows."""
+    """The first `n` rows; tokens as prompt and last answer where labels tell them apart, else as text, as are turns without an answer."""
     return [_readable(row, tokenizer) for row in first_rows(test, n)]
 
 
 def _readable(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     row = source_row(row)
     if "input_ids" in row:
-        return {"text": tokenizer.decode(row["input_ids"], skip_special_tokens=True)}
+        return _readable_tokens(read_row(row, "input_ids", Place("dataset")), tokenizer)
     with suppress(UserError):
         prompt_and_answer(row, Place("dataset"))
         return row
     read = read_row(row, form_of(row), Place("dataset"))
     return {"text": tokenizer.apply_chat_template(read["messages"], tokenize=False, **read["template"])}
+
+
+def _readable_tokens(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    ids, scored = row["input_ids"], [label != IGNORE_INDEX for label in given_labels(row)]
+    end = max((i for i, yes in enumerate(scored, 1) if yes), default=0)
+    start = max((i for i, yes in enumerate(scored[:end], 1) if not yes), default=0)
+    prompt = tokenizer.decode(ids[:start])  # with its special tokens: it is encoded again
+    completion = tokenizer.decode(ids[start:end], skip_special_tokens=True).rstrip()
+    if prompt.strip() and completion:
+        return {"prompt": prompt, "completion": completion}
+    return {"text": tokenizer.decode(ids, skip_special_tokens=True)}
 
 
 def load_examples(name: str, limit: int | None = None) -> list[dict]:

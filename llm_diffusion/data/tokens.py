@@ -87,7 +87,7 @@ def tokenised_row(example: dict[str, Any], form: str, how: Tokenising, place: Pl
     row = read_row(example, form, place)
     merged = 0
     if form == "input_ids":
-        ids, labels = row["input_ids"], _given_labels(row, how)
+        ids, labels = row["input_ids"], given_labels(row, how.completion_only is not False)
         if (highest := max(*ids, *labels)) >= (size := len(how.tokenizer)):
             raise place.error(form, f"has the token {highest}", f"the tokenizer has the tokens 0 to {size - 1}")
     elif "text" in row:
@@ -112,12 +112,12 @@ def _reason(ids: list[int], trained: bool, how: Tokenising) -> str:
     return "every label is -100" if ids else "no text"
 
 
-def _given_labels(row: dict[str, Any], how: Tokenising) -> list[int]:
+def given_labels(row: dict[str, Any], completion_only: bool = True) -> list[int]:
+    """What a row of tokens, read already, has to be learned from: its `labels`, or the tokens that its masks leave."""
     if "labels" in row:
         return row["labels"]
-    masks = [row[name] for name in ("assistant_masks",) if name in row]
-    if "completion_mask" in row and how.completion_only is not False:
-        masks.append(row["completion_mask"])
+    names = ("assistant_masks", "completion_mask") if completion_only else ("assistant_masks",)
+    masks = [row[name] for name in names if name in row]
     if not masks:
         return list(row["input_ids"])
     return [token if all(bits) else IGNORE_INDEX for token, *bits in zip(row["input_ids"], *masks, strict=True)]
@@ -374,7 +374,8 @@ def _through(
         dataset = dataset.filter(lambda row: not row["reason"])
     if len(first) == 0:
         raise UserError(f"`{row_counts.name}`: {row_counts}; no row is left; raise `max_length`, or look at the rows.")
-    _warn_of_no_end(first, scored, row_counts)
+    if not row_counts.name.startswith("eval"):
+        _warn_of_no_end(first, scored, row_counts)
     if isinstance(dataset, Dataset):
         row_counts.report()
     elif reports is not None:

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from llm_diffusion.data.datasets import load_examples, load_preference_splits, l
 from llm_diffusion.data.rows import source_row
 from llm_diffusion.data.tiny import tiny_dataset
 from llm_diffusion.data.tokens import Tokenising, tokenised
+from llm_diffusion.evaluation.answers import encode_prompts
 from llm_diffusion.models.checkpoints import TINY_MODEL_PATH
 
 TEXTS = [f"line {i}" for i in range(20)]
@@ -475,3 +477,24 @@ def test_what_cannot_be_mixed_is_named(kept, name, named):
     with pytest.raises((UserError, FileNotFoundError)) as found:
         load_splits(name, test_size=0.2, seed=0)
     assert "`dataset`" in str(found.value) and named in str(found.value), found.value
+
+
+def test_rows_of_tokens_are_shown_as_their_prompts_and_answers():
+    """A prompt is encoded to the tokens that it came from; of several answers the last one is asked for; without labels it is text."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_PATH)
+    chats = [{"messages": row["messages"]} for row in tiny_dataset(3)]
+    chats.append({"messages": chats[0]["messages"] + chats[1]["messages"]})
+    rows = tokenised(Dataset.from_list(chats), Tokenising(tokenizer, ends=(tokenizer.eos_token_id,)), "train_dataset")
+    for chat, shown in zip(chats, readable(rows, len(rows), tokenizer), strict=True):
+        assert shown["completion"] == chat["messages"][-1]["content"]
+        asked = [
+            encode_prompts(tokenizer, [prompt])["input_ids"] for prompt in (shown["prompt"], chat["messages"][:-1])
+        ]
+        assert torch.equal(*asked)
+    ids = rows["input_ids"][3]
+    answers = [i for i, row in enumerate(rows["labels"][3]) if row != -100]
+    two = {"input_ids": ids, "completion_mask": [int(i in answers or i < 8) for i in range(len(ids))]}
+    assert readable(Dataset.from_list([two]), 1, tokenizer)[0]["completion"] == chats[1]["messages"][-1]["content"]
+    for labels in (ids, [-100] * len(ids)):
+        (shown,) = readable(Dataset.from_list([{"input_ids": ids, "labels": labels}]), 1, tokenizer)
+        assert shown == {"text": tokenizer.decode(ids, skip_special_tokens=True)}

@@ -254,6 +254,7 @@ def test_data_without_an_end_says_what_to_set(tools, caplog):
     tokenised(rows, how(plain), "train_dataset")
     assert "train_dataset: none of 1 rows has an end token (<|im_end|>)" in caplog.text and "`eos_token`" in caplog.text
     caplog.clear()
+    tokenised(rows, how(plain), "eval_dataset")  # of which nothing is learned
     tokenised(rows, how(tools), "train_dataset")
     tokenised(rows, how(with_other_end(tools), ends=(2, 0)), "train_dataset")
     assert "end token" not in caplog.text
