@@ -50,6 +50,7 @@ from .models.files import UNFINISHED, check_writable, locked, write_text
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
 from .models.patching import base_of
 from .models.record import CONVERSION_OPTIONS, save_generation_config
+from .models.smollm2 import fast_type
 from .models.special_tokens import use_tokens
 from .objective.settings import read_path, redacted, user_settings
 from .reasoning.pairs import preference_pairs
@@ -169,6 +170,8 @@ def loader_options(hp: HyperParameters, device: str) -> dict[str, Any]:
     with user_settings("`qlora_config`"):
         quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     own = {"quantization_config": quantized, "device": device, "trust_remote_code": hp.trust_remote_code}
+    if hp.use_lora and quantized is None and not {"dtype", "torch_dtype"} & hp.model_init_kwargs.keys():
+        own["dtype"] = fast_type(hp.model, "auto", device)  # adapters are fp32 beside it
     return own | hp.model_init_kwargs
 
 
@@ -292,7 +295,8 @@ def load_start(hp: HyperParameters, options: dict[str, Any]) -> Loaded:
     check_positions(model, max(stage.get("max_length") or hp.max_length for stage in stages_of(hp)))
     check_room(model, 1, hp.generation.get("max_new_tokens") or 1, "generation.max_new_tokens")
     kind = f"converted; mask token {tokenizer.mask_token!r}" if hp.pipeline == "diffusion" else "from left to right"
-    logger.info(f"model: {'from nothing' if hp.scratch else hp.model} on {options['device']}, {kind}")
+    dtype = str(base_of(model).dtype).removeprefix("torch.")
+    logger.info(f"model: {'from nothing' if hp.scratch else hp.model}, {dtype} on {options['device']}, {kind}")
     if tokenizer.chat_template is None:
         logger.info("the tokenizer has no chat template; a plain one (User: … Assistant: …) is saved with the model")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE

@@ -29,6 +29,7 @@ from ..config import HyperParameters
 from ..generation.config import decoding_settings
 from ..generation.inference import continue_autoregressive
 from ..models.files import write_text
+from ..models.patching import base_of
 from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
 from .metrics import denoising_trace, foresee_ends, plot_ends
@@ -296,8 +297,10 @@ def show_job(
             console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
     console.print()
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
-    quantized = ', quantization="nf4"' if hp.use_qlora else ""
-    call = f'DiffusionInference.from_pretrained("{final}"{quantized})'
+    base, options = base_of(model), ', quantization="nf4"' if hp.use_qlora else ""
+    if not hp.use_qlora and base.device.type == "cpu" and base.dtype != torch.float32:  # which "auto" is there
+        options = f', dtype="{str(base.dtype).removeprefix("torch.")}"'
+    call = f'DiffusionInference.from_pretrained("{final}"{options})'
     console.print(f"    inference = llm_diffusion.{call}", markup=False, soft_wrap=True)
     console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)
 

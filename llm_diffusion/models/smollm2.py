@@ -27,11 +27,14 @@ DRAFTER = Path(__file__).parents[1] / "data" / "smollm2_drafter"
 
 
 def answering(name: str, dtype: str | torch.dtype, device: str) -> tuple[str, str | torch.dtype]:
-    """What answers to a model's name, and in which type: to "smollm2" its drafter, in bf16 where the processor multiplies that itself."""
-    if name != NAME:
-        return name, dtype
-    fast = dtype == "auto" and device == "cpu" and has_fast_bfloat16()
-    return str(DRAFTER), torch.bfloat16 if fast else dtype
+    """What answers to a model's name, to "smollm2" its drafter; and in which type, see `fast_type`."""
+    return str(DRAFTER) if name == NAME else name, fast_type(name, dtype, device)
+
+
+def fast_type(name: str, dtype: str | torch.dtype, device: str) -> str | torch.dtype:
+    """In place of "auto" for "smollm2", bf16 on a processor that multiplies that itself."""
+    fast = name == NAME and dtype == "auto" and device == "cpu" and has_fast_bfloat16()
+    return torch.bfloat16 if fast else dtype
 
 
 def unpack() -> None:

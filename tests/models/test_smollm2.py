@@ -8,8 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from llm_diffusion.config import HyperParameters
 from llm_diffusion.generation.generate import generate, generate_autoregressive
 from llm_diffusion.generation.inference import DiffusionInference
+from llm_diffusion.job import loader_options
 from llm_diffusion.models import smollm2
 from llm_diffusion.models.record import record_of
 
@@ -28,6 +30,23 @@ def test_the_shipped_drafter_leaves_the_base_s_words_as_they_are():
         assert torch.equal(found.sequences, generate_autoregressive(model, **batch, max_new_tokens=32, do_sample=False))
         accepted += [n for n in found.accepted[0].tolist() if n > 0]
     assert sum(accepted) / len(accepted) > 1.8  # of an untrained one: 1.0 to 1.5
+
+
+def test_the_type_that_the_processor_multiplies_itself_unless_one_is_asked_for(monkeypatch):
+    for fast, expected in ((True, torch.bfloat16), (False, "auto")):
+        monkeypatch.setattr(smollm2, "has_fast_bfloat16", lambda fast=fast: fast)
+        hp = HyperParameters(model="smollm2", dataset="self")
+        assert (
+            loader_options(hp, "cpu").get("dtype", "auto") == smollm2.answering("smollm2", "auto", "cpu")[1] == expected
+        )
+        assert loader_options(hp, "cuda").get("dtype", "auto") == "auto"
+        # Whole weights, trained in bf16, would not move.
+        assert "dtype" not in loader_options(HyperParameters(model="smollm2", use_lora=False), "cpu")
+        assert loader_options(HyperParameters(model="tiny"), "cpu")["dtype"] == "auto"
+    for key in ("dtype", "torch_dtype"):
+        asked = HyperParameters(model="smollm2", model_init_kwargs={key: "float32"})
+        assert {"dtype": "auto", **loader_options(asked, "cpu")}[key] == "float32"
+        assert len({"dtype", "torch_dtype"} & loader_options(asked, "cpu").keys()) == 1
 
 
 def test_without_the_package_one_line_says_what_to_do(tmp_path):
