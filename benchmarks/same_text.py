@@ -14,11 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from smollm2 import first_gap, read_questions
+from smollm2 import read_questions
 from tqdm import tqdm
 
 from llm_diffusion import generate
 from llm_diffusion.evaluation.answers import encode_prompts
+from llm_diffusion.evaluation.speed import first_gap
 from llm_diffusion.generation.generate import generate_autoregressive
 from llm_diffusion.generation.inference import DiffusionInference
 

@@ -25,12 +25,12 @@ from rich.console import Console
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from llm_diffusion.evaluation.report import speed_table
-from llm_diffusion.evaluation.speed import Timed, compare_decoding
+from llm_diffusion.evaluation.speed import Timed, compare_decoding, first_gap
 from llm_diffusion.generation.generate import generate_autoregressive
 from llm_diffusion.generation.inference import DiffusionInference
 from llm_diffusion.models.loading import load_autoregressive
 from llm_diffusion.models.packing import packed
-from llm_diffusion.models.patching import adapters_off, base_of
+from llm_diffusion.models.patching import base_of
 from llm_diffusion.models.special_tokens import prompt_ids
 from llm_diffusion.speculative.adapters import AdapterSwitch
 
@@ -47,15 +47,6 @@ def read_questions(path: str | None, limit: int) -> list[str]:
         return list(QUESTIONS[:limit])
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [row["question"] if "question" in row else row["turns"][0] for row in rows][:limit]
-
-
-def first_gap(model: torch.nn.Module, want: torch.Tensor, found: torch.Tensor) -> float:
-    """Distance of the base's two best logits at the first token that differs."""
-    n = min(want.shape[1], found.shape[1])
-    at = int((want[:, :n] != found[:, :n]).long().argmax()) if not torch.equal(want[:, :n], found[:, :n]) else n
-    with torch.no_grad(), adapters_off(model):
-        top = base_of(model)(input_ids=want[:, :at], logits_to_keep=1).logits[0, -1].float().topk(2).values
-    return float(top[0] - top[1])
 
 
 class InFloat32:
@@ -130,9 +121,8 @@ def main() -> None:
     Console(width=120).print(speed_table(timed))
     first, *others = timed.values()
     for name, way in zip(list(timed)[1:], others, strict=True):
-        pairs = zip(first.ids, way.ids, strict=True)
-        gaps = [round(first_gap(model, want, found), 3) for want, found in pairs if not torch.equal(want, found)]
-        if gaps:
+        found = (first_gap(model, *pair) for pair in zip(first.ids, way.ids, strict=True))
+        if gaps := [round(gap, 3) for gap in found if gap is not None]:
             print(f"\n{name}: gaps of the base's two best logits where texts part: {gaps}")
     print_pass_costs(model)
 

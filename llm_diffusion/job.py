@@ -48,7 +48,7 @@ from .models.checkpoints import best_device, check_device, quantization_config
 from .models.conversion import convert_to_diffusion
 from .models.files import UNFINISHED, check_writable, locked, write_text
 from .models.loading import check_positions, load_autoregressive, load_diffusion_model, scratch_model
-from .models.patching import base_of
+from .models.patching import base_of, dtype_name
 from .models.record import CONVERSION_OPTIONS, save_generation_config
 from .models.smollm2 import fast_type
 from .models.special_tokens import use_tokens
@@ -295,8 +295,8 @@ def load_start(hp: HyperParameters, options: dict[str, Any]) -> Loaded:
     check_positions(model, max(stage.get("max_length") or hp.max_length for stage in stages_of(hp)))
     check_room(model, 1, hp.generation.get("max_new_tokens") or 1, "generation.max_new_tokens")
     kind = f"converted; mask token {tokenizer.mask_token!r}" if hp.pipeline == "diffusion" else "from left to right"
-    dtype = str(base_of(model).dtype).removeprefix("torch.")
-    logger.info(f"model: {'from nothing' if hp.scratch else hp.model}, {dtype} on {options['device']}, {kind}")
+    source = "from nothing" if hp.scratch else hp.model
+    logger.info(f"model: {source}, {dtype_name(model)} on {options['device']}, {kind}")
     if tokenizer.chat_template is None:
         logger.info("the tokenizer has no chat template; a plain one (User: … Assistant: …) is saved with the model")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE

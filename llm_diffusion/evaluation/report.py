@@ -29,11 +29,11 @@ from ..config import HyperParameters
 from ..generation.config import decoding_settings
 from ..generation.inference import continue_autoregressive
 from ..models.files import write_text
-from ..models.patching import base_of
+from ..models.patching import dtype_name
 from ..models.record import record_of
 from .answers import AnswerReport, evaluate_answers, prompt_and_reference, question_of
 from .metrics import denoising_trace, foresee_ends, plot_ends
-from .speed import Timed, compare_decoding
+from .speed import Timed, compare_decoding, widest_gap
 from .statistics import Continuations
 
 TIMED = 3  # prompts that a drafter and its base answer beside each other
@@ -287,6 +287,9 @@ def show_job(
         prompts = [prompt_and_reference(example)[0] for example in samples[:TIMED]]
         timed = compare_decoding(model, tokenizer, prompts, settings["max_new_tokens"])
         console.print(speed_table(timed))
+        if (gap := widest_gap(model, timed)) is not None:
+            note = f"Where texts part, the base's two best logits are at most {gap:.2g} apart: passes over one token and over several"
+            console.print(f"{note} round differently in {dtype_name(model)}, hardly ever in float32.", soft_wrap=True)
         console.print("one answer, what a pass brought in one colour:", style="bold")
         console.print(coloured_by_pass(tokenizer, [*timed.values()][-1]), soft_wrap=True)
     else:
@@ -297,9 +300,9 @@ def show_job(
             console.print(Text.assemble(f"{step:>4}  ", *parts), soft_wrap=True)
     console.print()
     console.print(f"loss curve: {final.parent / 'loss.png'}; done in {seconds:.0f} s. Load the result:\n", markup=False)
-    base, options = base_of(model), ', quantization="nf4"' if hp.use_qlora else ""
-    if not hp.use_qlora and base.device.type == "cpu" and base.dtype != torch.float32:  # which "auto" is there
-        options = f', dtype="{str(base.dtype).removeprefix("torch.")}"'
+    options = ', quantization="nf4"' if hp.use_qlora else ""
+    if not hp.use_qlora and model.device.type == "cpu" and dtype_name(model) != "float32":  # which "auto" is there
+        options = f', dtype="{dtype_name(model)}"'
     call = f'DiffusionInference.from_pretrained("{final}"{options})'
     console.print(f"    inference = llm_diffusion.{call}", markup=False, soft_wrap=True)
     console.print('    print(inference.chat([{"role": "user", "content": "…"}]))', markup=False)

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..generation.generate import generate, generate_autoregressive
-from ..models.special_tokens import prompt_ids
+from ..models.patching import adapters_off, base_of
+from ..models.special_tokens import prompt_ids, shared_length
 
 AUTOREGRESSIVE = {"AR, transformers' generate": {}, "prompt lookup, 5 tokens": {"prompt_lookup_num_tokens": 5}}
 LOSSLESS = {"lossless": {}}
@@ -81,3 +82,22 @@ def _add(timed: Timed, run: Callable[..., Any], ids: torch.Tensor) -> None:
     if not torch.is_tensor(output):
         timed.forwards.append(float(output.tokens_per_forward[0]))
         timed.accepted.append([n for n in output.accepted[0].tolist() if n > 0])
+
+
+def first_gap(model: torch.nn.Module, want: torch.Tensor, found: torch.Tensor) -> float | None:
+    """How far apart the base's two best logits are where a text (1, L) first differs from another one (1, M), which begins alike; None:
+    they are the same. What is within the rounding of the model's type is a tie, which passes of another width may decide otherwise.
+    """
+    if torch.equal(want, found):
+        return None
+    at = shared_length(want[0].tolist(), found[0].tolist())
+    with torch.no_grad(), adapters_off(model):
+        top = base_of(model)(input_ids=want[:, :at], logits_to_keep=1).logits[0, -1].float().topk(2).values
+    return float(top[0] - top[1])
+
+
+def widest_gap(model: torch.nn.Module, timed: dict[str, Timed]) -> float | None:
+    """The largest `first_gap` of the texts of all ways to those of the first one."""
+    first, *others = timed.values()
+    gaps = [first_gap(model, *pair) for way in others for pair in zip(first.ids, way.ids, strict=True)]
+    return max((gap for gap in gaps if gap is not None), default=None)

@@ -29,6 +29,11 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
     return model
 
 
+def dtype_name(model: torch.nn.Module) -> str:
+    """ "float32", "bfloat16" … of a model's base."""
+    return str(base_of(model).dtype).removeprefix("torch.")
+
+
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """Without DDP and compile wrappers, but under its adapters."""
     while not isinstance(model, PeftModel | PreTrainedModel):
