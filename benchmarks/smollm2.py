@@ -22,7 +22,7 @@ from statistics import median
 
 import torch
 from rich.console import Console
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
 from llm_diffusion.evaluation.report import speed_table
 from llm_diffusion.evaluation.speed import Timed, compare_decoding, first_gap
@@ -52,20 +52,20 @@ def read_questions(path: str | None, limit: int) -> list[str]:
 class InFloat32:
     """The base in fp32, whose `generate` answers in turn with the ways that are compared."""
 
-    def __init__(self, chats: list[list[dict]], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
-        self.model, _ = load_autoregressive("smollm2", device="cpu", dtype=torch.float32)
-        self.chats, self.tokenizer, self.max_new_tokens, self.timed = chats, tokenizer, max_new_tokens, Timed()
+    def __init__(self, chats: list[list[dict]], device: torch.device, max_new_tokens: int) -> None:
+        self.model, self.tokenizer = load_autoregressive("smollm2", device=str(device), dtype=torch.float32)
+        self.chats, self.max_new_tokens, self.timed = chats, max_new_tokens, Timed()
 
     def __iter__(self) -> Iterator[list[dict]]:
         for number, chat in enumerate(self.chats):
-            ids = torch.tensor([prompt_ids(self.tokenizer, chat)])
+            ids = torch.tensor([prompt_ids(self.tokenizer, chat)], device=self.model.device)
             if number == 0:
                 generate_autoregressive(self.model, ids, max_new_tokens=8, do_sample=False)
             began = time.perf_counter()
             found = generate_autoregressive(self.model, ids, max_new_tokens=self.max_new_tokens, do_sample=False)
+            self.timed.ids.append(found.cpu())  # waits for a GPU
             self.timed.seconds += time.perf_counter() - began
             self.timed.tokens += found.shape[1] - ids.shape[1]
-            self.timed.ids.append(found)
             yield chat
 
 
@@ -110,14 +110,13 @@ def main() -> None:
     questions = read_questions(args.questions, args.limit + args.skip)[args.skip :]
     chats = [[{"role": "user", "content": question}] for question in questions]
     lossless = {"lossless, two passes a cycle": {"draft_outcomes": 0}, "lossless, default": {}}
-    in_fp32 = InFloat32(chats, tokenizer, longest) if base_of(model).dtype == torch.bfloat16 else None
+    base = base_of(model)
+    in_fp32 = InFloat32(chats, base.device, longest) if base.dtype == torch.bfloat16 else None
     timed = compare_decoding(model, tokenizer, in_fp32 or chats, longest, lossless)
     if in_fp32:
         first = next(iter(timed))
         timed = {first: timed.pop(first), "AR, transformers' generate in fp32": in_fp32.timed, **timed}
-    print(
-        f"{len(questions)} questions, at most {longest} tokens, {base_of(model).dtype}, {torch.get_num_threads()} threads"
-    )
+    print(f"{len(questions)} questions, at most {longest} tokens, {base.dtype}, {torch.get_num_threads()} threads")
     Console(width=120).print(speed_table(timed))
     first, *others = timed.values()
     for name, way in zip(list(timed)[1:], others, strict=True):

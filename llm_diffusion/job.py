@@ -170,8 +170,9 @@ def loader_options(hp: HyperParameters, device: str) -> dict[str, Any]:
     with user_settings("`qlora_config`"):
         quantized = quantization_config("nf4", device, **hp.qlora_config) if hp.use_qlora else None
     own = {"quantization_config": quantized, "device": device, "trust_remote_code": hp.trust_remote_code}
-    if hp.use_lora and quantized is None and not {"dtype", "torch_dtype"} & hp.model_init_kwargs.keys():
-        own["dtype"] = fast_type(hp.model, "auto", device)  # adapters are fp32 beside it
+    whole = any(stage["trains"] == "everything" for stage in stages_of(hp))  # small steps are lost on weights in bf16
+    if not (whole or hp.use_qlora or {"dtype", "torch_dtype"} & hp.model_init_kwargs.keys()):
+        own["dtype"] = fast_type(hp.model, "auto", device)  # adapters stay in fp32
     return own | hp.model_init_kwargs
 
 

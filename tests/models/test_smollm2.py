@@ -32,21 +32,20 @@ def test_the_shipped_drafter_leaves_the_base_s_words_as_they_are():
     assert sum(accepted) / len(accepted) > 1.8  # of an untrained one: 1.0 to 1.5
 
 
-def test_the_type_that_the_processor_multiplies_itself_unless_one_is_asked_for(monkeypatch):
-    for fast, expected in ((True, torch.bfloat16), (False, "auto")):
-        monkeypatch.setattr(smollm2, "has_fast_bfloat16", lambda fast=fast: fast)
-        hp = HyperParameters(model="smollm2", dataset="self")
-        assert (
-            loader_options(hp, "cpu").get("dtype", "auto") == smollm2.answering("smollm2", "auto", "cpu")[1] == expected
-        )
-        assert loader_options(hp, "cuda").get("dtype", "auto") == "auto"
-        # Whole weights, trained in bf16, would not move.
-        assert "dtype" not in loader_options(HyperParameters(model="smollm2", use_lora=False), "cpu")
-        assert loader_options(HyperParameters(model="tiny"), "cpu")["dtype"] == "auto"
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, "auto")])
+def test_adapters_over_it_are_trained_in_bf16_on_fast_processors(fast, expected, monkeypatch):
+    monkeypatch.setattr(
+        smollm2, "has_fast_bfloat16", lambda: fast
+    )  # a machine has one kind of processor, and both matter
+    hp = HyperParameters(model="smollm2", dataset="self")
+    assert loader_options(hp, "cpu")["dtype"] == smollm2.answering("smollm2", "auto", "cpu")[1] == expected
+    others = {"stages": [{"name": "sft", "trains": "everything"}]}, {"use_lora": False}, {"model": "tiny"}
+    for settings in others:
+        loaded = loader_options(HyperParameters(**{"model": "smollm2"} | settings), "cpu")
+        assert loaded.get("dtype", "auto") == loader_options(hp, "cuda")["dtype"] == "auto"
     for key in ("dtype", "torch_dtype"):
-        asked = HyperParameters(model="smollm2", model_init_kwargs={key: "float32"})
-        assert {"dtype": "auto", **loader_options(asked, "cpu")}[key] == "float32"
-        assert len({"dtype", "torch_dtype"} & loader_options(asked, "cpu").keys()) == 1
+        asked = loader_options(HyperParameters(model="smollm2", model_init_kwargs={key: "float32"}), "cpu")
+        assert [asked[name] for name in ("dtype", "torch_dtype") if name in asked] == ["float32"]
 
 
 def test_without_the_package_one_line_says_what_to_do(tmp_path):
